@@ -1,0 +1,102 @@
+"""What the scripts share: constants that are also flags, errors for people, whole files."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+
+def parse_flags(cls, doc: str, defaults=None):
+    """Fills the dataclass `cls` from --field value flags; each field's comment is its help.
+
+    Returns a `cls`; flags that aren't given keep their value in `defaults`, another `cls`. An
+    unknown flag or a value of the wrong type ends the program with a line that names it, code 2.
+    """
+    parser = _Parser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default if defaults is None else getattr(defaults, field.name)
+        kind = types[field.name]
+        kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # "int | None": int
+        parser.add_argument(
+            f"--{field.name}",
+            type={int: _int, float: _float, bool: _bool, str: str}[kind],
+            default=default,
+            nargs="?" if kind is bool else None,  # --flag alone means true
+            const=True if kind is bool else None,
+            metavar=kind.__name__.upper(),
+            help=f"{comments[field.name]} [{default}]".replace("%", "%%"),
+        )
+    return cls(**vars(parser.parse_args()))
+
+
+def print_flags(config) -> None:
+    """The values in use, on as few lines as they need."""
+    print(
+        " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v not in (None, ""))
+    )
+
+
+def run(main) -> None:
+    """Runs a script's main(); an error that is the user's to mend becomes one line, exit code 1.
+
+    ValueError and OSError carry messages for people (what, where, what to do); anything else is a
+    bug of ours and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """A binary file to write to; `path` changes once all of it is on the disk, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
