@@ -1,0 +1,193 @@
+"""GPT-2, exactly: learned positions, pre-LayerNorm blocks, tanh GELU, tied embeddings.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Parameters carry
+the names of OpenAI's release, so that weights can be copied key by key.
+
+    model = GPT(GPTConfig(vocab_size=257, n_layer=4, n_head=4, n_embd=128))
+    logits, loss = model(x, y)                    # x, y: (B, T) token ids
+    for token in model.generate(x[:1], 100):      # (1,) token ids, one at a time
+        ...
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[name]) turns into one
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT-2. Names follow Hugging Face's GPT2Config.
+
+    Raises ValueError for a shape that cannot be built.
+    """
+
+    vocab_size: int = 50257  # token ids
+    n_positions: int = 1024  # tokens, the longest window
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block; divides n_embd
+    n_embd: int = 768  # channels
+    dropout: float = 0.0  # probability, 0 <= p < 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        causal = True
+        if cache is not None:  # a list that is empty or holds the keys and values so far
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+                causal = False  # the one new token sees all that came before
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(  # (B, n_head, T, C / n_head)
+            q, k, v, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with a language-model head tied to the token embedding."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.n_positions, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        for name, p in self.named_parameters():  # GPT-2's initialisation
+            if name.endswith("c_proj.weight"):  # two additions to the residual stream a block
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_parameters(self) -> int:
+        """Parameters; the head shares the token embedding's and is not counted twice."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, reduction="mean", cache=None):
+        """idx: (B, T) token ids, T <= n_positions. targets: (B, T) ids, -100 where there is none.
+
+        Returns (logits, loss): (B, T, vocab_size), and the cross-entropy in nats over the targets
+        that are there, their "mean" or "sum" (None without targets). `cache` is a list of n_layer
+        lists, empty at first; the first call fills it, each later one takes a single token.
+        """
+        T = idx.shape[1]
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        if start + T > self.config.n_positions:
+            raise ValueError(
+                f"a window of {start + T} tokens is longer than the model's "
+                f"{self.config.n_positions} positions"
+            )
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache is not None else None)
+        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)  # (B, T, vocab)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return logits, loss
+
+    @torch.inference_mode()
+    def generate(
+        self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, generator=None
+    ) -> Iterator[torch.Tensor]:
+        """Continues idx, (B, T) token ids with T >= 1, yielding (B,) ids after each step.
+
+        Up to n_positions tokens each step costs one token, through a cache of keys and values;
+        beyond, the last n_positions tokens are run again, since every position has moved.
+        """
+        cache, new = [[] for _ in self.transformer.h], idx
+        for _ in range(max_new_tokens):
+            if idx.shape[1] > self.config.n_positions:
+                idx = new = idx[:, -self.config.n_positions :]
+                cache = None
+            logits, _ = self(new, cache=cache)
+            probs = next_token_probs(logits[:, -1], temperature, top_k, top_p)
+            new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, new), dim=1)
+            yield new[:, 0]
+
+
+def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """(B, vocab_size) logits -> probabilities.
+
+    temperature 0 puts everything on the largest logit; top_k keeps that many ids (0: all); top_p
+    keeps the smallest set of ids that holds that much probability (Holtzman et al. 2020).
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, ids = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the mass before it is already enough
+        probs = torch.zeros_like(probs).scatter(1, ids, ordered)
+    return probs / probs.sum(-1, keepdim=True)
