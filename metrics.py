@@ -1,0 +1,94 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, loss.png."""
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import atomic_write
+
+
+class Metrics:
+    """Writes RUN/metrics.jsonl and shows where the run is.
+
+    Each line of the file holds `step` (optimizer steps done) and what is known then: train_loss
+    (nats per token, of that step's batch), learning_rate and tokens_per_second (of training alone);
+    or val_loss (nats per token) and val_bpb (bits per byte of text). Lines beyond `step`, which a
+    killed run leaves behind, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, max_steps: int):
+        self.path, self.first, self.max_steps = folder / "metrics.jsonl", step, max_steps
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        with atomic_write(self.path) as f:
+            f.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+        self.file = open(self.path, "a", buffering=1)  # a line at a time
+        self.start = time.perf_counter()
+        self.bar = tqdm(
+            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def train(self, step: int, train_loss: float, learning_rate: float, tokens_per_second: float):
+        self._write(step, train_loss=train_loss, learning_rate=learning_rate,
+                    tokens_per_second=round(tokens_per_second, 1))  # fmt: skip
+        self.status = f"train {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        self.bar.set_postfix_str(self.status, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def validation(self, step: int, val_loss: float, val_bpb: float):
+        self._write(step, val_loss=val_loss, val_bpb=val_bpb)
+        pace = (time.perf_counter() - self.start) / max(1, step - self.first)
+        left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
+        self.say(
+            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}: validation {val_loss:.4f} "
+            f"nats per token, {val_bpb:.4f} bits per byte; {self.status}; {left} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        with self.bar.external_write_mode():
+            print(text, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def _write(self, step, **values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, if it is there, without one that a kill has cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plot_losses(folder: Path) -> None:
+    """metrics.jsonl -> loss.png: both losses against steps, the best validation marked."""
+    from matplotlib.figure import Figure  # no pyplot: no window, no state
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    train = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
+    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*train), linewidth=0.8, alpha=0.6, label="training batch")
+    if val:
+        best = min(val, key=lambda point: point[1])
+        axes.plot(*zip(*val), marker=".", label="validation")
+        axes.plot(
+            *best,
+            "o",
+            fillstyle="none",
+            color="black",
+            label=f"best: {best[1]:.4f} at step {best[0]}",
+        )
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(folder / "loss.png") as f:
+        figure.savefig(f, dpi=120, format="png")
