@@ -48,17 +48,17 @@ def newest_run(out_dir) -> Path:
     """The folder under `out_dir` whose checkpoint was saved last."""
     checkpoints = sorted(Path(out_dir).glob("*/last.pt"), key=os.path.getmtime)
     if not checkpoints:
-        raise FileNotFoundError(f"{out_dir}/ holds no trained model: run `python train_gpt2.py`")
+        raise FileNotFoundError(f"{out_dir}/ has no trained model: run `python train_gpt2.py`")
     return checkpoints[-1].parent
 
 
 def new_run(config) -> Path:
-    """Makes the folder of a new run: out_dir/run, or out_dir/corpus-size-1, -2, ...; never an old
-    one. Raises FileExistsError."""
+    """Makes the folder of a new run: out_dir/run_name, or out_dir/corpus-size-1, -2, ...; raises
+    FileExistsError rather than take an old one."""
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     numbered = (f"{config.corpus}-{config.size}-{i}" for i in itertools.count(1))
-    for name in [config.run] if config.run else numbered:
+    for name in [config.run_name] if config.run_name else numbered:
         try:  # not looked up first: two runs may start at once
             (out_dir / name).mkdir()
             return out_dir / name
@@ -66,5 +66,5 @@ def new_run(config) -> Path:
             continue
     raise FileExistsError(
         f"{out_dir / name} is there already: --resume {out_dir / name} goes on with it, another "
-        f"--run starts anew"
+        f"--run_name starts anew"
     )

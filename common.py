@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import math
 import os
@@ -54,7 +55,13 @@ def run(main) -> None:
     """
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno is None:  # raised by us, in whole words
+            sys.exit(f"error: {error}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; make room there, or choose another folder, and run it again" if full else ""
+        sys.exit(f"error: {error.filename}: {error.strerror}{remedy}")
+    except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
@@ -70,6 +77,9 @@ def atomic_write(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write doesn't know it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

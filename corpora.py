@@ -135,7 +135,6 @@ def download(
     times without a new byte, going on where it broke off. Raises ConnectionError where no address
     works, OSError where `path` can't be written. Leaves nothing but `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")  # left by a killed run: gone on with
     try:
         for url in urls:
@@ -147,7 +146,9 @@ def download(
                 reason = error
                 part.unlink(missing_ok=True)
         raise ConnectionError(f"can't download {reason}")
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a failed write doesn't know it
         part.unlink(missing_ok=True)
         raise
 
@@ -198,6 +199,7 @@ def _fetch_rest(url, part, done, size) -> None:
                     f"{url} sent {total:,} bytes ({kind}) where {size:,} were expected: a login "
                     f"page of this network, perhaps"
                 )
+            part.parent.mkdir(parents=True, exist_ok=True)
             with (
                 open(part, "ab" if done else "wb") as f,
                 tqdm(
@@ -209,7 +211,7 @@ def _fetch_rest(url, part, done, size) -> None:
                     disable=None,
                 ) as bar,
             ):
-                for block in response.iter_content(1 << 16):
+                for block in response.iter_content(1 << 14):
                     f.write(block)
                     bar.update(len(block))
                     done += len(block)

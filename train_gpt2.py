@@ -37,7 +37,7 @@ class Config:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
-    run: str = ""  # name of this run's folder; "": corpus, size and a number
+    run_name: str = ""  # of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to go on with; its constants are kept
     size: str = "auto"  # a key of SIZES; auto: tiny on a CPU, small elsewhere
     n_layer: int | None = None  # blocks; None, here and below: by size
@@ -98,7 +98,7 @@ def configure():
         checkpoint = load_checkpoint(folder / "last.pt")
         saved = Config(**checkpoint["config"])
         config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
-        config.out_dir, config.run = str(folder.parent), folder.name
+        config.out_dir, config.run_name = str(folder.parent), folder.name
         for name in ("corpus", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer"):
             now, then = getattr(config, name), getattr(saved, name)
             if now != then:
@@ -166,15 +166,15 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
         if rank == 0:
             self.folder = Path(config.resume) if checkpoint else new_run(config)
-            config.run = self.folder.name
+            config.run_name = self.folder.name
             with atomic_write(self.folder / "config.json") as f:
                 f.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
             print_flags(config)
             print(
                 f"{device}, {config.dtype}, {'compiled' if compiled else 'not compiled'}; "
                 f"{self.model.num_parameters():,} parameters; {batch * window:,} tokens a step = "
-                f"{world_size} processes x {batch // micro // world_size} passes x {micro} windows "
-                f"x {window}"
+                f"{world_size} x {batch // micro // world_size} x {micro} x {window} (processes, "
+                f"passes, windows, tokens)"
             )
 
     def fit(self) -> int:

@@ -1,0 +1,68 @@
+"""Shared by the tests: no network, one thread a process, small corpora made by formula."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_data
+from corpora import Corpus
+from tokenizer import get_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+
+torch.set_num_threads(1)  # the same sums in every test, and no fight for two cores
+
+
+def _shared(variable: str) -> Path:
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} is not set (.ci/run sets it where the files lie)")
+    return Path(path)
+
+
+@pytest.fixture
+def tinyshakespeare() -> Path:
+    """The real text."""
+    return _shared("TINYSHAKESPEARE")
+
+
+@pytest.fixture
+def gpt2_tokenizer():
+    """The real vocabulary."""
+    _shared("TIKTOKEN_CACHE_DIR")
+    return get_tokenizer("gpt2")
+
+
+def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **options) -> dict:
+    """Prepares `texts` in `folder`; returns the metadata."""
+    corpus = Corpus(folder.name, {"made": "by a test"}, documents, texts)
+    options = {"train_split_ratio": 0.9, "seed": 0} | options
+    return prepare_data.prepare(corpus, get_tokenizer(tokenizer), folder, **options)
+
+
+@pytest.fixture
+def rhyme(tmp_path) -> Path:
+    """data/rhyme: 5,400 bytes that a model learns in a few steps."""
+    make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
+    return tmp_path / "data" / "rhyme"
+
+
+def run_script(script: str, *flags, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """python SCRIPT FLAGS in `cwd`, offline."""
+    env = os.environ | DEAD_PROXY | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **options)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 1 or 2 and an error of one or two lines that has all the `words`."""
+    assert result.returncode in (1, 2), result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    assert len(result.stderr.splitlines()) <= 2, result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)

@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPT2_SIZES, GPTConfig, next_token_probs
+
+
+def small(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 50, "n_positions": 16, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    return GPT(GPTConfig(**shape | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_parameter_counts_are_openais(name, parameters):
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(GPTConfig(**GPT2_SIZES[name]))
+    assert model.num_parameters() == parameters
+
+
+def test_names_and_shapes_are_openais():
+    shapes = {name: tuple(p.shape) for name, p in small(n_layer=1).state_dict().items()}
+    assert shapes == {
+        "transformer.wte.weight": (50, 32),
+        "transformer.wpe.weight": (16, 32),
+        "transformer.h.0.ln_1.weight": (32,),
+        "transformer.h.0.ln_1.bias": (32,),
+        "transformer.h.0.attn.c_attn.weight": (96, 32),
+        "transformer.h.0.attn.c_attn.bias": (96,),
+        "transformer.h.0.attn.c_proj.weight": (32, 32),
+        "transformer.h.0.attn.c_proj.bias": (32,),
+        "transformer.h.0.ln_2.weight": (32,),
+        "transformer.h.0.ln_2.bias": (32,),
+        "transformer.h.0.mlp.c_fc.weight": (128, 32),
+        "transformer.h.0.mlp.c_fc.bias": (128,),
+        "transformer.h.0.mlp.c_proj.weight": (32, 128),
+        "transformer.h.0.mlp.c_proj.bias": (32,),
+        "transformer.ln_f.weight": (32,),
+        "transformer.ln_f.bias": (32,),
+    }
+
+
+def test_logits_are_gpt2_written_out():
+    """The paper's architecture in plain matrix products, for one window."""
+    model, idx = small(), torch.randint(50, (1, 16))
+    w = {name.removeprefix("transformer."): p for name, p in model.state_dict().items()}
+
+    def norm(x, name):
+        return F.layer_norm(x, (32,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx[0]] + w["wpe.weight"]  # (16, 32)
+    for i in range(3):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(32, dim=1)
+        heads = []
+        for h in range(4):
+            part = slice(8 * h, 8 * h + 8)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(8)
+            scores[torch.triu(torch.ones(16, 16), 1).bool()] = -math.inf
+            heads.append(scores.softmax(1) @ v[:, part])
+        x = x + linear(torch.cat(heads, 1), f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    expected = norm(x, "ln_f") @ w["wte.weight"].T
+    torch.testing.assert_close(model(idx)[0][0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_do_not_see_the_future():
+    model, idx = small(), torch.randint(50, (1, 16))
+    changed = idx.clone()
+    changed[0, 9:] = (idx[0, 9:] + 1) % 50
+    a, b = model(idx)[0], model(changed)[0]
+    assert torch.equal(a[0, :9], b[0, :9])
+    assert not torch.allclose(a[0, 9:], b[0, 9:])
+
+
+def test_loss_is_the_mean_over_the_targets_that_are_there():
+    model, idx, targets = small(), torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
+    targets[0, 3:] = -100
+    logits, loss = model(idx, targets)
+    log_probs = logits.log_softmax(-1)
+    there = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    expected = -sum(log_probs[b, t, targets[b, t]] for b, t in there)
+    torch.testing.assert_close(loss, expected / len(there))
+    torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
+
+
+def test_initial_loss_is_that_of_a_guess():
+    idx = torch.randint(50, (8, 17))
+    assert abs(small()(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50)) < 0.05
+
+
+def test_wrong_shapes_are_refused():
+    for wrong, words in [
+        ({"n_embd": 30}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
+        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"dropout": 1.0}, "dropout"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            small(**wrong)
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
+        small()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def uncached(model, idx, n):
+    """Greedy continuation, all of the window run again for every token."""
+    for _ in range(n):
+        logits = model(idx[:, -model.config.n_positions :])[0][:, -1]
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
+    return idx[:, -n:]
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 16, 20])
+def test_generation_with_the_cache_equals_generation_without(prompt):
+    model, idx = small(), torch.randint(50, (2, prompt))
+    for p in model.parameters():
+        p.data *= 5  # far from a uniform guess, so that the tokens differ
+    tokens = torch.stack(list(model.generate(idx, 30, temperature=0)), dim=1)
+    assert torch.equal(tokens, uncached(model, idx, 30))
+    assert len(tokens.unique()) > 3
+
+
+def test_generation_repeats_with_the_seed():
+    model, idx = small(), torch.zeros(1, 1, dtype=torch.long)
+
+    def text(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [i.item() for i in model.generate(idx, 20, generator=generator)]
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_next_token_probs():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+
+    def probs(**options):
+        return next_token_probs(logits, **options)[0].tolist()
+
+    assert probs() == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert probs(temperature=0) == [1, 0, 0, 0]
+    assert probs(temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
+    assert probs(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert probs(top_k=99) == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert probs(top_p=0.69) == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert probs(top_p=0.71) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert probs(top_p=0.01) == [1, 0, 0, 0]

@@ -1,0 +1,214 @@
+import hashlib
+import json
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import assert_one_line_error, make_corpus, run_script
+
+import prepare_data
+from corpora import python_documentation
+from tokenizer import get_tokenizer
+
+
+def read(folder, name):
+    metadata = json.loads((folder / "metadata.json").read_text())
+    return np.fromfile(folder / name, dtype=np.dtype(metadata["dtype"]))
+
+
+def test_running_text_is_cut_by_character(tmp_path):
+    text = "é" * 7 + "abc"  # 10 characters, 17 bytes
+    metadata = make_corpus(tmp_path / "c", [text], train_split_ratio=0.75)
+    assert bytes(read(tmp_path / "c", "train.bin").astype(np.uint8)).decode() == "é" * 7
+    assert bytes(read(tmp_path / "c", "val.bin").astype(np.uint8)).decode() == "abc"
+    splits = metadata["splits"]
+    assert (splits["train"]["tokens"], splits["train"]["bytes"]) == (14, 14)
+    assert (splits["val"]["tokens"], splits["val"]["bytes"], splits["val"]["documents"]) == (
+        3,
+        3,
+        1,
+    )
+
+
+def test_metadata_describes_the_files(tmp_path):
+    folder = tmp_path / "c"
+    metadata = make_corpus(folder, ["0123456789" * 10])
+    assert metadata == json.loads((folder / "metadata.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "metadata.json",
+        "train.bin",
+        "val.bin",
+    ]
+    tokenizer = get_tokenizer("bytes")
+    assert metadata["tokenizer"] == {"name": "bytes", "sha256": tokenizer.sha256}
+    assert (metadata["vocab_size"], metadata["eot_token"], metadata["dtype"]) == (
+        257,
+        256,
+        "uint16",
+    )
+    for split in metadata["splits"].values():
+        (file,) = split["files"]
+        data = (folder / file["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == file["sha256"]
+        assert len(data) == 2 * file["tokens"] == 2 * split["tokens"]
+
+
+def test_documents_end_with_an_end_of_text_and_split_by_place(tmp_path):
+    texts = [f"document {i}" for i in range(200)] + [""]
+    make_corpus(tmp_path / "c", texts, documents=True)
+    found = {}
+    for name in ("train.bin", "val.bin"):
+        ids = read(tmp_path / "c", name).tolist()
+        assert ids[-1] == 256
+        documents = bytes(i if i < 256 else 0 for i in ids[:-1]).decode().split("\0")
+        found[name] = documents
+        assert documents == [text for text in texts if text in documents]  # in order
+    assert sorted(found["train.bin"] + found["val.bin"]) == sorted(texts)
+    assert 5 <= len(found["val.bin"]) <= 40  # a tenth, about
+    # a document's side depends on its place and the seed, not on what comes after it
+    few = prepare_data.split_documents(texts[:50], 0.9, 0)["val"]
+    assert few == [text for text in texts[:50] if text in found["val.bin"]]
+    assert few != prepare_data.split_documents(texts[:50], 0.9, 1)["val"]
+
+
+def test_python_documentation_comes_back(tmp_path):
+    corpus = python_documentation()
+    assert len(corpus.texts) > 70
+    metadata = make_corpus(tmp_path / "c", corpus.texts, documents=True)
+    documents = []
+    for name in ("train.bin", "val.bin"):
+        ids = read(tmp_path / "c", name)
+        ends = np.flatnonzero(ids == 256)
+        documents += [bytes(d[d < 256].astype(np.uint8)).decode() for d in np.split(ids, ends)[:-1]]
+    assert sorted(documents) == sorted(corpus.texts)
+    assert sum(split["documents"] for split in metadata["splits"].values()) == len(corpus.texts)
+
+
+def test_a_literal_end_of_text_is_no_boundary(tmp_path, gpt2_tokenizer):
+    text = "a <|endoftext|> b\n" * 20
+    make_corpus(tmp_path / "c", [text], tokenizer="gpt2")
+    assert 50256 not in read(tmp_path / "c", "train.bin")
+
+
+def test_tinyshakespeare_is_what_nanogpt_writes(tmp_path, tinyshakespeare, gpt2_tokenizer):
+    flags = ["--corpus", "tinyshakespeare", "--input", tinyshakespeare]
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "data" / "tinyshakespeare"
+    text = tinyshakespeare.read_text(encoding="utf-8")
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    cut = int(len(text) * 0.9)
+    for name, part, tokens in (("train", text[:cut], 301_966), ("val", text[cut:], 36_059)):
+        expected = np.array(encode(part), dtype=np.uint16)  # as nanoGPT's prepare.py has it
+        assert len(expected) == tokens
+        assert (folder / f"{name}.bin").read_bytes() == expected.tobytes()
+        assert f"{tokens:,} tokens" in result.stdout
+
+
+def test_a_text_of_ones_own_takes_its_files_name(tmp_path):
+    (tmp_path / "my.txt").write_bytes(b"one line\r\n" * 50)
+    result = run_script(
+        "prepare_data.py", "--input", "my.txt", "--tokenizer", "bytes", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert read(tmp_path / "data" / "my", "train.bin").tolist() == list(b"one line\r\n" * 45)
+
+
+def test_without_a_network_the_built_in_corpus_comes_instead(tmp_path):
+    result = run_script("prepare_data.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "No network" in result.stdout
+    assert "Python's own documentation" in result.stdout
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["python-docs"]
+    metadata = json.loads((tmp_path / "data/python-docs/metadata.json").read_text())
+    assert metadata["tokenizer"]["name"] == "bytes"
+
+
+@pytest.mark.parametrize("flags", [["--corpus", "tinyshakespeare"], ["--tokenizer", "bytes"]])
+def test_what_is_asked_for_by_name_has_no_substitute(tmp_path, flags):
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path)
+    assert_one_line_error(result, "no connection", "--input")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vocabulary_that_cannot_be_had(tmp_path):
+    (tmp_path / "my.txt").write_text("some text")
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "vocabulary")}
+    result = run_script("prepare_data.py", "--input", "my.txt", cwd=tmp_path, env=env)
+    assert_one_line_error(result, "vocab.bpe", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes")
+    assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
+
+
+WRONG = {
+    "no such flag": (["--corpsu", "x"], ["--corpsu"]),
+    "wrong type": (["--seed", "1.5"], ["--seed", "1.5"]),
+    "not a number": (["--train_split_ratio", "nan"], ["--train_split_ratio", "nan"]),
+    "out of range": (["--train_split_ratio", "1"], ["train_split_ratio", "1"]),
+    "no such corpus": (["--corpus", "nope"], ["nope", "tinyshakespeare", "python-docs"]),
+    "no such tokenizer": (["--input", "ok.txt", "--tokenizer", "gpt5"], ["gpt5", "bytes"]),
+    "no such file": (["--input", "nope.txt"], ["nope.txt"]),
+    "a folder": (["--corpus", "c", "--input", "."], [".: Is a directory"]),
+    "another text": (["--corpus", "tinyshakespeare", "--input", "ok.txt"], ["ok.txt", "sha256"]),
+    "not UTF-8": (
+        ["--input", "latin1.txt", "--tokenizer", "bytes"],
+        ["latin1.txt", "line 2", "0xe9"],
+    ),
+    "too short": (["--input", "short.txt", "--tokenizer", "bytes"], ["short", "too short"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, case):
+    flags, words = WRONG[case]
+    (tmp_path / "ok.txt").write_text("text " * 100)
+    (tmp_path / "latin1.txt").write_bytes("fine\ncafé".encode("latin1"))
+    (tmp_path / "short.txt").write_text("x")
+    assert_one_line_error(run_script("prepare_data.py", *flags, cwd=tmp_path), *words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_full_disk_leaves_no_corpus(tmp_path):
+    """A limit on file sizes stands in for a disk that is full in the middle of a file."""
+    (tmp_path / "my.txt").write_text("text " * 10_000)
+    flags = ["--input", "my.txt", "--tokenizer", "bytes"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, preexec_fn=limit)
+    assert_one_line_error(result, "train.bin: File too large; make room")
+    assert list((tmp_path / "data" / "my").iterdir()) == []
+
+
+def test_preparing_again_replaces(tmp_path):
+    folder = tmp_path / "c"
+    make_corpus(folder, ["old " * 100])
+    make_corpus(folder, ["new " * 100])
+    assert bytes(read(folder, "val.bin").astype(np.uint8)) == b"new " * 10
+    make_corpus(tmp_path / "d", ["new " * 100])
+    for name in ("train.bin", "val.bin"):
+        assert (folder / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+
+def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):
+    class Wide(type(get_tokenizer("bytes"))):
+        vocab_size = 65_537
+
+        def encode(self, text):
+            return super().encode(text) + 65_536 - 120  # "x" becomes the last id
+
+    monkeypatch.setattr("conftest.get_tokenizer", lambda name: Wide())
+    metadata = make_corpus(tmp_path / "c", ["x" * 100])
+    assert metadata["dtype"] == "uint32"
+    assert read(tmp_path / "c", "val.bin").tolist() == [65_536] * 10
+    Wide.vocab_size = 65_536  # now the id lies outside, and 16 bits would make a 0 of it
+    with pytest.raises(ValueError, match="65536"):
+        make_corpus(tmp_path / "d", ["x" * 100])
+
+
+def test_a_folder_can_be_moved(tmp_path):
+    make_corpus(tmp_path / "c", ["text " * 100])
+    shutil.move(tmp_path / "c", tmp_path / "elsewhere")
+    text = (tmp_path / "elsewhere" / "metadata.json").read_text()
+    assert str(tmp_path) not in text
+    assert os.sep not in json.loads(text)["splits"]["train"]["files"][0]["name"]

@@ -1,0 +1,258 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, make_corpus, run_script
+
+import train_gpt2
+from checkpoint import load_checkpoint, load_model, newest_run
+from metrics import Metrics, read_metrics
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "batch_size": 4,
+    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(rhyme, tmp_path, monkeypatch):
+    """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
+    the folder of the run."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def train(**flags):
+        flags = flags if "resume" in flags else TINY | flags
+        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
+        assert train_gpt2.main() == 0
+        return newest_run(tmp_path / "out")
+
+    yield train
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def losses(folder, name="train_loss"):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_a_run_and_its_files(train, capsys):
+    folder = train(max_steps=40)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "sample.txt",
+    ]  # fmt: skip
+    assert folder.name == "rhyme-tiny-1"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "val_loss" in line] == [8, 16, 24, 32, 40]
+    assert all(line["tokens_per_second"] > 0 for line in lines if "train_loss" in line)
+    assert abs(lines[0]["train_loss"] - math.log(257)) < 0.1
+    assert lines[-1]["val_loss"] < 3.5
+    for line in lines:  # one token is one byte here
+        if "val_loss" in line:
+            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["n_layer"], config["max_steps"], config["dtype"]) == (2, 40, "float32")
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "batch_size=4" in out and "64 tokens a step" in out
+    assert (
+        "best validation" in out
+        and f"sample.py --run {folder.relative_to(folder.parents[1])}" in out
+    )
+
+
+def test_no_run_overwrites_another(train):
+    assert [train(max_steps=1).name for _ in range(2)] == ["rhyme-tiny-1", "rhyme-tiny-2"]
+    assert train(max_steps=1, run_name="mine").name == "mine"
+    with pytest.raises(FileExistsError, match=r"--resume out/mine"):
+        train(max_steps=1, run_name="mine")
+
+
+def test_validation_is_a_full_pass(train, tmp_path):
+    """Every token but the first is predicted once, the tail behind the last block included."""
+    make_corpus(tmp_path / "data" / "odd", ["x" * 900 + "abcdefghij" * 10 + "xyz"])
+    folder = train(max_steps=1, corpus="odd")
+    tokens = np.fromfile(tmp_path / "data" / "odd" / "val.bin", np.uint16).astype(np.int64)
+    assert len(tokens) == 101  # 6 blocks of 16 and a tail of 4 targets
+    model, tokens = load_model(load_checkpoint(folder / "last.pt")), torch.from_numpy(tokens)
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, 96, 16):
+            x, y = tokens[None, start : start + 16], tokens[None, start + 1 : start + 17]
+            total += model(x, y, reduction="sum")[1].item()
+        log_probs = model(tokens[None, 84:100])[0].log_softmax(-1)[0]
+        total -= sum(log_probs[t - 84, tokens[t + 1]].item() for t in range(96, 100))
+    assert losses(folder, "val_loss")[1] == pytest.approx(total / 100, abs=1e-5)
+
+
+def test_micro_batches_add_up_to_the_batch(train):
+    whole = losses(train(max_steps=6, micro_batch_size=4))
+    for size in (1, 2):
+        assert losses(train(max_steps=6, micro_batch_size=size)) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(train, optimizer):
+    options = {"max_steps": 30, "dropout": 0.2, "optimizer": optimizer, "micro_batch_size": 2}
+    whole = train(**options, run_name="whole")
+    train(**options, run_name="parts", stop_at=11)
+    assert max(losses(newest_run("out"))) == 11
+    train(resume="out/parts", stop_at=19)
+    parts = train(resume="out/parts", stop_at=99)
+    assert parts.name == "parts"
+    assert losses(parts) == losses(whole)
+    assert losses(parts, "val_loss") == losses(whole, "val_loss")
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+    for one, other in zip(a["optimizers"], b["optimizers"]):
+        for key, state in one["state"].items():
+            for name, value in state.items():
+                assert torch.equal(value, other["state"][key][name])
+
+
+def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
+    train(max_steps=2, stop_at=1)
+    for flag, value in [
+        ("n_layer", 3),
+        ("sequence_length", 8),
+        ("corpus", "x"),
+        ("optimizer", "adamw"),
+    ]:
+        with pytest.raises(ValueError, match=f"{flag}.*--resume can't change it to {value}"):
+            train(resume="out/rhyme-tiny-1", **{flag: value})
+    make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])
+    with pytest.raises(ValueError, match="rhyme was prepared anew"):
+        train(resume="out/rhyme-tiny-1")
+
+
+def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
+    metrics = Metrics(tmp_path, step=2, max_steps=9)
+    metrics.train(3, 1.0, 0.1, 10.0)
+    metrics.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_best_checkpoint_is_kept(train, tmp_path):
+    """The validation text is unlike the training text: the model gets worse at it."""
+    make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])
+    folder = train(max_steps=40, corpus="other", learning_rate=0.02)
+    curve = losses(folder, "val_loss")
+    best = min(curve, key=curve.get)
+    assert best < 40
+    checkpoint = load_checkpoint(folder / "best.pt")
+    assert checkpoint["step"] == best
+    assert checkpoint["best"] == {"step": best, "val_loss": curve[best]}
+    assert "optimizers" not in checkpoint
+    assert load_checkpoint(folder / "last.pt")["step"] == 40
+
+
+def test_train_flops_pay_for_the_steps(train):
+    folder = train(train_flops=6 * 10_992 * 4 * 16 * 12.2)  # 10,992 parameters, 64 tokens a step
+    assert load_checkpoint(folder / "last.pt")["step"] == 12
+
+
+def test_the_learning_rate_rises_and_falls(train):
+    folder = train(max_steps=20, learning_rate=0.1)
+    rates = losses(folder, "learning_rate")
+    assert rates[1] == pytest.approx(0.1 / 3) and rates[2] == pytest.approx(0.2 / 3)
+    assert rates[3] == pytest.approx(0.1)  # warmed up after 2 of 20 steps
+    assert rates[12] == pytest.approx(0.1 * 9 / 18) and rates[20] == pytest.approx(0.1 * 1 / 18)
+
+
+def flags(**changes):
+    return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags(max_steps=100_000)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, err
+    assert "Traceback" not in err
+    assert out.splitlines()[-1].endswith("python train_gpt2.py --resume out/rhyme-tiny-1 goes on")
+    step = load_checkpoint(tmp_path / "out/rhyme-tiny-1/last.pt")["step"]
+    assert out.splitlines()[-1].startswith(f"stopped at step {step};")
+    assert step == read_metrics(metrics)[-1]["step"]
+
+
+def test_two_processes_give_the_curve_of_one(train, tmp_path):
+    one = train(max_steps=12)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *command, str(ROOT / "train_gpt2.py"), *flags(max_steps=12)]
+    command += ["--run_name", "two", "--micro_batch_size", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    two = tmp_path / "out" / "two"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=1e-5)
+
+
+WRONG = {
+    "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py --corpus nope"]),
+    "no such size": ({"size": "huge"}, ["huge", "tiny", "gpt2-xl"]),
+    "no such optimizer": ({"optimizer": "sgd"}, ["sgd", "muon", "adamw"]),
+    "no such device": ({"device": "abacus"}, ["abacus"]),
+    "heads": ({"n_embd": 30, "n_head": 4}, ["n_embd (30)", "n_head (4)"]),
+    "window too long": ({"sequence_length": 600}, ["540 tokens", "lower sequence_length"]),
+    "zero": ({"batch_size": 0}, ["batch_size must be at least 1"]),
+    "accumulation": ({"micro_batch_size": 3}, ["batch_size (4)", "micro_batch_size (3)"]),
+    "not a number": ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
+    "half a step": ({"max_steps": "1.5"}, ["--max_steps", "1.5"]),
+    "no such run": ({"resume": "out/nope"}, ["out/nope/last.pt"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_line(rhyme, tmp_path, case):
+    changes, words = WRONG[case]
+    result = run_script("train_gpt2.py", *flags(**{"max_steps": 1} | changes), cwd=tmp_path)
+    assert_one_line_error(result, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_prepared(tmp_path):
+    result = run_script("train_gpt2.py", cwd=tmp_path)
+    assert_one_line_error(result, "data/ has no prepared corpus", "python prepare_data.py")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(rhyme, tmp_path):
+    result = run_script(
+        "train_gpt2.py", *flags(max_steps=50, learning_rate=1e30, grad_clip=0), cwd=tmp_path
+    )
+    assert_one_line_error(result, "the loss is", "at step", "lower learning_rate")
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 half a zip"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"last.pt is no readable checkpoint"):
+            load_checkpoint(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"last.pt is no checkpoint of train_gpt2.py"):
+        load_checkpoint(path)
+    torch.save({"model_config": signal.SIGINT}, path)  # an object, not a plain value
+    with pytest.raises(ValueError, match=r"last.pt is no readable checkpoint"):
+        load_checkpoint(path)
