@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -42,9 +43,8 @@ def parse_flags(cls, doc: str, defaults=None):
 
 def print_flags(config) -> None:
     """The values in use, on as few lines as they need."""
-    print(
-        " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v not in (None, ""))
-    )
+    values = dataclasses.asdict(config).items()
+    print(textwrap.fill(" ".join(f"{k}={v}" for k, v in values if v not in (None, "")), width=100))
 
 
 def run(main) -> None:

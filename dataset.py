@@ -173,7 +173,7 @@ class ShuffledBatches(Sampler):
         self.batch_size, self.seed, self.rank = batch_size, seed, rank
         self.share = batch_size // world_size  # windows a batch for this rank
         self.stride = min(stride, num_items)
-        self.num_items = (num_items - self.stride) // self.stride + 1  # at every offset
+        self.num_items = num_items // self.stride  # windows an epoch, at every offset
         self.position = 0
 
     def __len__(self):

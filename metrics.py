@@ -26,7 +26,7 @@ class Metrics:
         with atomic_write(self.path) as f:
             f.writelines(json.dumps(line).encode() + b"\n" for line in kept)
         self.file = open(self.path, "a", buffering=1)  # a line at a time
-        self.start = time.perf_counter()
+        self.start, self.status = time.perf_counter(), "training"
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
         )

@@ -56,6 +56,8 @@ def load(config):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
     name = config.corpus or (Path(config.input).stem if config.input else "tinyshakespeare")
     file = Path(config.input) if config.input else None
+    if not name or Path(name).name != name:  # it becomes a folder in data_dir
+        raise ValueError(f"{name!r} can't be the name of a corpus: choose one with --corpus NAME")
     corpus = corpora.load_corpus(name, Path(config.data_dir) / name, file)
     for url, path, sha256 in missing_files(config.tokenizer or "gpt2"):
         try:
@@ -74,8 +76,23 @@ def prepare(corpus, tokenizer, folder: Path, train_split_ratio: float, seed: int
     Raises ValueError where a split would be empty.
     """
     start = time.perf_counter()
-    splits = split_documents if corpus.documents else split_text
+    split = split_documents if corpus.documents else split_text
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    files, splits = {}, {}
+    for name, texts in split(corpus.texts, train_split_ratio, seed).items():
+        ids = encode(texts, tokenizer, corpus.documents)
+        if len(ids) == 0:
+            raise ValueError(f"{corpus.name} is too short: train_split_ratio leaves {name} empty")
+        if ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
+            raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
+        data = files[f"{name}.bin"] = ids.astype(dtype).tobytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        splits[name] = {
+            "files": [{"name": f"{name}.bin", "tokens": len(ids), "sha256": sha256}],
+            "tokens": len(ids),
+            "documents": len(texts),
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
     metadata = {
         "format_version": 1,
         "corpus": corpus.name,
@@ -87,45 +104,27 @@ def prepare(corpus, tokenizer, folder: Path, train_split_ratio: float, seed: int
         "dtype": dtype.name,
         "train_split_ratio": train_split_ratio,
         "seed": seed,
-        "splits": {},
+        "splits": splits,
     }
-    pending = {}
-    for name, texts in splits(corpus.texts, train_split_ratio, seed).items():
-        ids = [tokenizer.encode(text) for text in texts]
-        if corpus.documents:
-            ids = [part for document in ids for part in (document, [tokenizer.eot_token])]
-        ids = np.concatenate([*ids, []])
-        if len(ids) == 0:
-            raise ValueError(
-                f"{corpus.name} is too short: nothing is left for {name} at train_split_ratio "
-                f"{train_split_ratio}"
-            )
-        if ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
-            raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
-        data = pending[f"{name}.bin"] = ids.astype(dtype).tobytes()
-        metadata["splits"][name] = {
-            "files": [
-                {
-                    "name": f"{name}.bin",
-                    "tokens": len(ids),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            ],
-            "tokens": len(ids),
-            "documents": len(texts),
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").unlink(missing_ok=True)  # until all is there, nothing is
-    for name, data in pending.items():
+    for name, data in files.items():
         with atomic_write(folder / name) as f:
             f.write(data)
     with atomic_write(folder / "metadata.json") as f:
         f.write(json.dumps(metadata, indent=2).encode() + b"\n")
-    for name, split in metadata["splits"].items():
-        print(f"{name:5} {split['tokens']:>12,} tokens  {split['bytes']:>12,} bytes of text")
+    for name, total in splits.items():
+        print(f"{name:5} {total['tokens']:>12,} tokens  {total['bytes']:>12,} bytes of text")
     print(f"{folder}: done in {time.perf_counter() - start:.1f} s. Next: python train_gpt2.py")
     return metadata
+
+
+def encode(texts, tokenizer, documents: bool) -> np.ndarray:
+    """Texts -> (n,) uint32 ids; where they are documents, each ends with an end of text."""
+    end = np.array([tokenizer.eot_token] if documents else [], dtype=np.uint32)
+    return np.concatenate(
+        [part for text in texts for part in (tokenizer.encode(text), end)] or [end]
+    )
 
 
 def split_text(texts, train_split_ratio, seed) -> dict[str, list[str]]:

@@ -1,9 +1,9 @@
 """Trains a GPT-2 on a corpus that prepare_data.py has prepared.
 
-    python train_gpt2.py                                     # the corpus prepared last
-    python train_gpt2.py --max_steps 5000 --dropout 0.2      # every constant below is a flag
+    python train_gpt2.py                                      # the corpus prepared last
+    python train_gpt2.py --max_steps 5000 --dropout 0.2       # every constant below is a flag
     python train_gpt2.py --resume out/tinyshakespeare-tiny-1
-    torchrun --nproc_per_node 2 train_gpt2.py                # several processes
+    torchrun --standalone --nproc_per_node 2 train_gpt2.py    # several processes
 
 Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, best.pt, sample.txt.
 """
@@ -96,7 +96,7 @@ def configure():
     if config.resume:
         folder = Path(config.resume)
         checkpoint = load_checkpoint(folder / "last.pt")
-        saved = Config(**checkpoint["config"])
+        saved = Config(**checkpoint["config"] | {"stop_at": None})
         config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
         config.out_dir, config.run_name = str(folder.parent), folder.name
         for name in ("corpus", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer"):
@@ -190,12 +190,7 @@ class Trainer:
             tokens += config.batch_size * config.sequence_length
             last = self.step == config.max_steps
             if self.step % config.log_every == 0 or last:
-                loss = self.sum_over_ranks(loss).item()  # waits for the device
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {loss} at step {self.step}: lower learning_rate, and start "
-                        f"again or --resume from the last checkpoint, which is from before"
-                    )
+                loss = self.finite(self.sum_over_ranks(loss))
                 if metrics:
                     speed = tokens / (time.perf_counter() - since)
                     metrics.train(self.step, loss, self.learning_rate(self.step - 1), speed)
@@ -205,6 +200,7 @@ class Trainer:
                 self.validate(metrics)
                 tokens, since = 0, time.perf_counter()
             elif done:
+                self.finite(loss)
                 self.save("last.pt")
         if metrics:
             metrics.close()
@@ -265,7 +261,7 @@ class Trainer:
             with self.autocast:
                 total += self.model(x.to(self.device), y.to(self.device), reduction="sum")[1]
         self.model.train()
-        return self.sum_over_ranks(total).item() / (data.num_tokens - 1)
+        return self.finite(self.sum_over_ranks(total)) / (data.num_tokens - 1)
 
     def validate(self, metrics) -> None:
         """Evaluates, and saves what the run has come to."""
@@ -331,6 +327,16 @@ class Trainer:
         )
         print(f"files: {self.folder}/ (best.pt, last.pt, metrics.jsonl, loss.png, sample.txt)")
         print(f'text:  python sample.py --run {self.folder} --prompt "..."')
+
+    def finite(self, loss) -> float:
+        """The loss as a number. Raises ValueError for NaN, before anything is saved."""
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.step}: lower learning_rate and start again, or "
+                f"--resume from the last checkpoint, which is from before"
+            )
+        return loss
 
     def sum_over_ranks(self, value):
         if self.world_size > 1:

@@ -151,6 +151,8 @@ WRONG = {
     "no such tokenizer": (["--input", "ok.txt", "--tokenizer", "gpt5"], ["gpt5", "bytes"]),
     "no such file": (["--input", "nope.txt"], ["nope.txt"]),
     "a folder": (["--corpus", "c", "--input", "."], [".: Is a directory"]),
+    "no name": (["--input", "."], ["''", "--corpus NAME"]),
+    "outside": (["--input", "ok.txt", "--corpus", "../x"], ["'../x'", "--corpus NAME"]),
     "another text": (["--corpus", "tinyshakespeare", "--input", "ok.txt"], ["ok.txt", "sha256"]),
     "not UTF-8": (
         ["--input", "latin1.txt", "--tokenizer", "bytes"],

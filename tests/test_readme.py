@@ -1,0 +1,75 @@
+"""Every command in the README runs, in its order, in a copy of the repository without a network."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEAD_PROXY, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    command.strip()
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    for command in line.split("  #")[0].split("&&")
+    if command.strip()
+]
+QUICK = "--max_steps 2 --device cpu --compile false"  # of flags given twice the last one counts
+TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 4 --micro_batch_size 2 --sequence_length 16"
+
+
+def shortened(command: str) -> str | None:
+    """The command with flags that make it quick; None where something else runs it."""
+    if command.startswith(("pip install", "pytest", "git clone", "cd ")):
+        return None  # .ci/run has them; they made this copy
+    if "train_gpt2.py" in command:
+        return f"{command} {QUICK}" + (f" {TINY}" if "--resume" not in command else "")
+    return command
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository as git has it, with what the README supposes a reader to have."""
+    folder = tmp_path_factory.mktemp("readme")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not files:
+        pytest.skip("not a git checkout: which files belong to it is not known")
+    for name in files.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "my.txt").write_text("some text of my own, line by line\n" * 100)
+    text = os.environ.get("TINYSHAKESPEARE")
+    if text:  # as if downloaded
+        (folder / "data" / "tinyshakespeare").mkdir(parents=True)
+        shutil.copy(text, folder / "data" / "tinyshakespeare" / "input.txt")
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if shortened(c)])
+def test_command(copy, command):
+    needs = set(re.findall(r"tinyshakespeare|--input", command)) and not os.environ.get(
+        "TINYSHAKESPEARE"
+    )
+    if needs:
+        pytest.skip("TINYSHAKESPEARE and TIKTOKEN_CACHE_DIR are not set: there is no network here")
+    bin_dir = str(Path(sys.executable).parent)
+    env = (
+        os.environ
+        | DEAD_PROXY
+        | {"OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    )
+    result = subprocess.run(
+        shlex.split(shortened(command)), cwd=copy, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_files_it_names_are_there():
+    names = re.findall(r"\]\(([^)#:]+)\)|`([\w/.]+\.(?:py|md|txt|toml|sbatch))`", README)
+    for name in {a or b for a, b in names} - {"my.txt", "sample.txt"}:
+        assert (ROOT / name).exists(), name
