@@ -68,7 +68,7 @@ class Config:
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
-        batch_size=8, train_flops=4.5e12, learning_rate=8e-3,
+        batch_size=12, train_flops=5.7e12, learning_rate=1e-2,
     ),
     "small": dict(
         n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,
