@@ -4,7 +4,8 @@ Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Pa
 the names of OpenAI's release, so that weights can be copied key by key.
 
     model = GPT(GPTConfig(vocab_size=257, n_layer=4, n_head=4, n_embd=128))
-    logits, loss = model(x, y)                    # x, y: (B, T) token ids
+    logits, _ = model(x)                          # x, y: (B, T) token ids
+    _, loss = model(x, y)
     for token in model.generate(x[:1], 100):      # (1,) token ids, one at a time
         ...
 """
@@ -23,6 +24,7 @@ GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[n
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+CHUNKED_LOSS = hasattr(F, "linear_cross_entropy")  # torch 2.13 and later
 
 
 @dataclass
@@ -129,9 +131,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean", cache=None):
         """idx: (B, T) token ids, T <= n_positions. targets: (B, T) ids, -100 where there is none.
 
-        Returns (logits, loss): (B, T, vocab_size), and the cross-entropy in nats over the targets
-        that are there, their "mean" or "sum" (None without targets). `cache` is a list of n_layer
-        lists, empty at first; the first call fills it, each later one takes a single token.
+        Returns (logits, None): (B, T, vocab_size); or, with targets, (None, loss): the
+        cross-entropy in nats over the targets that are there, their "mean" or "sum". `cache` is a
+        list of n_layer lists, empty at first; the first call fills it, later ones take one token.
         """
         T = idx.shape[1]
         start = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -145,11 +147,10 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache is not None else None)
-        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)  # (B, T, vocab)
+        x, head = self.transformer.ln_f(x), self.transformer.wte.weight
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return logits, loss
+            return F.linear(x, head), None  # (B, T, vocab_size)
+        return None, head_loss(x.flatten(0, 1), head, targets.flatten(), reduction)
 
     @torch.inference_mode()
     def generate(
@@ -170,6 +171,23 @@ class GPT(nn.Module):
             new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
+
+
+def head_loss(x, head, targets, reduction):
+    """Cross-entropy of the logits that `head`, (vocab_size, C), makes of x, (N, C); targets: (N,).
+
+    In float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768 tokens, which
+    glibc takes from the kernel, page by page, again at every step (1.5 times slower, all told).
+    """
+    if (
+        x.is_cpu
+        and CHUNKED_LOSS
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    ):
+        rows = max(1, 6_500_000 // len(head))  # 26 MB of logits: glibc keeps blocks of up to 32
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
+    return F.cross_entropy(F.linear(x, head).float(), targets, reduction=reduction)
 
 
 def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPT2_SIZES, GPTConfig, next_token_probs
+from model import GPT, GPT2_SIZES, GPTConfig, head_loss, next_token_probs
 
 
 def small(seed=0, **changes) -> GPT:
@@ -90,12 +90,27 @@ def test_tokens_do_not_see_the_future():
 def test_loss_is_the_mean_over_the_targets_that_are_there():
     model, idx, targets = small(), torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
     targets[0, 3:] = -100
-    logits, loss = model(idx, targets)
-    log_probs = logits.log_softmax(-1)
+    log_probs = model(idx)[0].log_softmax(-1)
     there = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
     expected = -sum(log_probs[b, t, targets[b, t]] for b, t in there)
-    torch.testing.assert_close(loss, expected / len(there))
+    torch.testing.assert_close(model(idx, targets)[1], expected / len(there))
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
+
+
+def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
+    torch.manual_seed(0)
+    x, head = torch.randn(300, 8), torch.randn(60_000, 8)  # chunks of 108 rows
+    targets = torch.randint(60_000, (300,))
+    targets[::7] = -100
+    found = []
+    for chunked in (True, False):
+        monkeypatch.setattr("model.CHUNKED_LOSS", chunked)
+        leaves = [x.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = head_loss(*leaves, targets, "sum")
+        (loss / 7).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_initial_loss_is_that_of_a_guess():
