@@ -55,7 +55,6 @@ def join_processes(device: str):
         torch.cuda.set_device(device)
     # gloo carries what lies in main memory, such as a flag that no one should wait on a GPU for
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield rank, world_size, torch.device(device)
-    finally:
-        dist.destroy_process_group()
+    yield rank, world_size, torch.device(device)
+    dist.barrier()  # leave together: gloo aborts a process that leaves while another is still busy
+    dist.destroy_process_group()
