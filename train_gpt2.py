@@ -68,7 +68,7 @@ class Config:
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
-        batch_size=12, train_flops=5.7e12, learning_rate=1e-2,
+        batch_size=12, train_flops=6e12, learning_rate=1e-2,
     ),
     "small": dict(
         n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,
@@ -156,7 +156,7 @@ class Trainer:
 
         flops = 6 * self.model.num_parameters() * batch * window  # a step (Kaplan et al. 2020)
         config.max_steps = config.max_steps or max(1, round(config.train_flops / flops))
-        config.eval_every = config.eval_every or max(1, config.max_steps // 5)
+        config.eval_every = config.eval_every or math.ceil(config.max_steps / 5)
         flops *= config.max_steps - self.step
         compiled = choose_compile(config.compile, config.device, flops)
         self.forward = torch.compile(self.model) if compiled else self.model  # the same parameters
@@ -325,7 +325,7 @@ class Trainer:
         print(
             f"best validation {self.best['val_loss']:.4f} nats per token, step {self.best['step']}"
         )
-        print(f"files: {self.folder}/ (best.pt, last.pt, metrics.jsonl, loss.png, sample.txt)")
+        print(f"files: {self.folder}/ ({', '.join(sorted(p.name for p in self.folder.iterdir()))})")
         print(f'text:  python sample.py --run {self.folder} --prompt "..."')
 
     def finite(self, loss) -> float:
