@@ -2,7 +2,7 @@
 
 A checkpoint holds tensors and plain values only, so torch.load(weights_only=True) reads it:
 step, best (its step and val_loss), model (weights), model_config, metadata (of the corpus), config
-(the constants of the run), and in last.pt optimizers (their states).
+(the constants of the run); in last.pt also position (windows used) and optimizers (their states).
 """
 
 import itertools
@@ -12,14 +12,19 @@ from pathlib import Path
 
 import torch
 
-from common import atomic_write
+from common import atomic_write, folder_name
 from model import GPT, GPTConfig
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Replaces `path` once the new file is whole and on the disk."""
+    """Replaces `path` once the new file is whole and on the disk. Raises OSError."""
     with atomic_write(path) as f:
-        torch.save(checkpoint, f)
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as error:  # what torch makes of a failed write
+            raise OSError(
+                f"{path} could not be written (is the disk full?): {str(error).splitlines()[0]}"
+            ) from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -27,15 +32,21 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} isn't there: no run saved a checkpoint in {path.parent}"
-        ) from None
+        raise FileNotFoundError(f"{path} isn't there: no run has saved it") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of train_gpt2.py")
+    needed = {"step", "best", "model", "model_config", "metadata", "config"}
+    if path.name == "last.pt":
+        needed |= {"position", "optimizers"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train_gpt2.py, or of another version")
     return checkpoint
+
+
+def best_checkpoint(run: Path) -> dict:
+    """The checkpoint to use of a run: its best, or its last where it was never validated."""
+    return load_checkpoint(run / ("best.pt" if (run / "best.pt").exists() else "last.pt"))
 
 
 def load_model(checkpoint: dict, device="cpu") -> GPT:
@@ -58,13 +69,12 @@ def new_run(config) -> Path:
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     numbered = (f"{config.corpus}-{config.size}-{i}" for i in itertools.count(1))
-    for name in [config.run_name] if config.run_name else numbered:
+    for name in [folder_name(config.run_name, "--run_name")] if config.run_name else numbered:
+        folder = out_dir / name
         try:  # not looked up first: two runs may start at once
-            (out_dir / name).mkdir()
-            return out_dir / name
+            folder.mkdir()
+            return folder
         except FileExistsError:
             continue
-    raise FileExistsError(
-        f"{out_dir / name} is there already: --resume {out_dir / name} goes on with it, another "
-        f"--run_name starts anew"
-    )
+    goes_on = f"--resume {folder} goes on with it, " if (folder / "last.pt").exists() else ""
+    raise FileExistsError(f"{folder} is there already: {goes_on}another --run_name starts anew")

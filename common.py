@@ -31,10 +31,8 @@ def parse_flags(cls, doc: str, defaults=None):
         kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # "int | None": int
         parser.add_argument(
             f"--{field.name}",
-            type={int: _int, float: _float, bool: _bool, str: str}[kind],
+            type={int: _int, float: _float, str: str}[kind],
             default=default,
-            nargs="?" if kind is bool else None,  # --flag alone means true
-            const=True if kind is bool else None,
             metavar=kind.__name__.upper(),
             help=f"{comments[field.name]} [{default}]".replace("%", "%%"),
         )
@@ -53,10 +51,14 @@ def run(main) -> None:
     ValueError and OSError carry messages for people (what, where, what to do); anything else is a
     bug of ours and keeps its traceback.
     """
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     try:
         sys.exit(main())
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except OSError as error:
-        if error.errno is None:  # raised by us, in whole words
+        if error.errno is None or error.filename is None:  # raised by us, in whole words
             sys.exit(f"error: {error}")
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "; make room there, or choose another folder, and run it again" if full else ""
@@ -65,6 +67,13 @@ def run(main) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
+
+
+def folder_name(name: str, flag: str) -> str:
+    """`name`, where it can be that of a folder inside another. Raises ValueError elsewhere."""
+    if Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{name!r} can't be the name of a folder: choose another {flag} NAME")
+    return name
 
 
 @contextlib.contextmanager
@@ -104,9 +113,3 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"

@@ -8,6 +8,7 @@ Downloads are checked against a size and a sha256; see data/README.md for what c
 
 import hashlib
 import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,6 @@ def load_corpus(name: str, folder: Path, file: Path | None = None) -> Corpus:
 
 def python_documentation() -> Corpus:
     """The language reference that help() shows: 79 documents, half a megabyte, in every CPython."""
-    import platform
     from pydoc_data.topics import topics  # imported here: a table of half a megabyte
 
     source = {
@@ -154,22 +154,28 @@ def download(
 
 
 def _fetch(url, part, size, sha256, pause, tries) -> None:
-    failures = 0
+    failures, pieces = 0, 0
     while True:
         done = part.stat().st_size if part.exists() else 0
         try:
             _fetch_rest(url, part, done, size)
-            break
+            found = sha256_of(part)
+            if not sha256 or found == sha256:
+                return
+            part.unlink()
+            if not done:  # one answer, and the wrong one
+                raise ConnectionError(
+                    f"{url} sent something else: sha256 {found[:16]}..., not {sha256[:16]}..."
+                )
+            pieces += 1
+            if pieces == 2:
+                raise ConnectionError(f"{url} changes while it is being fetched")
         except _TryAgain as error:
             grown = part.exists() and part.stat().st_size > done
             failures = 1 if grown else failures + 1
             if failures == tries:
                 raise ConnectionError(f"{url}: {error}") from None
             time.sleep(pause * 2 ** (failures - 1))
-    if sha256 and (found := sha256_of(part)) != sha256:
-        raise ConnectionError(
-            f"{url} sent something else: sha256 {found[:16]}..., not {sha256[:16]}..."
-        )
 
 
 def _fetch_rest(url, part, done, size) -> None:

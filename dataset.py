@@ -7,6 +7,7 @@ y is x shifted by one: y[b, t] is the token that follows x[b, t].
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,12 @@ class TextDataset(Dataset):
             raise ValueError(
                 f"sequence_length ({sequence_length}) and stride ({stride}) start at 1"
             )
+        self.arguments = path, sequence_length, stride, dtype
         self.sequence_length, self.stride = sequence_length, stride
-        self.path, self.vocab_size = path, None
         if isinstance(path, (str, Path)):
-            self.shards, self.vocab_size = open_tokens(Path(path), dtype)
+            self.path, (self.shards, self.vocab_size) = path, open_tokens(Path(path), dtype)
         else:
-            self.path, self.shards = "the array", [np.asarray(path)]
+            self.path, self.shards, self.vocab_size = "the array", [np.asarray(path)], None
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # in the stream of all shards
         self.num_tokens = int(self.ends[-1])
         if self.num_tokens < sequence_length + 1:
@@ -49,6 +50,9 @@ class TextDataset(Dataset):
                 f"{self.path} has {self.num_tokens:,} tokens, fewer than one window of "
                 f"{sequence_length} and the token after it: lower sequence_length"
             )
+
+    def __reduce__(self):  # a worker process maps the files itself: pickle would copy them whole
+        return type(self), self.arguments
 
     def __len__(self):
         return (self.num_tokens - self.sequence_length - 1) // self.stride + 1
@@ -60,56 +64,74 @@ class TextDataset(Dataset):
     def __getitems__(self, indices):
         """A whole batch in one gather: indices (B,) -> x, y of shape (B, sequence_length)."""
         indices = np.asarray(indices, dtype=np.int64)
-        out = indices[(indices < -len(self)) | (indices >= len(self))]
-        if len(out):
-            raise IndexError(f"window {out[0]} of {self.path}: there are {len(self):,}")
+        outside = indices[(indices < -len(self)) | (indices >= len(self))]
+        if len(outside):
+            raise IndexError(f"window {outside[0]} of {self.path}: there are {len(self):,}")
         windows = self.read(indices % len(self) * self.stride, self.sequence_length + 1)
-        windows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+        # contiguous, or the copy from pinned memory to a GPU would wait
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def read(self, starts, length):
-        """(B,) positions in the stream -> (B, length) ids, as they are stored."""
-        if len(self.shards) == 1:
-            tokens = sliding_window_view(self.shards[0], length)[starts]
-        else:  # a window may begin in one shard and end in another
-            tokens = np.stack([self._read_across(start, length) for start in starts])
+        """Positions in the stream, (B,) -> ids, (B, length) int64."""
+        starts = np.asarray(starts, dtype=np.int64)
+        first = np.searchsorted(self.ends, starts, side="right")  # the shard of the first token
+        last = np.searchsorted(self.ends, starts + length - 1, side="right")
+        tokens = np.empty((len(starts), length), dtype=self.shards[0].dtype)
+        for i in np.unique(first[first == last]):
+            here, begin = (first == i) & (last == i), self.ends[i] - len(self.shards[i])
+            tokens[here] = sliding_window_view(self.shards[i], length)[starts[here] - begin]
+        for row in np.flatnonzero(first != last):  # windows over an edge between shards
+            done = 0
+            for i in range(first[row], last[row] + 1):
+                begin = starts[row] + done - self.ends[i] + len(self.shards[i])
+                part = self.shards[i][begin : begin + length - done]
+                tokens[row, done : done + len(part)] = part
+                done += len(part)
         if self.vocab_size and tokens.max(initial=0) >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the id {tokens.max()}, but its vocabulary has "
                 f"{self.vocab_size}: the file is damaged; prepare it again"
             )
-        return tokens
-
-    def _read_across(self, start, length):
-        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
-        while length:
-            begin = start - (self.ends[shard] - len(self.shards[shard]))
-            parts.append(self.shards[shard][begin : begin + length])
-            start, length, shard = start + len(parts[-1]), length - len(parts[-1]), shard + 1
-        return np.concatenate(parts)
+        return torch.from_numpy(tokens.astype(np.int64))
 
 
 def read_metadata(corpus_dir) -> dict:
     """metadata.json of a prepared corpus (data/README.md says what it holds).
 
-    Raises FileNotFoundError or ValueError, with the command that mends it.
+    Raises FileNotFoundError, or ValueError for one that is damaged, with the remedy.
     """
     path = Path(corpus_dir) / "metadata.json"
-    remedy = f"run `python prepare_data.py --corpus {path.parent.name}`"
     try:
-        metadata = json.loads(path.read_text())
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        files = [file for split in metadata["splits"].values() for file in split["files"]]
+        sound = (
+            metadata["format_version"] == 1
+            and metadata["dtype"] in ("uint16", "uint32")
+            and metadata["vocab_size"] > 0
+            and {"name", "sha256"} <= metadata["tokenizer"].keys()
+            and all(split["files"] and split["tokens"] > 0 for split in metadata["splits"].values())
+            and all(split["bytes"] > 0 for split in metadata["splits"].values())
+            and all(Path(f["name"]).name == f["name"] and f["tokens"] >= 0 for f in files)
+        )
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} is no prepared corpus: {remedy}") from None
-    except ValueError:
-        raise ValueError(f"{path} is damaged: {remedy}") from None
-    if metadata.get("format_version") != 1:
-        raise ValueError(f"{path} was written by another version of prepare_data.py: {remedy}")
+        prepared = sorted(path.parent.parent.glob("*/metadata.json"))
+        there = [other.parent.name for other in prepared]
+        raise FileNotFoundError(
+            f"{path.parent} is no prepared corpus: run python prepare_data.py, or choose "
+            f"another (there: {', '.join(there) or 'none'})"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is damaged, or of another version: run python prepare_data.py again"
+        )
     return metadata
 
 
 def newest_corpus(data_dir) -> Path:
     """The folder under `data_dir` that was prepared last."""
-    prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=lambda path: path.stat().st_mtime)
+    prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=os.path.getmtime)
     if not prepared:
         raise FileNotFoundError(f"{data_dir}/ has no prepared corpus: run `python prepare_data.py`")
     return prepared[-1].parent
@@ -119,59 +141,53 @@ def open_tokens(path: Path, dtype=None):
     """A split (data/NAME/train) or a bare .bin and its dtype -> its memory-mapped files, in order,
     and the size of the vocabulary (None for a bare file)."""
     if dtype is not None:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} isn't there")
         return [_map(path, np.dtype(dtype).newbyteorder("<"))], None
     if path.suffix == ".bin" and not (path.parent / "metadata.json").exists():
         raise ValueError(f"{path} has no metadata.json beside it: say which dtype its ids have")
-    metadata = read_metadata(path.parent)
-    name = path.name.removesuffix(".bin")
-    if name not in metadata["splits"]:
+    metadata, name = read_metadata(path.parent), path.name.removesuffix(".bin")
+    splits, dtype = metadata["splits"], np.dtype(metadata["dtype"]).newbyteorder("<")
+    if name not in splits:
+        raise ValueError(f"{path.parent} has no split {name!r}, but {', '.join(splits)}")
+    files = splits[name]["files"]
+    return [_map(path.parent / f["name"], dtype, f["tokens"]) for f in files], metadata[
+        "vocab_size"
+    ]
+
+
+def _map(path, dtype, tokens=None):
+    """A memory map of a file that has as many `tokens` as it should, if that is known."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run python prepare_data.py again")
+    size = path.stat().st_size
+    if tokens is not None and size != tokens * dtype.itemsize:
         raise ValueError(
-            f"{path.parent} has no split {name!r}, but {', '.join(metadata['splits'])}"
+            f"{path} has {size:,} bytes, metadata.json says {tokens * dtype.itemsize:,}: run "
+            f"python prepare_data.py again"
         )
-    shards = []
-    for file in metadata["splits"][name]["files"]:
-        remedy = f"run `python prepare_data.py --corpus {path.parent.name}`"
-        shard, dtype = path.parent / file["name"], np.dtype(metadata["dtype"]).newbyteorder("<")
-        if not shard.exists():
-            raise FileNotFoundError(f"{shard} is missing: {remedy}")
-        found, expected = shard.stat().st_size, file["tokens"] * dtype.itemsize
-        if found != expected:
-            raise ValueError(
-                f"{shard} has {found:,} bytes, metadata.json says {expected:,}: {remedy}"
-            )
-        shards.append(_map(shard, dtype))
-    return shards, metadata["vocab_size"]
-
-
-def _map(path, dtype):
-    if path.stat().st_size % dtype.itemsize:
-        raise ValueError(f"{path} is no whole number of {dtype} ids: {path.stat().st_size:,} bytes")
-    if path.stat().st_size == 0:  # nothing can be mapped
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    if size % dtype.itemsize:
+        raise ValueError(f"{path} is no whole number of {dtype} ids: {size:,} bytes")
+    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)  # 0: can't be mapped
 
 
 class ShuffledBatches(Sampler):
     """Batches of window indices in an order that is a pure function of (seed, position).
 
-    `position` counts the windows that all ranks together have taken since the training began; set
-    it to go on from anywhere. Epoch e is positions e * n to (e + 1) * n - 1, each a keyed
-    permutation of the n windows: nothing is drawn twice, nothing is stored. A batch may reach from
-    one epoch into the next. Iterating yields batches for one epoch's worth, then stops; the next
-    iteration goes on where this one ended.
+    A position counts windows over all ranks since the training began. Epoch e is positions e * n
+    to (e + 1) * n - 1, each a keyed permutation of the n windows: nothing is drawn twice, nothing
+    is stored, and a batch may reach from one epoch into the next. Iterating yields one epoch's
+    worth of batches, from `position` on, and leaves `position` behind the last one drawn. Set it to
+    resume anywhere: to the windows that were used, which workers, drawing ahead, fall behind.
 
     With stride > 1 an epoch visits every stride-th of the dataset's items only, from an offset of
-    its own: over windows that slide by one and stride = sequence_length it reads every token once,
-    and cuts the text elsewhere each time.
+    its own: over windows that slide by one and stride = sequence_length it reads no token twice,
+    and cuts the text elsewhere each time. Raises ValueError where ranks can't share a batch.
     """
 
     def __init__(self, num_items, batch_size, seed=0, stride=1, rank=0, world_size=1):
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not a multiple of {world_size} processes")
         self.batch_size, self.seed, self.rank = batch_size, seed, rank
-        self.share = batch_size // world_size  # windows a batch for this rank
+        self.rank_batch_size = batch_size // world_size
         self.stride = min(stride, num_items)
         self.num_items = num_items // self.stride  # windows an epoch, at every offset
         self.position = 0
@@ -181,9 +197,9 @@ class ShuffledBatches(Sampler):
 
     def __iter__(self):
         for _ in range(len(self)):
-            first = self.position + self.rank * self.share
+            first = self.position + self.rank * self.rank_batch_size
             self.position += self.batch_size
-            yield self.order(np.arange(first, first + self.share)).tolist()
+            yield self.order(np.arange(first, first + self.rank_batch_size)).tolist()
 
     def order(self, positions):
         """(n,) global positions -> (n,) indices into the dataset."""
@@ -227,10 +243,11 @@ def create_dataloaders(
 ):
     """(train_loader, val_loader) over a prepared corpus, yielding (x, y) of shape (B, T), int64.
 
-    Training: whole batches only, shuffled; one pass over the loader reads every token once, and
-    each pass cuts and orders the text anew (`train_loader.batch_sampler.position` is where it is;
-    set it to resume). Validation: blocks in order. batch_size counts windows over all `world_size`
-    ranks. Workers are there for slow disks: memory-mapped reads are faster without.
+    Training: whole batches, shuffled; a pass over the loader reads no token twice and, but for the
+    rest of a window and a batch, all of them, and each pass cuts and orders the text anew (resume
+    by train_loader.batch_sampler.position). Validation: blocks in order. batch_size counts windows
+    over all `world_size` ranks. Workers are there for slow disks: memory-mapped reads are faster
+    without. Raises what TextDataset and ShuffledBatches raise.
     """
     train = TextDataset(Path(corpus_dir) / "train", sequence_length)
     val = TextDataset(Path(corpus_dir) / "val", sequence_length, stride=sequence_length)
@@ -245,7 +262,9 @@ def create_dataloaders(
     return (
         DataLoader(train, batch_sampler=order, **options),
         DataLoader(
-            val, batch_sampler=BatchSampler(blocks, order.share, drop_last=False), **options
+            val,
+            batch_sampler=BatchSampler(blocks, order.rank_batch_size, drop_last=False),
+            **options,
         ),
     )
 

@@ -1,21 +1,37 @@
-"""What the machine can do: device, number type, compiler, other processes."""
+"""What the machine can do: device, number type, compiler, other processes, signals."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
+import signal
 
 import torch
 import torch.distributed as dist
 
 
 def choose_device(name: str) -> str:
-    """ "auto" is cuda when there, else cpu. Raises ValueError for a device that isn't there."""
+    """ "auto" is cuda when there, else cpu. Under torchrun each process has a GPU of its own.
+
+    Raises ValueError for a device that isn't there.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by how it was built
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+        device = torch.device(name)
+        there = {
+            "cpu": 1,
+            "cuda": torch.cuda.device_count(),
+            "mps": int(torch.backends.mps.is_available()),
+        }.get(device.type, 0)
+    except RuntimeError:
+        there, device = 0, torch.device("cpu")
+    if (device.index or 0) >= there:
+        raise ValueError(f"there is no device {name!r} here; --device auto takes what there is")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return name
 
 
@@ -32,29 +48,47 @@ def choose_dtype(name: str, device: str) -> str:
 
 
 def choose_compile(name: str, device: str, flops: float) -> bool:
-    """ "auto" compiles on cuda, and on a CPU that has a C++ compiler and a training run of so many
-    FLOPs before it that half a minute of compiling is repaid."""
+    """ "auto" compiles on cuda where Triton is installed, and on a CPU that has a C++ compiler and
+    so many FLOPs of training before it that half a minute of compiling is repaid."""
     if name != "auto":
         return name == "true"
     if device == "cpu":
         return flops > 2e14 and shutil.which(os.environ.get("CXX", "c++")) is not None
-    return device.startswith("cuda")
+    return device.startswith("cuda") and importlib.util.find_spec("triton") is not None
 
 
 @contextlib.contextmanager
 def join_processes(device: str):
-    """(rank, world_size, device); under torchrun, joined to the other processes, each on a GPU of
-    its own where device is cuda."""
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, world_size); under torchrun, joined to the other processes."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield rank, world_size, torch.device(device)
+        yield rank, world_size
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # gloo carries what lies in main memory, such as a flag that no one should wait on a GPU for
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    yield rank, world_size, torch.device(device)
-    dist.barrier()  # leave together: gloo aborts a process that leaves while another is still busy
+    if device.startswith("cuda"):
+        # gloo carries what lies in main memory, such as a flag no one should wait on a GPU for
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    yield rank, world_size
+    # leave together: gloo aborts a process that leaves while another is still busy
+    dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
+
+
+class StopSignal:
+    """Within its block, a SIGINT, SIGTERM or SIGUSR1 is only kept, in `signum`; a second one acts
+    as if there were no block."""
+
+    def __enter__(self):
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        self.signum = 0
+        self.before = {s: signal.signal(s, self.keep) for s in (getattr(signal, n) for n in names)}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def keep(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, self.before[signum])

@@ -57,7 +57,11 @@ class Metrics:
         self.file.close()
 
     def _write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a failed write doesn't know it
+            raise
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -89,6 +93,7 @@ def plot_losses(folder: Path) -> None:
         )
     axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=folder.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or val:
+        axes.legend()
     with atomic_write(folder / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")

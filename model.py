@@ -24,7 +24,7 @@ GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[n
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-CHUNKED_LOSS = hasattr(F, "linear_cross_entropy")  # torch 2.13 and later
+CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13 and later
 
 
 @dataclass
@@ -52,7 +52,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -67,6 +67,7 @@ class Attention(nn.Module):
         causal = True
         if cache is not None:  # a list that is empty or holds the keys and values so far
             if cache:
+                assert T == 1, "a second piece of several tokens would need a mask"
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
                 causal = False  # the one new token sees all that came before
             cache[:] = k, v
@@ -78,6 +79,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C), four times as wide in between."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -90,6 +93,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """(B, T, C) -> (B, T, C): attention, then an MLP, each added to what comes in."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)

@@ -20,7 +20,9 @@ class Muon(torch.optim.Muon):
             for params in stacks.values():
                 grads = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     grad = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                     grads.append(grad.T if p.shape[0] > p.shape[1] else grad)

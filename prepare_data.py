@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import corpora
-from common import atomic_write, parse_flags, print_flags, run
+from common import atomic_write, folder_name, parse_flags, print_flags, run
 from tokenizer import get_tokenizer, missing_files
 
 
@@ -56,9 +56,8 @@ def load(config):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
     name = config.corpus or (Path(config.input).stem if config.input else "tinyshakespeare")
     file = Path(config.input) if config.input else None
-    if not name or Path(name).name != name:  # it becomes a folder in data_dir
-        raise ValueError(f"{name!r} can't be the name of a corpus: choose one with --corpus NAME")
-    corpus = corpora.load_corpus(name, Path(config.data_dir) / name, file)
+    folder = Path(config.data_dir) / folder_name(name, "--corpus")
+    corpus = corpora.load_corpus(name, folder, file)
     for url, path, sha256 in missing_files(config.tokenizer or "gpt2"):
         try:
             corpora.download([url], path, sha256=sha256)

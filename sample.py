@@ -1,7 +1,7 @@
 """Writes text with a trained model.
 
 python sample.py --prompt "ROMEO:"                          # the newest run
-python sample.py --run out/tinyshakespeare-tiny-1 --num_samples 3 --temperature 0.7
+python sample.py --run out/mine --num_samples 3 --temperature 0.7
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, load_model, newest_run
+from checkpoint import best_checkpoint, load_model, newest_run
 from common import parse_flags, run
 from device import choose_device
 from tokenizer import get_tokenizer
@@ -38,7 +38,7 @@ def main():
         )
     device = choose_device(config.device)
     folder = Path(config.run) if config.run else newest_run(config.out_dir)
-    checkpoint = load_checkpoint(folder / "best.pt")
+    checkpoint = best_checkpoint(folder)
     model = load_model(checkpoint, device)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
     generator = torch.Generator(device).manual_seed(config.seed)

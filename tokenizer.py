@@ -86,6 +86,7 @@ class BytesTokenizer(Tokenizer):
 
 class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str):
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
         self.encoding = tiktoken.get_encoding(name)
         self.name, self.vocab_size = name, self.encoding.n_vocab
         self.eot_token = self.encoding.eot_token
@@ -95,7 +96,18 @@ class TiktokenTokenizer(Tokenizer):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids):
-        return self.encoding.decode_bytes([int(i) for i in ids])
+        ids = [int(i) for i in ids]
+        try:
+            return self.encoding.decode_bytes(ids)
+        except KeyError:  # a gap in the vocabulary, which an untrained model may choose
+            pieces = (self._decode_one(i) for i in ids)
+            return b"".join(pieces)
+
+    def _decode_one(self, i: int) -> bytes:
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return "\ufffd".encode()
 
 
 def _sha256_of_vocabulary(encoding: tiktoken.Encoding) -> str:
@@ -112,18 +124,18 @@ def vocabulary_folder() -> Path:
     """Where vocabulary files lie: $TIKTOKEN_CACHE_DIR, or else data/tokenizers beside this file,
     which, unlike tiktoken's own choice, the temporary folder, is still there tomorrow."""
     default = Path(__file__).resolve().parent / "data" / "tokenizers"
-    return Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(default)))
+    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
 def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """(address, path, sha256) of each vocabulary file that `name` needs and that isn't there."""
+    """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged."""
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         url = f"{_HOST}/{file}"
         path = (
             vocabulary_folder() / hashlib.sha1(url.encode()).hexdigest()
         )  # as tiktoken looks it up
-        if not path.exists():
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             missing.append((url, path, sha256))
     return missing
 
@@ -142,7 +154,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     if missing := missing_files(name):
         url, path, _ = missing[0]
         raise FileNotFoundError(
-            f"the vocabulary of {name!r} isn't here: {path} is missing; with a network, "
+            f"the vocabulary of {name!r} isn't here: {path} is missing or damaged; with a network, "
             f"`python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
     return TiktokenTokenizer(name)

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
         "format_version": 1,
         "dtype": dtype,
         "vocab_size": vocab_size,
-        "splits": {"train": {"files": files, "tokens": tokens}},
+        "tokenizer": {"name": "made", "sha256": "by a test"},
+        "splits": {"train": {"files": files, "tokens": tokens, "bytes": tokens}},
     }
     (folder / "metadata.json").write_text(json.dumps(metadata))
     return folder / "train"
@@ -108,16 +110,41 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"00001.bin has 38 bytes.* 40.*prepare_data.py"):
         TextDataset(path, 4)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001.bin.*prepare_data.py --corpus c"):
+    with pytest.raises(FileNotFoundError, match=r"00001.bin is missing.*prepare_data.py"):
         TextDataset(path, 4)
-    (tmp_path / "c" / "metadata.json").write_text('{"format')
-    with pytest.raises(ValueError, match=r"metadata.json is damaged"):
-        TextDataset(path, 4)
-    (tmp_path / "c" / "metadata.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="another version"):
-        TextDataset(path, 4)
-    with pytest.raises(FileNotFoundError, match=r"nope .*prepare_data.py --corpus nope"):
+    with pytest.raises(FileNotFoundError, match=r"nope is no prepared corpus.*there: c"):
         TextDataset(tmp_path / "nope" / "train", 4)
+
+
+DAMAGE = [
+    lambda m: [m],
+    lambda m: m | {"format_version": 2},
+    lambda m: m | {"dtype": "float64"},
+    lambda m: m | {"vocab_size": "many"},
+    lambda m: m | {"splits": {}},
+    lambda m: m | {"splits": {"train": m["splits"]["train"] | {"files": []}}},
+    lambda m: m | {"splits": {"train": m["splits"]["train"] | {"files": [{"name": "../x"}]}}},
+    lambda m: {key: value for key, value in m.items() if key != "tokenizer"},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_metadata(tmp_path, damage):
+    path = write_corpus(tmp_path / "c", [np.arange(20)])
+    file = tmp_path / "c" / "metadata.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=r"c/metadata.json is damaged|no split"):
+        TextDataset(path, 4)
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"c/metadata.json is damaged"):
+        TextDataset(path, 4)
+
+
+def test_workers_map_the_file_themselves(tmp_path):
+    dataset = TextDataset(write_corpus(tmp_path / "c", [np.arange(50_000)]), 4, 3)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[7][0], dataset[7][0])
 
 
 def test_an_id_outside_the_vocabulary(tmp_path):

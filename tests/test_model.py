@@ -53,6 +53,8 @@ def test_names_and_shapes_are_openais():
 def test_logits_are_gpt2_written_out():
     """The paper's architecture in plain matrix products, for one window."""
     model, idx = small(), torch.randint(50, (1, 16))
+    for p in model.parameters():  # norms away from 1, biases from 0, GELU's argument from 0
+        p.data += 0.3 * torch.randn_like(p)
     w = {name.removeprefix("transformer."): p for name, p in model.state_dict().items()}
 
     def norm(x, name):
@@ -116,6 +118,17 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
 def test_initial_loss_is_that_of_a_guess():
     idx = torch.randint(50, (8, 17))
     assert abs(small()(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50)) < 0.05
+
+
+def test_dropout_is_there_in_training_alone():
+    model, idx = small(dropout=0.5), torch.randint(50, (1, 16))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    torch.manual_seed(3)
+    a = model(idx)[0]
+    torch.manual_seed(3)
+    assert torch.equal(a, model(idx)[0])
 
 
 def test_wrong_shapes_are_refused():

@@ -127,6 +127,19 @@ def test_without_a_network_the_built_in_corpus_comes_instead(tmp_path):
     assert metadata["tokenizer"]["name"] == "bytes"
 
 
+def test_without_a_vocabulary_the_built_in_corpus_comes_instead(tmp_path, tinyshakespeare):
+    """The text is here, but what GPT-2's vocabulary is made of isn't."""
+    folder = tmp_path / "data" / "tinyshakespeare"
+    folder.mkdir(parents=True)
+    shutil.copy(tinyshakespeare, folder / "input.txt")
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "vocabulary")}
+    result = run_script("prepare_data.py", cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "vocab.bpe" in result.stdout and "Python's own documentation" in result.stdout
+    assert (tmp_path / "data" / "python-docs" / "metadata.json").exists()
+    assert not (folder / "metadata.json").exists()
+
+
 @pytest.mark.parametrize("flags", [["--corpus", "tinyshakespeare"], ["--tokenizer", "bytes"]])
 def test_what_is_asked_for_by_name_has_no_substitute(tmp_path, flags):
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
@@ -152,6 +165,7 @@ WRONG = {
     "no such file": (["--input", "nope.txt"], ["nope.txt"]),
     "a folder": (["--corpus", "c", "--input", "."], [".: Is a directory"]),
     "no name": (["--input", "."], ["''", "--corpus NAME"]),
+    "the folder itself": (["--corpus", ".."], ["'..'", "--corpus NAME"]),
     "outside": (["--input", "ok.txt", "--corpus", "../x"], ["'../x'", "--corpus NAME"]),
     "another text": (["--corpus", "tinyshakespeare", "--input", "ok.txt"], ["ok.txt", "sha256"]),
     "not UTF-8": (

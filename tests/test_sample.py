@@ -34,7 +34,7 @@ def test_samples(run):
     assert named.returncode == 0, named.stderr
 
     assert_one_line_error(run_script("sample.py", "--temperature", "-1", cwd=run), "temperature")
-    assert_one_line_error(run_script("sample.py", "--run", "out/x", cwd=run), "out/x/best.pt")
+    assert_one_line_error(run_script("sample.py", "--run", "out/x", cwd=run), "out/x/last.pt")
 
 
 def test_nothing_trained(tmp_path):

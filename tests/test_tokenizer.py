@@ -54,6 +54,19 @@ def test_missing_vocabulary_names_the_file(monkeypatch, tmp_path):
     ]
 
 
+def test_a_damaged_vocabulary_is_as_good_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for _, path, _ in missing_files("gpt2"):
+        path.write_text("damaged")
+    with pytest.raises(FileNotFoundError, match="missing or damaged"):
+        get_tokenizer("gpt2")
+    assert len(list(tmp_path.iterdir())) == 2  # tiktoken would have deleted them
+
+
+def test_ids_that_mean_nothing(gpt2_tokenizer):
+    assert gpt2_tokenizer.decode([64, 60_000, 65]) == "a\ufffdb"
+
+
 def test_vocabulary_hash_is_of_ids_and_bytes(gpt2_tokenizer):
     assert gpt2_tokenizer.sha256 != get_tokenizer("bytes").sha256
     assert len(gpt2_tokenizer.sha256) == 64

@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,6 @@ def train(rhyme, tmp_path, monkeypatch):
     """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
     the folder of the run."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def train(**flags):
         flags = flags if "resume" in flags else TINY | flags
@@ -35,9 +36,7 @@ def train(rhyme, tmp_path, monkeypatch):
         assert train_gpt2.main() == 0
         return newest_run(tmp_path / "out")
 
-    yield train
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    return train
 
 
 def losses(folder, name="train_loss"):
@@ -104,8 +103,10 @@ def test_micro_batches_add_up_to_the_batch(train):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(train, optimizer):
     options = {"max_steps": 30, "dropout": 0.2, "optimizer": optimizer, "micro_batch_size": 2}
+    before = signal.getsignal(signal.SIGTERM)
     whole = train(**options, run_name="whole")
     train(**options, run_name="parts", stop_at=11)
+    assert signal.getsignal(signal.SIGTERM) is before
     assert max(losses(newest_run("out"))) == 11
     train(resume="out/parts", stop_at=19)
     parts = train(resume="out/parts", stop_at=99)
@@ -123,17 +124,22 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(train, optimizer):
 
 def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
     train(max_steps=2, stop_at=1)
-    for flag, value in [
-        ("n_layer", 3),
-        ("sequence_length", 8),
-        ("corpus", "x"),
-        ("optimizer", "adamw"),
-    ]:
+    changes = {"n_layer": 3, "sequence_length": 8, "corpus": "x", "optimizer": "adamw", "seed": 1}
+    for flag, value in changes.items():
         with pytest.raises(ValueError, match=f"{flag}.*--resume can't change it to {value}"):
             train(resume="out/rhyme-tiny-1", **{flag: value})
+    with pytest.raises(ValueError, match="at step 1: stop_at lies behind"):
+        train(resume="out/rhyme-tiny-1", stop_at=1)
     make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])
     with pytest.raises(ValueError, match="rhyme was prepared anew"):
         train(resume="out/rhyme-tiny-1")
+
+
+def test_the_order_goes_on_with_another_batch_size(train):
+    """Windows used so far are what counts: 2 steps of 4 windows and 1 of 8 are 4 steps of 4."""
+    train(max_steps=4, stop_at=2, run_name="a")
+    train(resume="out/a", batch_size=8, stop_at=3)
+    assert load_checkpoint(newest_run("out") / "last.pt")["position"] == 16
 
 
 def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
@@ -158,6 +164,26 @@ def test_the_best_checkpoint_is_kept(train, tmp_path):
     assert load_checkpoint(folder / "last.pt")["step"] == 40
 
 
+def test_bits_per_byte_count_the_text(train, tmp_path):
+    """Documents have an end of text each, which is a token but no byte."""
+    make_corpus(tmp_path / "data" / "d", ["abcd"] * 600, documents=True)
+    splits = json.loads((tmp_path / "data" / "d" / "metadata.json").read_text())["splits"]["val"]
+    assert splits["tokens"] * 4 == splits["bytes"] * 5
+    for line in read_metrics(train(max_steps=1, corpus="d") / "metrics.jsonl"):
+        if "val_loss" in line:
+            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) * 5 / 4)
+
+
+def test_bfloat16_and_the_compiler_give_the_same_curve(train):
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    plain = losses(train(max_steps=3, stop_at=2))
+    fast = train(max_steps=3, stop_at=2, dtype="bfloat16", compile="true", run_name="fast")
+    assert losses(fast) == pytest.approx(plain, abs=0.02)
+    assert "transformer.wte.weight" in load_checkpoint(fast / "last.pt")["model"]  # no prefix
+    assert losses(train(resume="out/fast", compile="false", dtype="float32"))[3] > 0
+
+
 def test_train_flops_pay_for_the_steps(train):
     folder = train(train_flops=6 * 10_992 * 4 * 16 * 12.2)  # 10,992 parameters, 64 tokens a step
     assert load_checkpoint(folder / "last.pt")["step"] == 12
@@ -175,7 +201,7 @@ def flags(**changes):
     return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags(max_steps=100_000)]
     process = subprocess.Popen(
@@ -202,21 +228,31 @@ def test_two_processes_give_the_curve_of_one(train, tmp_path):
     command = [sys.executable, *command, str(ROOT / "train_gpt2.py"), *flags(max_steps=12)]
     command += ["--run_name", "two", "--micro_batch_size", "1"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    # stopped in the middle, it goes on as one process
+    result = subprocess.run(
+        [*command, "--stop_at", "9"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
+    train(resume="out/two", micro_batch_size=4)
     two = tmp_path / "out" / "two"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=1e-5)
 
 
 WRONG = {
-    "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py --corpus nope"]),
+    "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py", "there: rhyme"]),
     "no such size": ({"size": "huge"}, ["huge", "tiny", "gpt2-xl"]),
     "no such optimizer": ({"optimizer": "sgd"}, ["sgd", "muon", "adamw"]),
     "no such device": ({"device": "abacus"}, ["abacus"]),
     "heads": ({"n_embd": 30, "n_head": 4}, ["n_embd (30)", "n_head (4)"]),
     "window too long": ({"sequence_length": 600}, ["540 tokens", "lower sequence_length"]),
     "zero": ({"batch_size": 0}, ["batch_size must be at least 1"]),
+    "less": ({"micro_batch_size": -1}, ["micro_batch_size must be at least 1"]),
+    "cold": ({"warmup_steps": -1}, ["warmup_steps must be at least 0"]),
+    "uphill": ({"grad_clip": -1}, ["grad_clip must be at least 0"]),
+    "seed": ({"seed": -1}, ["seed must be at least 0"]),
+    "seeds": ({"seed": 2**31}, ["seed must be below"]),
+    "outside": ({"run_name": "../x"}, ["'../x'", "--run_name NAME"]),
     "accumulation": ({"micro_batch_size": 3}, ["batch_size (4)", "micro_batch_size (3)"]),
     "not a number": ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
     "half a step": ({"max_steps": "1.5"}, ["--max_steps", "1.5"]),
@@ -229,7 +265,7 @@ def test_wrong_use_is_one_line(rhyme, tmp_path, case):
     changes, words = WRONG[case]
     result = run_script("train_gpt2.py", *flags(**{"max_steps": 1} | changes), cwd=tmp_path)
     assert_one_line_error(result, *words)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob("out/*")) == []
 
 
 def test_nothing_prepared(tmp_path):
@@ -242,6 +278,16 @@ def test_a_loss_that_is_no_number_stops_the_run(rhyme, tmp_path):
         "train_gpt2.py", *flags(max_steps=50, learning_rate=1e30, grad_clip=0), cwd=tmp_path
     )
     assert_one_line_error(result, "the loss is", "at step", "lower learning_rate")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
+    """A limit on file sizes stands in for the disk."""
+    folder = train(max_steps=2, stop_at=1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, preexec_fn=limit)
+    assert_one_line_error(result, f"{folder}/last.pt")
+    assert load_checkpoint(folder / "last.pt")["step"] == 1
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):

@@ -1,0 +1,261 @@
+"""The training loop: one run, from its constants to its last checkpoint."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import best_checkpoint, load_model, new_run, save_checkpoint
+from common import atomic_write, print_flags
+from dataset import create_dataloaders, read_metadata
+from device import StopSignal, choose_compile
+from metrics import Metrics, plot_losses
+from model import GPT, GPTConfig
+from optimizer import create_optimizers
+from tokenizer import get_tokenizer
+
+
+class Trainer:
+    """One run: data, model, optimizers and files. fit() takes it to its end, or to a signal.
+
+    config: of train_gpt2.py, with nothing left to choose but max_steps, eval_every and compile.
+    checkpoint: what load_checkpoint gave for the run's last.pt, or None for a new run.
+    """
+
+    def __init__(self, config, checkpoint, rank: int, world_size: int):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.device = torch.device(config.device)
+        corpus_dir, window = Path(config.data_dir) / config.corpus, config.sequence_length
+        self.metadata = read_metadata(corpus_dir)
+        self.train_loader, self.val_loader = create_dataloaders(
+            corpus_dir, window, config.batch_size, config.seed, rank=rank, world_size=world_size
+        )
+        share = config.batch_size // world_size  # windows a step on this process
+        self.micro_batch_size = config.micro_batch_size or share
+        if share % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times the number of processes ({world_size})"
+            )
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # tf32 on a GPU
+        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+        self.shape = GPTConfig(self.metadata["vocab_size"], n_positions=window, **shape)
+        self.model = GPT(self.shape).to(self.device)
+        self.optimizers = create_optimizers(
+            self.model, config.optimizer, config.learning_rate, config.weight_decay
+        )
+        self.step, self.position = 0, 0  # optimizer steps and windows behind us
+        self.best = {"step": 0, "val_loss": math.inf}
+        if checkpoint:
+            self.restore(checkpoint)
+
+        flops = 6 * self.model.num_parameters() * config.batch_size * window  # Kaplan et al. 2020
+        config.max_steps = config.max_steps or max(1, round(config.train_flops / flops))
+        config.eval_every = config.eval_every or math.ceil(config.max_steps / 5)
+        compiled = choose_compile(config.compile, config.device, flops * config.max_steps)
+        config.compile = str(compiled).lower()  # a resumed run does as this one
+        self.parallel = torch.compile(self.model) if compiled else self.model  # same parameters
+        if world_size > 1:
+            self.parallel = DistributedDataParallel(self.parallel)
+        bfloat16 = config.dtype == "bfloat16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        if rank == 0:
+            self.open_folder()
+
+    def open_folder(self) -> None:
+        """Makes the run's folder, or goes on in it, and shows what is about to happen."""
+        config = self.config
+        self.folder = Path(config.resume) if config.resume else new_run(config)
+        config.run_name = self.folder.name
+        with atomic_write(self.folder / "config.json") as f:
+            f.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
+        print_flags(config)
+        accumulation = config.batch_size // self.world_size // self.micro_batch_size
+        print(
+            f"{self.model.num_parameters():,} parameters; "
+            f"{config.batch_size * config.sequence_length:,} tokens a step: "
+            f"{self.world_size} processes x {accumulation} accumulation steps x "
+            f"{self.micro_batch_size} windows x {config.sequence_length}"
+        )
+
+    def fit(self) -> int:
+        """Trains until max_steps, stop_at or a signal, whose number it returns (otherwise 0)."""
+        config = self.config
+        metrics = Metrics(self.folder, self.step, config.max_steps) if self.rank == 0 else None
+        self.train_loader.batch_sampler.position = self.position
+        batches = itertools.chain.from_iterable(itertools.repeat(self.train_loader))  # no end
+        tokens, since = 0, time.perf_counter()
+        with StopSignal() as stop:
+            done = self.step >= config.max_steps
+            while not done:
+                loss = self.train_step(*next(batches))
+                tokens += config.batch_size * config.sequence_length
+                last = self.step == config.max_steps
+                done = last or self.step == config.stop_at or self.any_rank(stop.signum)
+                if done or self.step % config.log_every == 0:
+                    loss = self.finite(self.sum_over_ranks(loss))  # waits for the device
+                    if metrics:
+                        speed = tokens / (time.perf_counter() - since)
+                        metrics.train(self.step, loss, self.learning_rate(self.step - 1), speed)
+                    tokens, since = 0, time.perf_counter()
+                if last or self.step % config.eval_every == 0:
+                    self.validate(metrics)
+                    tokens, since = 0, time.perf_counter()
+                elif done:
+                    self.save("last.pt")
+        if metrics:
+            metrics.close()
+            self.report()
+        return stop.signum
+
+    def train_step(self, x, y):
+        """One optimizer step on this process's windows: (B, T) ids and targets.
+
+        Returns its part of the loss, a 0-d tensor on the device: cross-entropy in nats summed over
+        its targets, divided by the number of targets of all processes.
+        """
+        # dropout is a function of the step, so that a resumed run draws the same
+        torch.manual_seed((self.config.seed << 32) + self.step * self.world_size + self.rank)
+        targets = self.sum_over_ranks((y != -100).sum()).item()
+        pieces = list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size)))
+        total = torch.zeros((), device=self.device)
+        for i, piece in enumerate(pieces):
+            x, y = (ids.to(self.device, non_blocking=True) for ids in piece)
+            add_only = self.world_size > 1 and i < len(pieces) - 1  # the last piece averages
+            with self.parallel.no_sync() if add_only else contextlib.nullcontext():
+                with self.autocast:
+                    loss = self.parallel(x, y, reduction="sum")[1] / targets
+                (loss * self.world_size).backward()  # times: an average over processes is a sum
+            total += loss.detach()
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step, self.position = self.step + 1, self.position + self.config.batch_size
+        return total
+
+    def learning_rate(self, step: int) -> float:
+        """Linear from 0 to the peak over warmup_steps, then linear to 0 at max_steps."""
+        steps, warmup = self.config.max_steps, self.config.warmup_steps
+        warmup = min(warmup, steps // 10)
+        up, down = (step + 1) / (warmup + 1), (steps - step) / (steps - warmup)
+        return self.config.learning_rate * min(up, down)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Nats per token over every token of the validation split but its first: one pass, in
+        fixed order, shared by all processes."""
+        data, T = self.val_loader.dataset, self.config.sequence_length
+        batches = iter(self.val_loader)
+        rest = data.num_tokens - 1 - len(data) * T  # targets behind the last whole block
+        if rest and self.rank == 0:
+            tokens = data.read([data.num_tokens - 1 - T], T + 1)
+            x, y = tokens[:, :-1], tokens[:, 1:].clone()
+            y[:, :-rest] = -100  # counted already
+            batches = itertools.chain(batches, [(x, y)])
+        total = torch.zeros((), dtype=torch.float64)
+        self.model.eval()
+        for batch in batches:
+            for x, y in zip(*(ids.split(self.micro_batch_size) for ids in batch)):
+                with self.autocast:
+                    loss = self.model(x.to(self.device), y.to(self.device), reduction="sum")[1]
+                total += loss.item()
+        self.model.train()
+        return self.finite(self.sum_over_ranks(total)) / (data.num_tokens - 1)
+
+    def validate(self, metrics) -> None:
+        """Evaluates, and saves what the run has come to."""
+        loss, split = self.evaluate(), self.metadata["splits"]["val"]
+        if metrics:
+            bits_per_token = loss / math.log(2)
+            metrics.validation(self.step, loss, bits_per_token * split["tokens"] / split["bytes"])
+            plot_losses(self.folder)
+        if loss < self.best["val_loss"]:
+            self.best = {"step": self.step, "val_loss": loss}
+            self.save("best.pt", resumable=False)
+        self.save("last.pt")
+
+    def save(self, name: str, resumable=True) -> None:
+        if self.rank != 0:
+            return
+        checkpoint = {
+            "step": self.step,
+            "position": self.position,
+            "best": self.best,
+            "config": dataclasses.asdict(self.config),
+            "metadata": self.metadata,
+            "model_config": dataclasses.asdict(self.shape),
+            "model": self.model.state_dict(),
+        }
+        if resumable:
+            checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_checkpoint(self.folder / name, checkpoint)
+
+    def restore(self, checkpoint) -> None:
+        """Takes over weights, optimizer states and step; constants stay as self.config has them."""
+        for name in ("tokenizer", "splits"):
+            if checkpoint["metadata"][name] != self.metadata[name]:
+                raise ValueError(
+                    f"{self.config.corpus} was prepared anew, with another text or vocabulary, "
+                    f"since {self.config.resume} was trained on it: prepare it as it was"
+                )
+        self.step, self.position = checkpoint["step"], checkpoint["position"]
+        self.best = checkpoint["best"]
+        self.model.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+    def report(self) -> None:
+        """The last lines a person sees: a sample and where the files are, or how to go on."""
+        plot_losses(self.folder)
+        if self.step < self.config.max_steps:
+            print(
+                f"stopped at step {self.step}; python train_gpt2.py --resume {self.folder} goes on"
+            )
+            return
+        model = load_model(best_checkpoint(self.folder), self.device)
+        try:
+            tokenizer = get_tokenizer(self.metadata["tokenizer"]["name"])
+        except FileNotFoundError as error:  # a run on a machine that only got data/
+            print(f"no sample: {error}")
+        else:
+            prompt = torch.tensor(tokenizer.encode("\n").astype("int64"), device=self.device)[None]
+            ids = [i.item() for i in model.generate(prompt, 200, temperature=0.8, top_k=50)]
+            (self.folder / "sample.txt").write_text(tokenizer.decode(ids), encoding="utf-8")
+            print(f"\n{tokenizer.decode(ids)}\n")
+        print(
+            f"best validation {self.best['val_loss']:.4f} nats per token, step {self.best['step']}"
+        )
+        print(f"files: {self.folder}/ ({', '.join(sorted(p.name for p in self.folder.iterdir()))})")
+        print(f'text:  python sample.py --run {self.folder} --prompt "..."')
+
+    def finite(self, loss) -> float:
+        """The loss as a number. Raises ValueError for NaN, before anything is saved."""
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.step}: lower learning_rate; a checkpoint that "
+                f"was saved before is as good as it was"
+            )
+        return loss
+
+    def sum_over_ranks(self, value):
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any_rank(self, flag: int) -> bool:
+        """Whether any process has seen a signal: all must stop at the same step."""
+        return bool(self.sum_over_ranks(torch.tensor(flag)))
