@@ -41,8 +41,9 @@ def parse_flags(cls, doc: str, defaults=None):
 
 def print_flags(config) -> None:
     """The values in use, on as few lines as they need."""
-    values = dataclasses.asdict(config).items()
-    print(textwrap.fill(" ".join(f"{k}={v}" for k, v in values if v not in (None, "")), width=100))
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, "")}
+    text = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    print(textwrap.fill(text, width=100))
 
 
 def run(main) -> None:

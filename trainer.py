@@ -81,9 +81,10 @@ class Trainer:
         accumulation = config.batch_size // self.world_size // self.micro_batch_size
         print(
             f"{self.model.num_parameters():,} parameters; "
-            f"{config.batch_size * config.sequence_length:,} tokens a step: "
-            f"{self.world_size} processes x {accumulation} accumulation steps x "
-            f"{self.micro_batch_size} windows x {config.sequence_length}"
+            f"{config.batch_size * config.sequence_length:,} tokens a step = "
+            f"{config.sequence_length} x {self.micro_batch_size} windows"
+            + (f" x {accumulation} accumulation steps" if accumulation > 1 else "")
+            + (f" x {self.world_size} processes" if self.world_size > 1 else "")
         )
 
     def fit(self) -> int:
