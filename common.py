@@ -54,20 +54,29 @@ def run(main) -> None:
     """
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     try:
-        sys.exit(main())
+        code = main() or 0
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # as a shell reports SIGPIPE
-    except OSError as error:
-        if error.errno is None or error.filename is None:  # raised by us, in whole words
-            sys.exit(f"error: {error}")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; make room there, or choose another folder, and run it again" if full else ""
-        sys.exit(f"error: {error.filename}: {error.strerror}{remedy}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        code = 128 + 13  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports Ctrl-C
+        code = 130  # as a shell reports Ctrl-C
+    except (ValueError, OSError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
+        code = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # under torchrun, without taking Python down in order: gloo's threads may hold the last
+        # tensors, and abort when they let them go (pytorch/pytorch#179291)
+        os._exit(code)
+    sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    if not (isinstance(error, OSError) and error.errno and error.filename):
+        return str(error)  # raised by us
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "; make room there, or choose another folder, and run it again" if full else ""
+    return f"{error.filename}: {error.strerror}{remedy}"
 
 
 def folder_name(name: str, flag: str) -> str:
