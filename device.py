@@ -42,7 +42,7 @@ def choose_dtype(name: str, device: str) -> str:
         return name
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 can't tell: float32
+    features = torch.cpu.get_capabilities()
     bfloat16 = features.get("avx512_bf16") or features.get("amx_bf16")
     return "bfloat16" if device == "cpu" and bfloat16 else "float32"
 

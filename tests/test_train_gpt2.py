@@ -261,11 +261,23 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_use_is_one_line(rhyme, tmp_path, case):
+def test_wrong_use_is_refused_before_anything_is_made(rhyme, tmp_path, monkeypatch, capsys, case):
     changes, words = WRONG[case]
-    result = run_script("train_gpt2.py", *flags(**{"max_steps": 1} | changes), cwd=tmp_path)
-    assert_one_line_error(result, *words)
+    monkeypatch.chdir(tmp_path)
+    argv = flags(**{"max_steps": 1} | changes)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train_gpt2.main()
+    text = f"{error.value} {capsys.readouterr().err}"  # a wrong flag ends in argparse
+    assert all(word in text for word in words), text
     assert list(tmp_path.glob("out/*")) == []
+
+
+def test_wrong_use_is_one_line(rhyme, tmp_path):
+    for case in ("heads", "half a step"):
+        changes, words = WRONG[case]
+        argv = flags(**{"max_steps": 1} | changes)
+        assert_one_line_error(run_script("train_gpt2.py", *argv, cwd=tmp_path), *words)
 
 
 def test_nothing_prepared(tmp_path):
