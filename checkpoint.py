@@ -32,10 +32,14 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} isn't there: no run has saved it") from None
+        raise FileNotFoundError(
+            f"{path} isn't there: nothing was saved in {path.parent}, so train anew"
+        ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise ValueError(f"{path} is no readable checkpoint: {reason}") from None
+        raise ValueError(
+            f"{path} is no readable checkpoint ({reason[:60]}): take another, or train anew"
+        ) from None
     needed = {"step", "best", "model", "model_config", "metadata", "config"}
     if path.name == "last.pt":
         needed |= {"position", "optimizers"}

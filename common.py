@@ -34,7 +34,7 @@ def parse_flags(cls, doc: str, defaults=None):
             type={int: _int, float: _float, str: str}[kind],
             default=default,
             metavar=kind.__name__.upper(),
-            help=f"{comments[field.name]} [{default}]".replace("%", "%%"),
+            help=f"{comments[field.name]} [{default!r}]".replace("%", "%%"),
         )
     return cls(**vars(parser.parse_args()))
 

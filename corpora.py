@@ -106,9 +106,10 @@ def read_text(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        likely = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise ValueError(
             f"{path}, line {line}: not UTF-8 (byte {data[error.start]:#04x}); convert it first, "
-            f"say with iconv -f latin1 -t utf-8"
+            f"say with iconv -f {likely} -t utf-8"
         ) from None
 
 

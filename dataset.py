@@ -48,7 +48,8 @@ class TextDataset(Dataset):
         if self.num_tokens < sequence_length + 1:
             raise ValueError(
                 f"{self.path} has {self.num_tokens:,} tokens, fewer than one window of "
-                f"{sequence_length} and the token after it: lower sequence_length"
+                f"{sequence_length} and the token after it: lower sequence_length, or prepare "
+                f"more text"
             )
 
     def __reduce__(self):  # a worker process maps the files itself: pickle would copy them whole
@@ -124,7 +125,8 @@ def read_metadata(corpus_dir) -> dict:
         sound = False
     if not sound:
         raise ValueError(
-            f"{path} is damaged, or of another version: run python prepare_data.py again"
+            f"{path} is damaged, or of another version: run python prepare_data.py again, with the "
+            f"flags it was made with"
         )
     return metadata
 
@@ -133,7 +135,10 @@ def newest_corpus(data_dir) -> Path:
     """The folder under `data_dir` that was prepared last."""
     prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=os.path.getmtime)
     if not prepared:
-        raise FileNotFoundError(f"{data_dir}/ has no prepared corpus: run `python prepare_data.py`")
+        raise FileNotFoundError(
+            f"{Path(data_dir).resolve()} has no prepared corpus: run python prepare_data.py, or "
+            f"name its folder by --data_dir"
+        )
     return prepared[-1].parent
 
 
@@ -157,12 +162,12 @@ def open_tokens(path: Path, dtype=None):
 def _map(path, dtype, tokens=None):
     """A memory map of a file that has as many `tokens` as it should, if that is known."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run python prepare_data.py again")
+        raise FileNotFoundError(f"{path} is missing: run python prepare_data.py as before")
     size = path.stat().st_size
     if tokens is not None and size != tokens * dtype.itemsize:
         raise ValueError(
             f"{path} has {size:,} bytes, metadata.json says {tokens * dtype.itemsize:,}: run "
-            f"python prepare_data.py again"
+            f"python prepare_data.py again, with the flags it was made with"
         )
     if size % dtype.itemsize:
         raise ValueError(f"{path} is no whole number of {dtype} ids: {size:,} bytes")

@@ -90,4 +90,7 @@ class StopSignal:
 
     def keep(self, signum, frame):
         self.signum = signum
+        os.write(
+            2, b"\nstopping after this step; once more stops at once\n"
+        )  # print isn't reentrant
         signal.signal(signum, self.before[signum])

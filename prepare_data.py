@@ -57,8 +57,9 @@ def load(config):
     name = config.corpus or (Path(config.input).stem if config.input else "tinyshakespeare")
     file = Path(config.input) if config.input else None
     folder = Path(config.data_dir) / folder_name(name, "--corpus")
+    missing = missing_files(config.tokenizer or "gpt2")  # first: a wrong name costs no download
     corpus = corpora.load_corpus(name, folder, file)
-    for url, path, sha256 in missing_files(config.tokenizer or "gpt2"):
+    for url, path, sha256 in missing:
         try:
             corpora.download([url], path, sha256=sha256)
         except ConnectionError as error:
@@ -81,7 +82,7 @@ def prepare(corpus, tokenizer, folder: Path, train_split_ratio: float, seed: int
     for name, texts in split(corpus.texts, train_split_ratio, seed).items():
         ids = encode(texts, tokenizer, corpus.documents)
         if len(ids) == 0:
-            raise ValueError(f"{corpus.name} is too short: train_split_ratio leaves {name} empty")
+            raise ValueError(f"{corpus.name} has too little text: nothing is left for {name}")
         if ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
             raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
         data = files[f"{name}.bin"] = ids.astype(dtype).tobytes()

@@ -4,6 +4,7 @@ python sample.py --prompt "ROMEO:"                          # the newest run
 python sample.py --run out/mine --num_samples 3 --temperature 0.7
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def main():
     checkpoint = best_checkpoint(folder)
     model = load_model(checkpoint, device)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
+    print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
     generator = torch.Generator(device).manual_seed(config.seed)
     # nothing to go on from: begin as a document begins, after an end of text
     prompt = (

@@ -128,7 +128,11 @@ def vocabulary_folder() -> Path:
 
 
 def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged."""
+    """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged.
+    Raises ValueError for an unknown name."""
+    known = ["bytes", *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise ValueError(f"no tokenizer is called {name!r}; there are {', '.join(known)}")
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         url = f"{_HOST}/{file}"
@@ -148,9 +152,6 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return BytesTokenizer()
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        raise ValueError(f"no tokenizer is called {name!r}; there are {known}")
     if missing := missing_files(name):
         url, path, _ = missing[0]
         raise FileNotFoundError(

@@ -30,7 +30,7 @@ class Config:
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to go on with; its constants are kept
-    size: str = "auto"  # a key of SIZES; auto: tiny on a CPU, small elsewhere
+    size: str = "auto"  # tiny, small, gpt2, gpt2-medium, -large, -xl; auto: tiny on a CPU
     n_layer: int | None = None  # blocks; None, here and below: by size
     n_head: int | None = None  # attention heads a block; divides n_embd
     n_embd: int | None = None  # channels

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -221,10 +222,9 @@ class Trainer:
     def report(self) -> None:
         """The last lines a person sees: a sample and where the files are, or how to go on."""
         plot_losses(self.folder)
+        folder = shlex.quote(str(self.folder))
         if self.step < self.config.max_steps:
-            print(
-                f"stopped at step {self.step}; python train_gpt2.py --resume {self.folder} goes on"
-            )
+            print(f"stopped at step {self.step}; python train_gpt2.py --resume {folder} goes on")
             return
         model = load_model(best_checkpoint(self.folder), self.device)
         try:
@@ -240,7 +240,7 @@ class Trainer:
             f"best validation {self.best['val_loss']:.4f} nats per token, step {self.best['step']}"
         )
         print(f"files: {self.folder}/ ({', '.join(sorted(p.name for p in self.folder.iterdir()))})")
-        print(f'text:  python sample.py --run {self.folder} --prompt "..."')
+        print(f'text:  python sample.py --run {folder} --prompt "..."')
 
     def finite(self, loss) -> float:
         """The loss as a number. Raises ValueError for NaN, before anything is saved."""

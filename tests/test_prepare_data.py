@@ -172,7 +172,8 @@ WRONG = {
         ["--input", "latin1.txt", "--tokenizer", "bytes"],
         ["latin1.txt", "line 2", "0xe9"],
     ),
-    "too short": (["--input", "short.txt", "--tokenizer", "bytes"], ["short", "too short"]),
+    "UTF-16": (["--input", "utf16.txt", "--tokenizer", "bytes"], ["line 1", "-f utf-16"]),
+    "too short": (["--input", "short.txt", "--tokenizer", "bytes"], ["short", "too little text"]),
 }
 
 
@@ -181,6 +182,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, case):
     flags, words = WRONG[case]
     (tmp_path / "ok.txt").write_text("text " * 100)
     (tmp_path / "latin1.txt").write_bytes("fine\ncafé".encode("latin1"))
+    (tmp_path / "utf16.txt").write_text("fine", encoding="utf-16")
     (tmp_path / "short.txt").write_text("x")
     assert_one_line_error(run_script("prepare_data.py", *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "data").exists()

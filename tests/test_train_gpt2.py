@@ -282,7 +282,7 @@ def test_wrong_use_is_one_line(rhyme, tmp_path):
 
 def test_nothing_prepared(tmp_path):
     result = run_script("train_gpt2.py", cwd=tmp_path)
-    assert_one_line_error(result, "data/ has no prepared corpus", "python prepare_data.py")
+    assert_one_line_error(result, "data has no prepared corpus", "python prepare_data.py")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(rhyme, tmp_path):
