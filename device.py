@@ -17,7 +17,7 @@ def choose_device(name: str) -> str:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # whichever rank 0 had and saved
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -90,7 +90,6 @@ class StopSignal:
 
     def keep(self, signum, frame):
         self.signum = signum
-        os.write(
-            2, b"\nstopping after this step; once more stops at once\n"
-        )  # print isn't reentrant
+        # not print, which a signal may find in the middle of another print
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
         signal.signal(signum, self.before[signum])

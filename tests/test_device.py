@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from device import choose_compile, choose_device, choose_dtype
+
+
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """Also where a run is resumed whose rank 0 has saved its own cuda:0."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name in ("cuda", "cuda:0"):
+        assert choose_device(name) == "cuda:3"
+    assert [str(device) for device in chosen] == ["cuda:3", "cuda:3"]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="no device 'cuda:4'"):
+        choose_device("cuda")
+
+
+def test_choices_by_flag_win():
+    assert choose_device("cpu") == "cpu"
+    assert choose_dtype("float32", "cuda") == "float32"
+    assert choose_compile("true", "cpu", 0) and not choose_compile("false", "cuda", 1e20)
+    assert not choose_compile("auto", "cpu", 1e12)  # a short run doesn't repay it
