@@ -8,6 +8,7 @@ A tokenizer is known by its name and the sha256 of its vocabulary.
 """
 
 import codecs
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -85,39 +86,26 @@ class BytesTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
+    """An encoding of tiktoken's, by its name; its vocabulary files must be there."""
+
     def __init__(self, name: str):
         os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
         self.encoding = tiktoken.get_encoding(name)
         self.name, self.vocab_size = name, self.encoding.n_vocab
         self.eot_token = self.encoding.eot_token
-        self.sha256 = _sha256_of_vocabulary(self.encoding)
+        self.pieces = {}  # id -> the bytes it stands for
+        for i in range(self.vocab_size):
+            with contextlib.suppress(KeyError):  # gaps: cl100k_base has no id 100256
+                self.pieces[i] = self.encoding.decode_single_token_bytes(i)
+        lines = (b"%d %s\n" % (i, piece.hex().encode()) for i, piece in self.pieces.items())
+        self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
     def encode(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids):
-        ids = [int(i) for i in ids]
-        try:
-            return self.encoding.decode_bytes(ids)
-        except KeyError:  # a gap in the vocabulary, which an untrained model may choose
-            pieces = (self._decode_one(i) for i in ids)
-            return b"".join(pieces)
-
-    def _decode_one(self, i: int) -> bytes:
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:
-            return "\ufffd".encode()
-
-
-def _sha256_of_vocabulary(encoding: tiktoken.Encoding) -> str:
-    digest = hashlib.sha256()
-    for i in range(encoding.n_vocab):
-        try:
-            digest.update(b"%d %s\n" % (i, encoding.decode_single_token_bytes(i).hex().encode()))
-        except KeyError:  # a gap: cl100k_base has no id 100256
-            continue
-    return digest.hexdigest()
+        unknown = "\ufffd".encode()  # of a gap, which an untrained model may choose
+        return b"".join(self.pieces.get(int(i), unknown) for i in ids)
 
 
 def vocabulary_folder() -> Path:
@@ -136,9 +124,8 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         url = f"{_HOST}/{file}"
-        path = (
-            vocabulary_folder() / hashlib.sha1(url.encode()).hexdigest()
-        )  # as tiktoken looks it up
+        sha1 = hashlib.sha1(url.encode()).hexdigest()  # the name that tiktoken looks for
+        path = vocabulary_folder() / sha1
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             missing.append((url, path, sha256))
     return missing
