@@ -2,9 +2,14 @@
 
 import hashlib
 import http.server
+import os
+import resource
+import subprocess
+import sys
 import threading
 
 import pytest
+from conftest import ROOT, assert_one_line_error
 
 import corpora
 
@@ -157,6 +162,37 @@ def test_second_address_serves_when_the_first_does_not(server, tmp_path):
     path = tmp_path / "input.txt"
     corpora.download([server.url, server.url], path, len(BODY), SHA256, pause=0.01)
     assert path.read_bytes() == BODY
+
+
+def run_download(server, tmp_path, **options):
+    """What a script's user sees: (exit code, error), and that no file is left."""
+    code = (
+        "import sys, pathlib, common, corpora\n"
+        "common.run(lambda: corpora.download([sys.argv[1]], pathlib.Path('input.txt'), pause=0.01))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, server.url],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        **options,
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+    return result
+
+
+def test_what_a_person_sees(server, tmp_path):
+    server.answer = lambda handler, n: reply(handler, 404)
+    assert_one_line_error(run_download(server, tmp_path), "input.txt: 404 Not Found")
+    server.answer = lambda handler, n: reply(handler, sent=1000)  # always cut there
+    result = run_download(server, tmp_path)
+    assert_one_line_error(result, "the connection broke")
+
+
+def test_full_disk(server, tmp_path):
+    """A limit on file sizes stands in for the disk."""
+    server.answer = lambda handler, n: reply(handler)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = run_download(server, tmp_path, preexec_fn=limit)
+    assert_one_line_error(result, "input.txt: File too large; make room")
 
 
 def test_folder_that_cannot_be_made(server, tmp_path):
