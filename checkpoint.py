@@ -54,6 +54,7 @@ def best_checkpoint(run: Path) -> dict:
 
 
 def load_model(checkpoint: dict, device="cpu") -> GPT:
+    """The model of a checkpoint, on `device`, ready to generate."""
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval()

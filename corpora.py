@@ -153,7 +153,8 @@ def download(
 
 
 def _fetch(url, part, size, sha256, pause, tries) -> None:
-    failures, pieces = 0, 0
+    """Makes `part` whole and checked. Raises ConnectionError."""
+    failures, restarted = 0, False
     while True:
         done = part.stat().st_size if part.exists() else 0
         try:
@@ -166,9 +167,9 @@ def _fetch(url, part, size, sha256, pause, tries) -> None:
                 raise ConnectionError(
                     f"{url} sent something else: sha256 {found[:16]}..., not {sha256[:16]}..."
                 )
-            pieces += 1
-            if pieces == 2:
+            if restarted:
                 raise ConnectionError(f"{url} changes while it is being fetched")
+            restarted = True  # what a killed run left may be of another file: from the start
         except _TryAgain as error:
             grown = part.exists() and part.stat().st_size > done
             failures = 1 if grown else failures + 1

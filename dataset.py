@@ -154,9 +154,8 @@ def open_tokens(path: Path, dtype=None):
     if name not in splits:
         raise ValueError(f"{path.parent} has no split {name!r}, but {', '.join(splits)}")
     files = splits[name]["files"]
-    return [_map(path.parent / f["name"], dtype, f["tokens"]) for f in files], metadata[
-        "vocab_size"
-    ]
+    shards = [_map(path.parent / file["name"], dtype, file["tokens"]) for file in files]
+    return shards, metadata["vocab_size"]
 
 
 def _map(path, dtype, tokens=None):

@@ -7,7 +7,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024), stepping all matrices of one shape as one stack.
 
     The orthogonalisation runs in bfloat16 on a GPU and in float32 on a CPU, where torch's own
-    (always bfloat16) is a hundred times slower unless the processor has bfloat16 instructions.
+    (always bfloat16) is tens of times slower unless the processor has bfloat16 instructions.
     """
 
     @torch.no_grad()
@@ -51,7 +51,8 @@ def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=5):
 def create_optimizers(model, name: str, learning_rate: float, weight_decay: float):
     """[Muon, AdamW] for name "muon", [AdamW] for "adamw"; step() and zero_grad() each of them.
 
-    Matrices inside the blocks decay; embeddings, norms and biases don't.
+    Matrices inside the blocks decay; embeddings, norms and biases don't. Raises ValueError for
+    another name.
     """
     blocks = dict(model.transformer.h.named_parameters())
     matrices = [p for p in blocks.values() if p.dim() == 2]

@@ -106,11 +106,8 @@ def configure():
             now, then = getattr(config, name), getattr(saved, name)
             if now != then:
                 raise ValueError(f"{folder} has {name} {then}: --resume can't change it to {now}")
-        config.out_dir, config.run_name, config.resume = (
-            str(folder.parent),
-            folder.name,
-            str(folder),
-        )
+        config.out_dir, config.run_name = str(folder.parent), folder.name
+        config.resume = str(folder)
     config.device = choose_device(config.device)
     config.dtype = choose_dtype(config.dtype, config.device)
     if config.size == "auto":
