@@ -23,7 +23,6 @@ for script in ("train_gpt2.py", "sample.py", "prepare_data.py"):  # and those at
     docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8")))
     LINES += re.findall(r"^    ((?:python|torchrun) .*)", docstring, re.MULTILINE)
 COMMANDS = [c.strip() for line in LINES for c in line.split("  #")[0].split("&&") if c.strip()]
-pytestmark = pytest.mark.xdist_group("readme")  # one after another: each needs what others made
 QUICK = "--max_steps 2 --device cpu --compile false"  # of flags given twice the last one counts
 TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 4 --micro_batch_size 2 --sequence_length 16"
 
