@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib
 import inspect
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 
 def parse_flags(cls, doc: str, defaults=None):
@@ -28,21 +29,28 @@ def parse_flags(cls, doc: str, defaults=None):
     for field in dataclasses.fields(cls):
         default = field.default if defaults is None else getattr(defaults, field.name)
         kind = types[field.name]
+        several = get_origin(kind) is tuple
         kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # "int | None": int
         parser.add_argument(
             f"--{field.name}",
-            type={int: _int, float: _float, str: str}[kind],
+            **dict(action="store_true")
+            if kind is bool
+            else dict(
+                type={int: _int, float: _float, str: str}[kind], metavar=kind.__name__.upper()
+            ),
+            **dict(nargs="+") if several else {},
             default=default,
-            metavar=kind.__name__.upper(),
             help=f"{comments[field.name]} [{default!r}]".replace("%", "%%"),
         )
-    return cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def print_flags(config) -> None:
     """The values in use, on as few lines as they need."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, "")}
-    text = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, "", (), False)}
+    shown = {float: "{:g}".format, tuple: " ".join}
+    text = " ".join(f"{k}={shown.get(type(v), str)(v)}" for k, v in values.items())
     print(textwrap.fill(text, width=100))
 
 
@@ -101,6 +109,15 @@ def atomic_write(path: Path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def optional(module: str, what: str, package: str = ""):
+    """Imports an optional package. Raises ValueError that tells how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = package or module.split(".")[0]
+        raise ValueError(f"{what} needs a package: pip install {package}") from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,245 +1,386 @@
-"""Where text comes from: known corpora, local files, Python's own documentation.
+"""Where text comes from: known corpora, one's own files, Python's own documentation.
 
-    corpus = load_corpus("tinyshakespeare", folder=Path("data/tinyshakespeare"))
-    for text in corpus.texts: ...
+    corpus = load_corpus("wikitext-2", folder=Path("data/wikitext-2"))
+    corpus.sources    # files, and how to read them (reader.py)
 
 Downloads are checked against a size and a sha256; see data/README.md for what comes of them.
 """
 
-import hashlib
-import os
+import glob
+import io
+import json
 import platform
-import time
-from dataclasses import dataclass
+import re
+import tarfile
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import requests
-from tqdm import tqdm
+from common import atomic_write, optional
+from describe import described, folder_of
+from download import download, sha256_of
+from reader import BLOCK, Source
 
 BUILT_IN = "python-docs"
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Download:
-    """A corpus on the network: one file of running text, at each of its addresses."""
+    """A file on the network, at each of its addresses. sha256 "": the Hugging Face hub tells it.
+    members: of an archive, a pattern of names -> the file that they go into."""
 
     urls: tuple[str, ...]
-    size: int  # bytes
+    size: int | None  # bytes
     sha256: str
+    members: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Known:
+    """A corpus on the network. sources: its files as they lie in its folder."""
+
+    downloads: tuple[Download, ...]
+    sources: tuple[Source, ...]
     licence: str
+    home: str  # where it is described
+    size: str = ""  # to download, where the parts' sizes aren't known
 
 
-KNOWN = {
-    "tinyshakespeare": Download(
-        urls=(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/"
-            "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+def _hub(path: str) -> tuple[str, str]:
+    """Addresses of a file on the Hugging Face hub and on its mirror."""
+    return f"https://huggingface.co/{path}", f"https://hf-mirror.com/{path}"
+
+
+def _wikitext(name, size, sha256, mirror) -> Known:
+    files = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
+    return Known(
+        (
+            Download(
+                (f"https://wikitext.smerity.com/{name}-raw-v1.zip", *_hub(mirror)),
+                size,
+                sha256,
+                tuple((rf"{name}-raw/{re.escape(file)}", file) for file in files.values()),
+            ),
         ),
-        size=1_115_394,
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        licence="public domain",
+        tuple(Source(file, documents="article", split=split) for split, file in files.items()),
+        "CC BY-SA 3.0",
+        "https://huggingface.co/datasets/Salesforce/wikitext",
+    )
+
+
+_REVISION = "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
+_FINEWEB = "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+KNOWN = {
+    "tinyshakespeare": Known(
+        (
+            Download(
+                (
+                    f"https://raw.githubusercontent.com/karpathy/char-rnn/{_REVISION}/data/tinyshakespeare/input.txt",
+                    f"https://cdn.jsdelivr.net/gh/karpathy/char-rnn@{_REVISION}/data/tinyshakespeare/input.txt",
+                    "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
+                ),
+                1_115_394,
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            ),
+        ),
+        (Source("input.txt"),),
+        "public domain",
+        "https://github.com/karpathy/char-rnn",
     ),
-}
+    "wikitext-2": _wikitext(
+        "wikitext-2",
+        4_721_645,
+        "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+        "datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
+    ),
+    "wikitext-103": _wikitext(
+        "wikitext-103",
+        191_984_949,
+        "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+        "datasets/mattdangerw/wikitext-103-raw/resolve/3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
+    ),
+    "imdb": Known(
+        (
+            Download(
+                (
+                    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+                    "https://dataset.bj.bcebos.com/imdb/aclImdb_v1.tar.gz",
+                ),
+                84_125_825,
+                "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+                (
+                    (r"aclImdb/train/(?:pos|neg)/\d+_\d+\.txt", "train.jsonl"),
+                    (r"aclImdb/train/unsup/\d+_\d+\.txt", "unlabelled.jsonl"),
+                    (r"aclImdb/test/(?:pos|neg)/\d+_\d+\.txt", "test.jsonl"),
+                ),
+            ),
+        ),
+        (
+            Source("train.jsonl", "jsonl"),  # shared out to train and val, as are the unlabelled
+            Source("unlabelled.jsonl", "jsonl"),
+            Source("test.jsonl", "jsonl", split="test"),
+        ),
+        "not stated; cite Maas et al. 2011",
+        "https://ai.stanford.edu/~amaas/data/sentiment/",
+    ),
+    "fineweb-edu-10BT": Known(
+        tuple(
+            Download(
+                _hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet"),
+                540_632_672 if i == 13 else None,
+                "b393f51fefab26cd6f4c8f65707c1924f6666c4961a0ebebe04bb57f7ec832de" if i == 13 else "",
+            )
+            for i in range(14)
+        ),
+        tuple(Source(f"{i:03}_00000.parquet", "parquet") for i in range(14)),
+        "ODC-By 1.0",
+        "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu",
+        "28.5 GB",
+    ),
+}  # fmt: skip
 
 
 @dataclass
 class Corpus:
-    """name: of its folder. source: where it came from, for metadata.json. texts: one running text,
-    or, where `documents` is true, one text a document."""
+    """name: of its folder. origin: where it came from, for metadata.json. sources: its files."""
 
     name: str
-    source: dict
-    documents: bool
-    texts: list[str]
+    origin: dict
+    sources: list[Source]
+
+    @property
+    def documents(self) -> bool:
+        """Whether it has documents. Raises ValueError where some files have and others don't."""
+        streams = [s for s in self.sources if s.format == "text" and not s.documents]
+        if streams and len(streams) < len(self.sources):
+            raise ValueError(
+                f"{streams[0].path} is one running text beside files of documents: "
+                f"say by --documents how to cut it"
+            )
+        return not streams
 
 
-def load_corpus(name: str, folder: Path, file: Path | None = None) -> Corpus:
-    """The corpus `name`: known, or built in, or a local `file`; downloads are kept in `folder`.
+def list_corpora() -> str:
+    """A table of the known corpora: name, size to download, licence, source."""
+    rows = [("name", "download", "licence", "source")]
+    for name, known in KNOWN.items():
+        size = known.size or f"{sum(part.size for part in known.downloads) / 1e6:.1f} MB"
+        rows.append((name, size, known.licence, known.home))
+    rows.append((BUILT_IN, "nothing", "PSF-2.0", "Python's own documentation, in every Python"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def load_corpus(name: str, folder: Path, inputs=(), documents="", text_field="") -> Corpus:
+    """The corpus `name`: known or built in, downloaded into `folder` where it isn't there yet, or
+    made of the files that `inputs` name.
 
     Raises ValueError for an unknown name or a file that isn't what it should be, OSError
     (ConnectionError, from the network) where a file can't be had.
     """
     known = KNOWN.get(name)
-    if name == BUILT_IN and file is None:
-        return python_documentation()
-    if known is None and file is None:
+    if inputs and known and len(known.downloads) == 1 and not known.downloads[0].members:
+        return _own_copy(name, known, inputs)
+    if inputs:
+        sources = _numbered([s for item in inputs for s in find(item, documents, text_field)])
+        return Corpus(name, {}, sources)
+    if name == BUILT_IN:
+        return python_documentation(folder)
+    if known is None:
         names = ", ".join([*KNOWN, BUILT_IN])
         raise ValueError(
-            f"no corpus is called {name!r}; there are {names}, and --input for a file of yours"
+            f"no corpus is called {name!r}; there are {names}, and --input for files of yours"
         )
-    if file is None:
-        file = folder / "input.txt"
-        if not (file.exists() and sha256_of(file) == known.sha256):
-            try:
-                download(known.urls, file, known.size, known.sha256)
-            except ConnectionError as error:
-                raise ConnectionError(
-                    f"{error}; try again later, or fetch it elsewhere and add --input FILE"
-                ) from None
-    elif known and (found := sha256_of(file)) != known.sha256:
+    try:
+        _fetch(known, folder)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}; try again later, or fetch it elsewhere (--prefetch) and add --input FILE"
+        ) from None
+    sources = _numbered([replace(s, path=str(folder / s.path)) for s in known.sources])
+    origin = {"url": [part.urls[0] for part in known.downloads], "licence": known.licence}
+    return Corpus(name, origin, sources)
+
+
+def _numbered(sources):
+    return [replace(source, number=i) for i, source in enumerate(sources)]
+
+
+def _own_copy(name, known, inputs) -> Corpus:
+    """A file that is said to be a known one."""
+    (part,), path = known.downloads, Path(inputs[0])
+    if (found := sha256_of(path)) != part.sha256:
         raise ValueError(
-            f"{file} is not {name}: its sha256 is {found[:16]}..., not {known.sha256[:16]}...; "
+            f"{path} is not {name}: its sha256 is {found[:16]}..., not {part.sha256[:16]}...; "
             f"for a text of your own give --corpus another name"
         )
-    source = {"file": file.name, "sha256": sha256_of(file)}
-    if known:
-        source |= {"url": known.urls[0], "licence": known.licence}
-    return Corpus(name, source, documents=False, texts=[read_text(file)])
+    origin = {"url": [part.urls[0]], "licence": known.licence, "sha256": found}
+    (source,) = known.sources
+    return Corpus(name, origin, [replace(source, path=str(path))])
 
 
-def python_documentation() -> Corpus:
+def _fetch(known: Known, folder: Path) -> None:
+    """Downloads and unpacks what isn't in `folder`."""
+    for part in known.downloads:
+        names = [name for _, name in part.members] or [_file_name(part, known)]
+        if all((folder / name).exists() for name in names):
+            continue  # written whole, once checked
+        path = folder / (part.urls[0].rsplit("/", 1)[1] if part.members else names[0])
+        if not (path.exists() and part.sha256 and sha256_of(path) == part.sha256):
+            download(part.urls, path, part.size, part.sha256 or None)
+        if part.members:
+            unpack(path, folder, dict(part.members))
+            path.unlink()
+
+
+def _file_name(part, known):
+    return known.sources[known.downloads.index(part)].path
+
+
+def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
+    """Writes the members of a zip or tar archive whose names match a pattern into `folder`, under
+    the name that goes with the pattern; many small ones become the lines of a .jsonl file.
+
+    No name in the archive is ever used as a path, links and devices are no files, and what grows
+    to more than a hundred times the archive is refused (ValueError).
+    """
+    limit = 100 * archive.stat().st_size
+    with _open_archive(archive) as (names, open_member):
+        for target in dict.fromkeys(members.values()):
+            patterns = [pattern for pattern, name in members.items() if name == target]
+            chosen = [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
+            if not chosen:
+                raise ValueError(
+                    f"{archive} holds nothing for {target}: it isn't what it should be"
+                )
+            with atomic_write(folder / target) as out:
+                for name in chosen:
+                    with open_member(name) as f:
+                        if target.endswith(".jsonl"):
+                            text = io.TextIOWrapper(f, "utf-8", newline="").read(limit)
+                            out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
+                        else:
+                            while block := f.read(BLOCK):
+                                out.write(block)
+                                limit -= len(block)
+                                if limit < 0:
+                                    raise ValueError(f"{archive} grows beyond all measure")
+
+
+class _open_archive:
+    """names of the files in an archive, in its own order, and a function that opens one."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        if zipfile.is_zipfile(self.path):
+            self.archive = zipfile.ZipFile(self.path)
+            return self.archive.namelist(), self.archive.open
+        self.archive = tarfile.open(self.path)
+        files = [member for member in self.archive if member.isfile()]
+        by_name = {member.name: member for member in files}
+        return list(by_name), lambda name: self.archive.extractfile(by_name[name])
+
+    def __exit__(self, *_):
+        self.archive.close()
+
+
+def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
+    """What --input names: a file, a folder, a glob, hf:NAME[/CONFIG], or a described folder
+    DIR[:SUB-CORPUS]. Raises ValueError or FileNotFoundError where it names nothing."""
+    if item.startswith("hf:"):
+        return hugging_face(item[3:], text_field)
+    folder, _, corpus = item.rpartition(":") if not Path(item).exists() else (item, "", "")
+    if folder and (told := described(Path(folder))):
+        text_field = text_field or told["field"]
+        if corpus and corpus not in told["corpuses"]:
+            there = ", ".join(told["corpuses"]) or "none"
+            raise ValueError(f"{folder} has no sub-corpus {corpus!r}; there are {there}")
+        corpora = [corpus] if corpus else told["corpuses"]
+        if told["configs"]:
+            found = [hugging_face(f"{told['root']}/{name}", text_field) for name in corpora]
+        else:
+            folders = [folder_of(told, name) for name in corpora] or [told["root"]]
+            found = [_files(str(path), documents, text_field) for path in folders]
+        return [source for sources in found for source in sources]
+    return _files(item, documents, text_field)
+
+
+def _files(item, documents, text_field):
+    path = Path(item)
+    if path.is_file():
+        paths, kinds = [path], FORMATS | {_suffix(path): FORMATS.get(_suffix(path), "text")}
+    elif path.is_dir():
+        described_by = {path / "metadata.json", path / "metadata.yaml"}
+        paths = [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
+        paths, kinds = [p for p in paths if p not in described_by], FORMATS
+    else:
+        paths, kinds = sorted(map(Path, glob.glob(item, recursive=True))), FORMATS
+    sources = [
+        Source(str(p), kind, documents if kind == "text" else "", text_field or "text")
+        for p in paths
+        if (kind := kinds.get(_suffix(p)))
+    ]
+    if not sources and not paths and not path.is_dir():
+        raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
+    if not sources:
+        raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (also .gz, .zst)")
+    return sources
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    return Path(name).suffix if path.is_file() else "a folder"
+
+
+def _hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def hugging_face(name: str, text_field: str) -> list[Source]:
+    """The Arrow files that the `datasets` library makes of NAME or NAME/CONFIG, on the hub or in a
+    local folder; its splits validation and test are val and test here."""
+    datasets = optional("datasets", f"--input hf:{name}")
+    attempts = [(name, None)] + ([tuple(name.rsplit("/", 1))] if "/" in name else [])
+    if name.count("/") == 2 and not Path(name).exists():
+        attempts.reverse()  # ORGANISATION/NAME/CONFIG
+    for path, config in attempts:
+        try:
+            splits = datasets.load_dataset(path, config)
+            break
+        except (ValueError, OSError) as error:  # FileNotFoundError, DatasetNotFoundError, ...
+            reason = str(error).splitlines()[0]
+    else:
+        raise ValueError(f"--input hf:{name}: {reason}")
+    known = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
+    official = len(splits) > 1 and {"train", "val"} <= {known.get(s) for s in splits}
+    return [
+        Source(
+            file["filename"],
+            "arrow",
+            field=text_field or "text",
+            split=known.get(split, "") if official else "",
+        )
+        for split, data in splits.items()
+        for file in data.cache_files
+    ]
+
+
+def python_documentation(folder: Path) -> Corpus:
     """The language reference that help() shows: 79 documents, half a megabyte, in every CPython."""
     from pydoc_data.topics import topics  # imported here: a table of half a megabyte
 
-    source = {
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "topics.jsonl") as f:
+        for key in sorted(topics):
+            f.write(json.dumps({"text": topics[key], "topic": key}).encode() + b"\n")
+    sources = [Source(str(folder / "topics.jsonl"), "jsonl")]
+    origin = {
         "module": "pydoc_data.topics",
         "python": platform.python_version(),
         "licence": "PSF-2.0",
     }
-    return Corpus(BUILT_IN, source, documents=True, texts=[topics[key] for key in sorted(topics)])
-
-
-def read_text(path: Path) -> str:
-    """A whole UTF-8 file, line ends as they are. Raises ValueError naming the line that isn't."""
-    data = path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        likely = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte {data[error.start]:#04x}); convert it first, "
-            f"say with iconv -f {likely} -t utf-8"
-        ) from None
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-class _TryAgain(Exception):
-    """A fault that may pass: of the line, or of a busy server."""
-
-
-def download(
-    urls, path: Path, size: int | None = None, sha256: str = "", pause=0.5, tries=4
-) -> None:
-    """Fetches a file from the first of `urls` that has it; `path` appears whole and checked.
-
-    A fault that may pass is tried again after `pause` seconds, then twice as long, up to `tries`
-    times without a new byte, going on where it broke off. Raises ConnectionError where no address
-    works, OSError where `path` can't be written. Leaves nothing but `path`.
-    """
-    part = path.with_name(path.name + ".part")  # left by a killed run: gone on with
-    try:
-        for url in urls:
-            try:
-                _fetch(url, part, size, sha256, pause, tries)
-                os.replace(part, path)
-                return
-            except ConnectionError as error:
-                reason = error
-                part.unlink(missing_ok=True)
-        raise ConnectionError(f"can't download {reason}")
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            error.filename = str(path)  # a failed write doesn't know it
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _fetch(url, part, size, sha256, pause, tries) -> None:
-    """Makes `part` whole and checked. Raises ConnectionError."""
-    failures, restarted = 0, False
-    while True:
-        done = part.stat().st_size if part.exists() else 0
-        try:
-            _fetch_rest(url, part, done, size)
-            found = sha256_of(part)
-            if not sha256 or found == sha256:
-                return
-            part.unlink()
-            if not done:  # one answer, and the wrong one
-                raise ConnectionError(
-                    f"{url} sent something else: sha256 {found[:16]}..., not {sha256[:16]}..."
-                )
-            if restarted:
-                raise ConnectionError(f"{url} changes while it is being fetched")
-            restarted = True  # what a killed run left may be of another file: from the start
-        except _TryAgain as error:
-            grown = part.exists() and part.stat().st_size > done
-            failures = 1 if grown else failures + 1
-            if failures == tries:
-                raise ConnectionError(f"{url}: {error}") from None
-            time.sleep(pause * 2 ** (failures - 1))
-
-
-def _fetch_rest(url, part, done, size) -> None:
-    """Appends to `part`, `done` bytes long, what is missing, or starts it anew."""
-    headers = {
-        "Accept-Encoding": "identity",  # so that lengths and ranges count the file's own bytes
-        "User-Agent": "Mozilla/5.0 (GPT-2 training repo)",  # some hosts refuse the default
-    }
-    if done:
-        headers["Range"] = f"bytes={done}-"
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
-            if response.status_code == 416:  # nothing lies beyond `done`: it is whole, or not it
-                part.unlink()
-                raise _TryAgain("the server refused to go on where the file broke off")
-            if response.status_code in (408, 429) or response.status_code >= 500:
-                raise _TryAgain(f"{response.status_code} {response.reason}")
-            if not response.ok:
-                raise ConnectionError(f"{url}: {response.status_code} {response.reason}")
-            if response.status_code != 206:
-                done = 0
-            length = int(response.headers.get("Content-Length", 0))
-            total = done + length if length else size
-            if size and total != size:
-                kind = response.headers.get("Content-Type", "something else")
-                raise ConnectionError(
-                    f"{url} sent {total:,} bytes ({kind}) where {size:,} were expected: a login "
-                    f"page of this network, perhaps"
-                )
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                open(part, "ab" if done else "wb") as f,
-                tqdm(
-                    desc=part.stem,
-                    total=total,
-                    initial=done,
-                    unit="B",
-                    unit_scale=True,
-                    disable=None,
-                ) as bar,
-            ):
-                for block in response.iter_content(1 << 14):
-                    f.write(block)
-                    bar.update(len(block))
-                    done += len(block)
-                    if total and done > total:
-                        raise ConnectionError(
-                            f"{url} sent more than the {total:,} bytes it promised"
-                        )
-                f.flush()
-                os.fsync(f.fileno())
-            if total and done < total:
-                raise _TryAgain(f"the connection broke after {done:,} of {total:,} bytes")
-    except requests.TooManyRedirects:
-        raise ConnectionError(f"{url}: redirected in a circle") from None
-    except requests.RequestException as error:
-        raise _TryAgain(_reason(error)) from None
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.exceptions.SSLError):
-        return "its certificate can't be trusted: a login page of this network, perhaps"
-    if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke"
-    return "no connection"
+    return Corpus(BUILT_IN, origin, sources)

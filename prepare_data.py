@@ -3,146 +3,155 @@
     python prepare_data.py                       # TinyShakespeare, GPT-2's vocabulary
     python prepare_data.py --tokenizer bytes     # the same text, byte by byte
     python prepare_data.py --input my.txt        # a text of your own, into data/my/
+    python prepare_data.py --list                # corpora that are known by name
 
-Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/README.md).
+Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/README.md). Run again
+after a stop, it does only what is missing.
 """
 
-import hashlib
-import json
-import time
-from dataclasses import dataclass
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 import corpora
-from common import atomic_write, folder_name, parse_flags, print_flags, run
+from common import folder_name, parse_flags, print_flags, run
+from describe import describe
+from download import download
+from pieces import engine
+from shards import prepare
 from tokenizer import get_tokenizer, missing_files
+from verify import verify
 
 
 @dataclass
 class Config:
-    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of the --input file
-    input: str = ""  # path of a UTF-8 text file, in place of the download
-    tokenizer: str = ""  # gpt2, bytes, or another tiktoken encoding; "": gpt2
-    train_split_ratio: float = 0.9  # share of the text for training, by characters (or documents)
+    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of what --input names
+    input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
+    text_field: str = ""  # that holds the text of a .jsonl or .parquet row; "": text
+    documents: str = ""  # in a .txt: blank-line, file or line makes one; "": it is a running text
+    max_length: int = 0  # tokens a document keeps; 0: all
+    tokenizer: str = "gpt2"  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken file
+    train_split_ratio: float = 0.9  # share for training, where the corpus isn't split already
     seed: int = 0  # of the split, where the corpus has documents
     data_dir: str = "data"  # folder for prepared corpora
+    engine: str = "processes"  # of this machine; or ray
+    workers: int = 0  # pieces at once; 0: one a core
+    ray_address: str = ""  # of a running cluster (auto: this node's); "": starts one here
+    part: str = ""  # I/N: only every N-th piece, from the I-th; whoever ends last joins them
+    on_error: str = "stop"  # at what is no document; or skip: count it, list it, go on
+    list: bool = False  # the corpora known by name, and nothing else
+    describe: str = ""  # folder of raw text to write a description into, and nothing else
+    description: str = ""  # for --describe: what the text is
+    source: str = ""  # for --describe: where it came from
+    sub_corpora: str = ""  # for --describe: its folders, separated by commas
+    prefetch: str = ""  # folder to download corpus and vocabulary into, and nothing else
+    verify: str = ""  # prepared corpus to check against its checksums and source, and nothing else
 
 
 def main():
     config = parse_flags(Config, __doc__)
-    if not 0 < config.train_split_ratio < 1:
-        raise ValueError(
-            f"train_split_ratio must lie between 0 and 1, not {config.train_split_ratio}"
-        )
+    check(config)
+    if config.list:
+        return print(corpora.list_corpora())
+    if config.describe:
+        answers = {
+            "name": config.corpus,
+            "download_source": config.source,
+            "description": config.description,
+            "content_field": config.text_field,
+            "corpuses": config.sub_corpora,
+        }
+        return print(f"wrote {describe(Path(config.describe), answers)}")
+    data_dir = Path(config.prefetch or config.data_dir)
+    if config.prefetch or (data_dir / "tokenizers").is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str((data_dir / "tokenizers").resolve()))
+    if config.verify:
+        folder = data_dir / folder_name(config.verify, "--verify")
+        return verify(folder)
     print_flags(config)
+    named = "--corpus" in sys.argv or config.input or "--tokenizer" in sys.argv or config.prefetch
     try:
-        corpus, tokenizer = load(config)
+        corpus, tokenizer = load(config, data_dir)
     except ConnectionError as error:
-        if config.corpus or config.input or config.tokenizer:  # asked for by name: no substitute
+        if named:  # asked for by name: no substitute
             raise
         print(
             f"No network: {error}.\nPreparing the built-in corpus instead: Python's own "
             f"documentation, byte by byte. Run this again, online, for TinyShakespeare."
         )
-        config.corpus, config.tokenizer = corpora.BUILT_IN, "bytes"
-        corpus, tokenizer = load(config)
-    folder = Path(config.data_dir) / corpus.name
-    prepare(corpus, tokenizer, folder, config.train_split_ratio, config.seed)
+        config = replace(config, corpus=corpora.BUILT_IN, tokenizer="bytes")
+        corpus, tokenizer = load(config, data_dir)
+    if config.prefetch:
+        return print(
+            f"{data_dir} has all that {corpus.name} needs: take it along and add --data_dir DIR"
+        )
+    options = {
+        name: getattr(config, name)
+        for name in ("train_split_ratio", "seed", "max_length", "on_error", "part")
+    }
+    with engine(config.engine, config.workers, config.ray_address) as run_tasks:
+        prepare(corpus, tokenizer, data_dir / corpus.name, run_tasks, **options)
 
 
-def load(config):
+def check(config) -> None:
+    """Raises ValueError for a value that can't be used."""
+    if not 0 < config.train_split_ratio < 1:
+        raise ValueError(
+            f"train_split_ratio must lie between 0 and 1, not {config.train_split_ratio}"
+        )
+    for name, values in {
+        "documents": ("", "blank-line", "file", "line"),
+        "engine": ("processes", "ray"),
+        "on_error": ("stop", "skip"),
+    }.items():
+        if getattr(config, name) not in values:
+            known = ", ".join(value or '""' for value in values)
+            raise ValueError(f"{name} is one of {known}, not {getattr(config, name)!r}")
+    for name in ("max_length", "workers"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    if config.part:
+        match = re.fullmatch(r"(\d+)/(\d+)", config.part)
+        if not match or not 0 <= int(match[1]) < int(match[2]):
+            raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
+
+
+def load(config, data_dir):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
-    name = config.corpus or (Path(config.input).stem if config.input else "tinyshakespeare")
-    file = Path(config.input) if config.input else None
-    folder = Path(config.data_dir) / folder_name(name, "--corpus")
-    missing = missing_files(config.tokenizer or "gpt2")  # first: a wrong name costs no download
-    corpus = corpora.load_corpus(name, folder, file)
+    name = config.corpus or (name_of(config.input) if config.input else "tinyshakespeare")
+    folder = data_dir / folder_name(name, "--corpus")
+    missing = missing_files(config.tokenizer)  # first: a wrong name costs no download
+    corpus = corpora.load_corpus(name, folder, config.input, config.documents, config.text_field)
+    if config.max_length and not corpus.documents:
+        raise ValueError(
+            "max_length is for documents, and this is one running text: see --documents"
+        )
     for url, path, sha256 in missing:
         try:
-            corpora.download([url], path, sha256=sha256)
+            download([url], path, sha256=sha256)
         except ConnectionError as error:
             raise ConnectionError(
                 f"{error}; try again later, choose --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to "
                 f"a folder that has {path.name}"
             ) from None
-    return corpus, get_tokenizer(config.tokenizer or "gpt2")
+    return corpus, get_tokenizer(config.tokenizer)
 
 
-def prepare(corpus, tokenizer, folder: Path, train_split_ratio: float, seed: int) -> dict:
-    """Writes the split and tokenized corpus into `folder`; returns its metadata.
-
-    Raises ValueError where a split would be empty.
-    """
-    start = time.perf_counter()
-    split = split_documents if corpus.documents else split_text
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    files, splits = {}, {}
-    for name, texts in split(corpus.texts, train_split_ratio, seed).items():
-        ids = encode(texts, tokenizer, corpus.documents)
-        if len(ids) == 0:
-            raise ValueError(f"{corpus.name} has too little text: nothing is left for {name}")
-        if ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
-            raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
-        data = files[f"{name}.bin"] = ids.astype(dtype).tobytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        splits[name] = {
-            "files": [{"name": f"{name}.bin", "tokens": len(ids), "sha256": sha256}],
-            "tokens": len(ids),
-            "documents": len(texts),
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
-    metadata = {
-        "format_version": 1,
-        "corpus": corpus.name,
-        "source": corpus.source,
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
-        "vocab_size": tokenizer.vocab_size,
-        "eot_token": tokenizer.eot_token,
-        "eot_per_document": corpus.documents,
-        "dtype": dtype.name,
-        "train_split_ratio": train_split_ratio,
-        "seed": seed,
-        "splits": splits,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.json").unlink(missing_ok=True)  # until all is there, nothing is
-    for name, data in files.items():
-        with atomic_write(folder / name) as f:
-            f.write(data)
-    with atomic_write(folder / "metadata.json") as f:
-        f.write(json.dumps(metadata, indent=2).encode() + b"\n")
-    for name, total in splits.items():
-        print(f"{name:5} {total['tokens']:>12,} tokens  {total['bytes']:>12,} bytes of text")
-    print(f"{folder}: done in {time.perf_counter() - start:.1f} s. Next: python train_gpt2.py")
-    return metadata
-
-
-def encode(texts, tokenizer, documents: bool) -> np.ndarray:
-    """Texts -> (n,) uint32 ids; where they are documents, each ends with an end of text."""
-    end = np.array([tokenizer.eot_token] if documents else [], dtype=np.uint32)
-    return np.concatenate(
-        [part for text in texts for part in (tokenizer.encode(text), end)] or [end]
+def name_of(inputs) -> str:
+    """A corpus's name after its first input: my.jsonl.gz -> my, raw/*.txt -> raw, DIR:a -> DIR-a,
+    hf:NAME/CONFIG -> NAME-CONFIG."""
+    name = inputs[0].removeprefix("hf:") if inputs[0].startswith("hf:") else inputs[0]
+    if inputs[0].startswith("hf:") and not Path(name).exists():
+        name = name.replace("/", "-")
+    path = Path(name)
+    if "*" in path.name or "?" in path.name:
+        path = path.parent
+    return (
+        re.sub(r"\.(txt|jsonl|parquet)?(\.gz|\.zst)?$", "", path.name).replace(":", "-")
+        or path.stem
     )
-
-
-def split_text(texts, train_split_ratio, seed) -> dict[str, list[str]]:
-    """A running text is cut once, by character."""
-    (text,) = texts
-    cut = int(len(text) * train_split_ratio)
-    return {"train": [text[:cut]], "val": [text[cut:]]}
-
-
-def split_documents(texts, train_split_ratio, seed) -> dict[str, list[str]]:
-    """Each document goes to one side by a hash of the seed and its place: order, workers and what
-    else is in the corpus make no difference."""
-    splits = {"train": [], "val": []}
-    for position, text in enumerate(texts):
-        digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
-        share = int.from_bytes(digest, "little") / 2**64
-        splits["train" if share < train_split_ratio else "val"].append(text)
-    return splits
 
 
 if __name__ == "__main__":

@@ -7,14 +7,19 @@
 A tokenizer is known by its name and the sha256 of its vocabulary.
 """
 
+import base64
 import codecs
 import contextlib
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+import tiktoken_ext.openai_public
+
+from common import atomic_write
 
 _HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken builds it from
@@ -36,6 +41,7 @@ VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken b
     },
 }  # fmt: skip
 VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
+ALIASES = {"distilgpt2": "gpt2"}  # names of the same vocabulary
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
 
 
@@ -44,17 +50,28 @@ class Tokenizer:
 
     name: as given to get_tokenizer. vocab_size: ids lie below it. eot_token: the id that ends a
     document; text never encodes to it. sha256: of the vocabulary, so that two files of ids can
-    be known to mean the same.
+    be known to mean the same. divisible: a text may be cut at reader.py's boundaries.
     """
 
     name: str
     vocab_size: int
     eot_token: int
     sha256: str
+    divisible: bool = True
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> (n,) uint32 ids. A literal "<|endoftext|>" is ordinary text."""
         raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the ids on disk: uint16 where they fit, else uint32, little-endian."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode_documents(self, texts) -> np.ndarray:
+        """Texts -> (n,) uint32 ids, an end of text behind each text's."""
+        end = np.array([self.eot_token], np.uint32)
+        return np.concatenate([part for text in texts for part in (self.encode(text), end)])
 
     def decode_bytes(self, ids) -> bytes:
         """Ids -> the UTF-8 bytes they stand for, which may begin or end inside a character."""
@@ -79,20 +96,19 @@ class BytesTokenizer(Tokenizer):
     sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
 
     def encode(self, text):
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+        return np.frombuffer(_encodable(text).encode(), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids):
         return b"".join(b"<|endoftext|>" if i == 256 else bytes([i]) for i in ids)
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken's, by its name; its vocabulary files must be there."""
+    """An encoding of tiktoken's, or one like it, under a name of its own."""
 
-    def __init__(self, name: str):
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
-        self.encoding = tiktoken.get_encoding(name)
-        self.name, self.vocab_size = name, self.encoding.n_vocab
-        self.eot_token = self.encoding.eot_token
+    def __init__(self, name: str, encoding: tiktoken.Encoding):
+        self.name, self.encoding = name, encoding
+        self.vocab_size, self.eot_token = encoding.n_vocab, encoding.eot_token
+        self.eot = encoding.decode([self.eot_token])
         self.pieces = {}  # id -> the bytes it stands for
         for i in range(self.vocab_size):
             with contextlib.suppress(KeyError):  # gaps: cl100k_base has no id 100256
@@ -101,11 +117,80 @@ class TiktokenTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
     def encode(self, text):
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        return self.encoding.encode_to_numpy(_encodable(text), disallowed_special=())
+
+    def encode_documents(self, texts):
+        """One call for many: each has a fixed cost, ten times that of a short document."""
+        runs, special = [], {self.eot}
+        for marked, run in itertools.groupby(texts, key=lambda text: self.eot in text):
+            if marked:  # the literal marker is no boundary: one by one
+                runs.append(super().encode_documents(run))
+                continue
+            joined = _encodable(self.eot.join([*run, ""]))
+            ids = self.encoding.encode_to_numpy(
+                joined, allowed_special=special, disallowed_special=()
+            )
+            runs.append(ids)
+        return np.concatenate(runs)
 
     def decode_bytes(self, ids):
         unknown = "\ufffd".encode()  # of a gap, which an untrained model may choose
-        return b"".join(self.pieces.get(int(i), unknown) for i in ids)
+        return b"".join([self.pieces.get(i, unknown) for i in map(int, ids)])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, through the `tokenizers` package."""
+
+    divisible = False
+    ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+    def __init__(self, name: str, path: Path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{path} needs a package: pip install tokenizers") from None
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no narrower type
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+        self.tokenizer.encode_special_tokens = True  # their literal text is ordinary text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.name, self.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
+        ids = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        ends = [ids[end] for end in self.ENDS if end in ids]
+        if not ends:
+            raise ValueError(f"{path} has no end of text: none of {', '.join(self.ENDS)}")
+        self.eot_token = ends[0]
+
+    def encode(self, text):
+        ids = self.tokenizer.encode(_encodable(text), add_special_tokens=False).ids
+        return np.array(ids, np.uint32)
+
+    def encode_documents(self, texts):
+        texts = [_encodable(text) for text in texts]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
+
+    def decode_bytes(self, ids):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False).encode()
+
+    def decode_stream(self, ids):
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for i in ids:
+            yield stream.step(self.tokenizer, int(i)) or ""
+
+
+def _encodable(text: str) -> str:
+    """The text as tiktoken takes it: surrogates paired where they are pairs, else U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def vocabulary_folder() -> Path:
@@ -117,10 +202,18 @@ def vocabulary_folder() -> Path:
 
 def missing_files(name: str) -> list[tuple[str, Path, str]]:
     """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged.
-    Raises ValueError for an unknown name."""
-    known = ["bytes", *tiktoken.list_encoding_names()]
+    Raises ValueError for an unknown name, FileNotFoundError for a path without a file."""
+    if _is_file(name):
+        if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
+            raise FileNotFoundError(f"{name} isn't there, nor in {vocabulary_folder()}")
+        return []
+    name = ALIASES.get(name, name)
+    known = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
     if name not in known:
-        raise ValueError(f"no tokenizer is called {name!r}; there are {', '.join(known)}")
+        raise ValueError(
+            f"no tokenizer is called {name!r}; there are {', '.join(known)}, and the path of a "
+            f"tokenizer.json or a .tiktoken file"
+        )
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         url = f"{_HOST}/{file}"
@@ -132,11 +225,13 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """ "bytes", "gpt2" or another of tiktoken's encodings.
+    """ "bytes", "gpt2" or another of tiktoken's encodings, "distilgpt2", or the path of a Hugging
+    Face tokenizer.json or of a .tiktoken file.
 
-    Raises ValueError for an unknown name, FileNotFoundError where the vocabulary isn't on this
-    machine (python prepare_data.py downloads it).
+    Raises ValueError for an unknown name or a damaged file, FileNotFoundError where the vocabulary
+    isn't on this machine (python prepare_data.py downloads it).
     """
+    name = _keep_copy(name) if _is_file(name) else ALIASES.get(name, name)
     if name == "bytes":
         return BytesTokenizer()
     if missing := missing_files(name):
@@ -145,4 +240,54 @@ def get_tokenizer(name: str) -> Tokenizer:
             f"the vocabulary of {name!r} isn't here: {path} is missing or damaged; with a network, "
             f"`python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
-    return TiktokenTokenizer(name)
+    if name.endswith(".json"):
+        return HuggingFaceTokenizer(name, vocabulary_folder() / name)
+    if name.endswith(".tiktoken"):
+        return TiktokenTokenizer(name, _encoding_of(vocabulary_folder() / name))
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
+    return TiktokenTokenizer(name, tiktoken.get_encoding(name))
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".json", ".tiktoken"))
+
+
+def _keep_copy(name: str) -> str:
+    """Copies a tokenizer's file to where vocabularies are kept, so that a corpus can be read where
+    the original isn't; returns the name to find it by, that of an encoding if the file is its."""
+    path = Path(name)
+    if not path.is_file():
+        return name  # of a copy
+    data = path.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    copy, name = f"{path.stem}-{sha256[:12]}{path.suffix}", ""
+    for known, files in VOCABULARY_FILES.items():
+        if [*files.values()] == [sha256]:
+            (file,), name = files, known
+            copy = hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
+            break
+    if not (vocabulary_folder() / copy).exists():
+        vocabulary_folder().mkdir(parents=True, exist_ok=True)
+        with atomic_write(vocabulary_folder() / copy) as f:
+            f.write(data)
+    return name or copy
+
+
+def _encoding_of(path: Path) -> tiktoken.Encoding:
+    """Of a .tiktoken file that is none of OpenAI's: with GPT-2's pattern, and an end of text as
+    its last id."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not a piece in base64 and its rank") from None
+    if not {bytes([i]) for i in range(256)} <= ranks.keys():
+        raise ValueError(f"{path} is no vocabulary: it hasn't got all 256 bytes")
+    return tiktoken.Encoding(
+        path.stem,
+        pat_str=tiktoken_ext.openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": max(ranks.values()) + 1},
+    )

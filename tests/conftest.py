@@ -1,5 +1,6 @@
 """Shared by the tests: no network, one thread a process, small corpora made by formula."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import prepare_data
+import shards
 from corpora import Corpus
+from pieces import engine
+from reader import Source
 from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +42,15 @@ def gpt2_tokenizer():
 
 
 def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **options) -> dict:
-    """Prepares `texts` in `folder`; returns the metadata."""
-    corpus = Corpus(folder.name, {"made": "by a test"}, documents, texts)
-    options = {"train_split_ratio": 0.9, "seed": 0} | options
-    return prepare_data.prepare(corpus, get_tokenizer(tokenizer), folder, **options)
+    """Prepares `texts` (one, unless they are documents) in `folder`; returns the metadata."""
+    path = folder.parent / f"{folder.name}.{'jsonl' if documents else 'txt'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts] if documents else texts
+    path.write_bytes("".join(lines).encode())
+    source = Source(str(path), "jsonl" if documents else "text")
+    corpus = Corpus(folder.name, {"made": "by a test"}, [source])
+    with engine("processes", workers=1) as run:
+        return shards.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""corpora.download against a real server on this machine that misbehaves on purpose."""
+"""download.download against a real server on this machine that misbehaves on purpose."""
 
 import hashlib
 import http.server
@@ -11,7 +11,7 @@ import threading
 import pytest
 from conftest import ROOT, assert_one_line_error
 
-import corpora
+import download
 
 BODY = bytes(i % 251 for i in range(300_000))
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -53,7 +53,7 @@ def reply(handler, status=200, body=BODY, sent=None, **headers):
 def fetch(server, tmp_path, **options):
     path = tmp_path / "corpus" / "input.txt"
     options = {"size": len(BODY), "sha256": SHA256, "pause": 0.01} | options
-    corpora.download([server.url], path, **options)
+    download.download([server.url], path, **options)
     return path
 
 
@@ -160,15 +160,15 @@ def test_no_server(tmp_path):
 def test_second_address_serves_when_the_first_does_not(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 404 if n == 1 else 200)
     path = tmp_path / "input.txt"
-    corpora.download([server.url, server.url], path, len(BODY), SHA256, pause=0.01)
+    download.download([server.url, server.url], path, len(BODY), SHA256, pause=0.01)
     assert path.read_bytes() == BODY
 
 
 def run_download(server, tmp_path, **options):
     """What a script's user sees: (exit code, error), and that no file is left."""
     code = (
-        "import sys, pathlib, common, corpora\n"
-        "common.run(lambda: corpora.download([sys.argv[1]], pathlib.Path('input.txt'), pause=0.01))"
+        "import sys, pathlib, common, download\n"
+        "common.run(lambda: download.download([sys.argv[1]], pathlib.Path('input.txt'), pause=0.01))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, server.url],

@@ -3,14 +3,14 @@ import json
 import os
 import resource
 import shutil
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import tiktoken
 from conftest import assert_one_line_error, make_corpus, run_script
 
-import prepare_data
-from corpora import python_documentation
+import pieces
 from tokenizer import get_tokenizer
 
 
@@ -69,22 +69,28 @@ def test_documents_end_with_an_end_of_text_and_split_by_place(tmp_path):
     assert sorted(found["train.bin"] + found["val.bin"]) == sorted(texts)
     assert 5 <= len(found["val.bin"]) <= 40  # a tenth, about
     # a document's side depends on its place and the seed, not on what comes after it
-    few = prepare_data.split_documents(texts[:50], 0.9, 0)["val"]
-    assert few == [text for text in texts[:50] if text in found["val.bin"]]
-    assert few != prepare_data.split_documents(texts[:50], 0.9, 1)["val"]
+    make_corpus(tmp_path / "few", texts[:50], documents=True)
+    n = len(read(tmp_path / "few", "val.bin"))
+    assert np.array_equal(read(tmp_path / "few", "val.bin"), read(tmp_path / "c", "val.bin")[:n])
+    make_corpus(tmp_path / "few", texts[:50], documents=True, seed=1)
+    assert len(read(tmp_path / "few", "val.bin")) != n
 
 
 def test_python_documentation_comes_back(tmp_path):
-    corpus = python_documentation()
-    assert len(corpus.texts) > 70
-    metadata = make_corpus(tmp_path / "c", corpus.texts, documents=True)
+    texts = [topics[key] for key in sorted(topics)]
+    assert len(texts) > 70
+    result = run_script(
+        "prepare_data.py", "--corpus", "python-docs", "--tokenizer", "bytes", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    metadata = json.loads((tmp_path / "data/python-docs/metadata.json").read_text())
     documents = []
     for name in ("train.bin", "val.bin"):
-        ids = read(tmp_path / "c", name)
+        ids = read(tmp_path / "data" / "python-docs", name)
         ends = np.flatnonzero(ids == 256)
         documents += [bytes(d[d < 256].astype(np.uint8)).decode() for d in np.split(ids, ends)[:-1]]
-    assert sorted(documents) == sorted(corpus.texts)
-    assert sum(split["documents"] for split in metadata["splits"].values()) == len(corpus.texts)
+    assert sorted(documents) == sorted(texts)
+    assert sum(split["documents"] for split in metadata["splits"].values()) == len(texts)
 
 
 def test_a_literal_end_of_text_is_no_boundary(tmp_path, gpt2_tokenizer):
@@ -163,7 +169,7 @@ WRONG = {
     "no such corpus": (["--corpus", "nope"], ["nope", "tinyshakespeare", "python-docs"]),
     "no such tokenizer": (["--input", "ok.txt", "--tokenizer", "gpt5"], ["gpt5", "bytes"]),
     "no such file": (["--input", "nope.txt"], ["nope.txt"]),
-    "a folder": (["--corpus", "c", "--input", "."], [".: Is a directory"]),
+    "an empty folder": (["--input", "nothing"], ["nothing has no .txt, .jsonl or .parquet"]),
     "no name": (["--input", "."], ["''", "--corpus NAME"]),
     "the folder itself": (["--corpus", ".."], ["'..'", "--corpus NAME"]),
     "outside": (["--input", "ok.txt", "--corpus", "../x"], ["'../x'", "--corpus NAME"]),
@@ -184,6 +190,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, case):
     (tmp_path / "latin1.txt").write_bytes("fine\ncafé".encode("latin1"))
     (tmp_path / "utf16.txt").write_text("fine", encoding="utf-16")
     (tmp_path / "short.txt").write_text("x")
+    (tmp_path / "nothing").mkdir()
     assert_one_line_error(run_script("prepare_data.py", *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "data").exists()
 
@@ -195,7 +202,7 @@ def test_full_disk_leaves_no_corpus(tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     result = run_script("prepare_data.py", *flags, cwd=tmp_path, preexec_fn=limit)
     assert_one_line_error(result, "train.bin: File too large; make room")
-    assert list((tmp_path / "data" / "my").iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_preparing_again_replaces(tmp_path):
@@ -216,6 +223,7 @@ def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):
             return super().encode(text) + 65_536 - 120  # "x" becomes the last id
 
     monkeypatch.setattr("conftest.get_tokenizer", lambda name: Wide())
+    monkeypatch.setattr(pieces, "_tokenizer", lambda name: Wide())
     metadata = make_corpus(tmp_path / "c", ["x" * 100])
     assert metadata["dtype"] == "uint32"
     assert read(tmp_path / "c", "val.bin").tolist() == [65_536] * 10

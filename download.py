@@ -1,0 +1,150 @@
+"""Files from the network: whole, checked and gone on with, or an error that says why not.
+
+download(urls, Path("data/tinyshakespeare/input.txt"), size, sha256)
+"""
+
+import hashlib
+import os
+import re
+import time
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _TryAgain(Exception):
+    """A fault that may pass: of the line, or of a busy server."""
+
+
+def download(
+    urls, path: Path, size: int | None = None, sha256: str = "", pause=0.5, tries=4
+) -> None:
+    """Fetches a file from the first of `urls` that has it; `path` appears whole and checked.
+
+    A fault that may pass is tried again after `pause` seconds, then twice as long, up to `tries`
+    times without a new byte, going on where it broke off. Raises ConnectionError where no address
+    works, OSError where `path` can't be written. Leaves nothing but `path`.
+    """
+    part = path.with_name(path.name + ".part")  # left by a killed run: gone on with
+    try:
+        for url in urls:
+            try:
+                _fetch(url, part, size, sha256, pause, tries)
+                os.replace(part, path)
+                return
+            except ConnectionError as error:
+                reason = error
+                part.unlink(missing_ok=True)
+        raise ConnectionError(f"can't download {reason}")
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a failed write doesn't know it
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _fetch(url, part, size, sha256, pause, tries) -> None:
+    """Makes `part` whole and checked. Raises ConnectionError."""
+    failures, restarted = 0, False
+    while True:
+        done = part.stat().st_size if part.exists() else 0
+        try:
+            expected = _fetch_rest(url, part, done, size, sha256)
+            found = sha256_of(part)
+            if expected in (None, found):
+                return
+            part.unlink()
+            if not done:  # one answer, and the wrong one
+                raise ConnectionError(
+                    f"{url} sent something else: sha256 {found[:16]}..., not {expected[:16]}..."
+                )
+            if restarted:
+                raise ConnectionError(f"{url} changes while it is being fetched")
+            restarted = True  # what a killed run left may be of another file: from the start
+        except _TryAgain as error:
+            grown = part.exists() and part.stat().st_size > done
+            failures = 1 if grown else failures + 1
+            if failures == tries:
+                raise ConnectionError(f"{url}: {error}") from None
+            time.sleep(pause * 2 ** (failures - 1))
+
+
+def _fetch_rest(url, part, done, size, sha256) -> str | None:
+    """Appends to `part`, `done` bytes long, what is missing, or starts it anew. Returns its sha256,
+    where it is given or the Hugging Face hub tells it."""
+    headers = {
+        "Accept-Encoding": "identity",  # so that lengths and ranges count the file's own bytes
+        "User-Agent": "Mozilla/5.0 (GPT-2 training repo)",  # some hosts refuse the default
+    }
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
+            if response.status_code == 416:  # nothing lies beyond `done`: it is whole, or not it
+                part.unlink()
+                raise _TryAgain("the server refused to go on where the file broke off")
+            if response.status_code in (408, 429) or response.status_code >= 500:
+                raise _TryAgain(f"{response.status_code} {response.reason}")
+            if not response.ok:
+                raise ConnectionError(f"{url}: {response.status_code} {response.reason}")
+            if response.status_code != 206:
+                done = 0
+            length = int(response.headers.get("Content-Length", 0))
+            total = done + length if length else size
+            if size and total != size:
+                kind = response.headers.get("Content-Type", "something else")
+                raise ConnectionError(
+                    f"{url} sent {total:,} bytes ({kind}) where {size:,} were expected: a login "
+                    f"page of this network, perhaps"
+                )
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                open(part, "ab" if done else "wb") as f,
+                tqdm(
+                    desc=part.stem,
+                    total=total,
+                    initial=done,
+                    unit="B",
+                    unit_scale=True,
+                    disable=None,
+                ) as bar,
+            ):
+                for block in response.iter_content(1 << 14):
+                    f.write(block)
+                    bar.update(len(block))
+                    done += len(block)
+                    if total and done > total:
+                        raise ConnectionError(
+                            f"{url} sent more than the {total:,} bytes it promised"
+                        )
+                f.flush()
+                os.fsync(f.fileno())
+            if total and done < total:
+                raise _TryAgain(f"the connection broke after {done:,} of {total:,} bytes")
+            # the hub names a large file's sha256 in the answer that redirects to it
+            tags = [r.headers.get("X-Linked-Etag", "") for r in (*response.history, response)]
+            told = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
+            return sha256 or (told[0] if told else None)
+    except requests.TooManyRedirects:
+        raise ConnectionError(f"{url}: redirected in a circle") from None
+    except requests.RequestException as error:
+        raise _TryAgain(_reason(error)) from None
+
+
+def _reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.exceptions.SSLError):
+        return "its certificate can't be trusted: a login page of this network, perhaps"
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke"
+    return "no connection"

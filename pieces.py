@@ -1,0 +1,227 @@
+"""The work of preparing, in pieces that any worker on any node can do alone: documents to ids.
+
+    with engine("processes", workers=2) as run:
+        for result in run(tokenize_piece, [(job, 0, piece), ...]): ...
+
+What a piece becomes depends on the job and the piece alone, so that the bytes on disk are the same
+for any number of workers and either engine, and a piece that is done need not be done again.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import atomic_write
+from reader import BLOCK, Bad, Source, optional, read, where
+from tokenizer import get_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all pieces have in common. folder: for finished pieces. documents: whether an end of
+    text follows each text; max_length: tokens a document keeps, 0 for all."""
+
+    folder: str
+    tokenizer: str
+    documents: bool
+    max_length: int
+    train_split_ratio: float
+    seed: int
+    on_error: str
+
+    def split_of(self, source: Source, position: int) -> str:
+        """A document's side is a hash of the seed and its place: order, workers and what else is
+        in the corpus make no difference."""
+        if source.split:
+            return source.split
+        key = f"{self.seed}:{source.number}:{position}".encode()
+        share = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
+        return "train" if share < self.train_split_ratio else "val"
+
+
+def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
+    """Writes job.folder/NUMBER.SPLIT.bin of each split and returns the piece's account, which it
+    also writes, last, to NUMBER.json.
+
+    The account: splits (tokens, documents and bytes of UTF-8 text of each), dropped (tokens cut
+    off by max_length), skipped (what was no document: where and why), seconds. Raises ValueError
+    for what is no document, unless on_error is "skip".
+    """
+    start = time.perf_counter()
+    tokenizer = _tokenizer(job.tokenizer)
+    account = {"splits": {}, "dropped": 0, "skipped": []}
+    path = Path(job.folder) / f"{number:06}"
+    with contextlib.ExitStack() as stack:
+        writers = {}
+
+        def write(split):
+            if split not in writers:
+                file = stack.enter_context(atomic_write(Path(f"{path}.{split}.bin")))
+                totals = account["splits"][split] = dict(tokens=0, documents=0, bytes=0)
+                writers[split] = file, totals
+            texts, size[split] = batches.pop(split), 0
+            account["dropped"] += _write(job, tokenizer, texts, *writers[split])
+
+        batches, size = collections.defaultdict(list), collections.Counter()
+        for source in piece:
+            for position, text in read(source):
+                if isinstance(text, Bad):
+                    place = f"{where(source, position + text.offset)}: {text}"
+                    if job.on_error != "skip" or not job.documents:
+                        skip = "; --on_error skip leaves it out" if job.documents else ""
+                        raise ValueError(f"{place}{skip}")
+                    account["skipped"].append(place)
+                    continue
+                split = job.split_of(source, position)
+                batches[split].append(text)
+                size[split] += len(text)
+                if size[split] >= BLOCK:
+                    write(split)
+        for split in list(batches):
+            write(split)
+    account["seconds"] = time.perf_counter() - start
+    with atomic_write(Path(f"{path}.json")) as f:
+        f.write(json.dumps(account).encode())
+    return account
+
+
+@functools.lru_cache(1)
+def _tokenizer(name):
+    return get_tokenizer(name)
+
+
+def _write(job, tokenizer, texts, file, totals) -> int:
+    """Tokenizes texts into `file` and adds to `totals`; returns how many tokens were cut off."""
+    dropped = 0
+    if job.documents:
+        ids = tokenizer.encode_documents(texts)
+    else:
+        ids = np.concatenate([tokenizer.encode(text) for text in texts])
+    totals["documents"] += len(texts)
+    totals["bytes"] += sum(len(text.encode(errors="replace")) for text in texts)
+    if job.max_length:
+        ends = np.flatnonzero(ids == tokenizer.eot_token)
+        lengths = np.diff(ends, prepend=-1)  # with the end of text
+        place = np.arange(len(ids)) - np.repeat(ends - lengths + 1, lengths)
+        keep = (place < job.max_length) | (ids == tokenizer.eot_token)
+        totals["bytes"] -= len(tokenizer.decode_bytes(ids[~keep]))
+        dropped = int((~keep).sum())
+        ids = ids[keep]
+    if len(ids) and ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
+        raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
+    file.write(ids.astype(tokenizer.dtype).tobytes())
+    totals["tokens"] += len(ids)
+    return dropped
+
+
+def join_pieces(paths: list[str], shard: str) -> str:
+    """Writes the pieces' ids, one after another, to `shard`; returns its sha256."""
+    digest = hashlib.sha256()
+    with atomic_write(Path(shard)) as out:
+        for path in paths:
+            with open(path, "rb") as f:
+                while block := f.read(BLOCK):
+                    digest.update(block)
+                    out.write(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def engine(name: str, workers: int = 0, ray_address: str = ""):
+    """Yields run(function, tasks): (index, result) of function(*task), in the order they finish.
+
+    name: "processes" of this machine, or "ray": of the cluster at ray_address, or of one that is
+    started here. workers: how many at once; 0: one a core. Raises what a task raises, and OSError
+    where a worker dies.
+    """
+    if name == "ray":
+        yield from _ray(workers, ray_address)
+        return
+    workers = workers or len(os.sched_getaffinity(0))
+
+    def run(function, tasks):
+        if workers == 1 or len(tasks) <= 1:
+            yield from ((i, function(*task)) for i, task in enumerate(tasks))
+            return
+        processes = min(workers, len(tasks))
+        spawn = multiprocessing.get_context("spawn")  # a fork of threads, Arrow's say, may hang
+        with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+            start = lambda i: pool.submit(function, *tasks[i])  # noqa: E731
+            wait = lambda f: concurrent.futures.wait(f, return_when="FIRST_COMPLETED")[0]  # noqa: E731
+            try:
+                for i, future in _some_at_once(len(tasks), 2 * workers, start, wait):
+                    yield i, future.result()
+            except BrokenProcessPool:
+                raise OSError(
+                    "a worker process was killed, perhaps for want of memory: run this again, with "
+                    "fewer --workers; finished pieces are kept"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    yield run
+
+
+def _ray(workers, address):
+    """A Ray task a piece; all nodes see the same files."""
+    ray = optional("ray", "--engine ray")
+    here = str(Path(__file__).resolve().parent)
+    variables = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=address or None,
+            num_cpus=None if address else workers or len(os.sched_getaffinity(0)),
+            runtime_env={"env_vars": variables},
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    except ConnectionError as error:
+        raise ConnectionError(f"no Ray cluster at {address}: {error}") from None
+    try:
+        cores = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+        def run(function, tasks):
+            remote = ray.remote(num_cpus=1, max_retries=5)(function)
+            start = lambda i: remote.remote(*tasks[i])  # noqa: E731
+            wait = lambda futures: ray.wait(list(futures))[0]  # noqa: E731
+            at_once = cores if workers else 2 * cores
+            for i, future in _some_at_once(len(tasks), at_once, start, wait):
+                try:
+                    yield i, ray.get(future)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    raise OSError(f"Ray lost a piece, run this again: {error}") from None
+
+        yield run
+    finally:
+        ray.shutdown()
+
+
+def _some_at_once(count, at_once, start, wait):
+    """Starts tasks 0 to count - 1, never more than `at_once` unfinished; yields each with its
+    index once it is finished."""
+    running, following = {}, iter(range(count))
+    while True:
+        for i in following:
+            running[start(i)] = i
+            if len(running) >= at_once:
+                break
+        if not running:
+            return
+        for future in list(wait(running)):
+            yield running.pop(future), future
