@@ -15,6 +15,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ import numpy as np
 
 from common import atomic_write
 from reader import BLOCK, Bad, Source, optional, read, where
-from tokenizer import get_tokenizer
+from tokenizer import encodable, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _write(job, tokenizer, texts, file, totals) -> int:
     else:
         ids = np.concatenate([tokenizer.encode(text) for text in texts])
     totals["documents"] += len(texts)
-    totals["bytes"] += sum(len(text.encode(errors="replace")) for text in texts)
+    totals["bytes"] += sum(len(encodable(text).encode()) for text in texts)
     if job.max_length:
         ends = np.flatnonzero(ids == tokenizer.eot_token)
         lengths = np.diff(ends, prepend=-1)  # with the end of text
@@ -156,7 +158,8 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
             return
         processes = min(workers, len(tasks))
         spawn = multiprocessing.get_context("spawn")  # a fork of threads, Arrow's say, may hang
-        with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+        pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, _worker, (os.getpid(),))
+        with pool:
             start = lambda i: pool.submit(function, *tasks[i])  # noqa: E731
             wait = lambda f: concurrent.futures.wait(f, return_when="FIRST_COMPLETED")[0]  # noqa: E731
             try:
@@ -171,6 +174,18 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
                 pool.shutdown(cancel_futures=True)
 
     yield run
+
+
+def _worker(parent: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and goes when that goes, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _ray(workers, address):

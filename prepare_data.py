@@ -11,7 +11,6 @@ after a stop, it does only what is missing.
 
 import os
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class Config:
     text_field: str = ""  # that holds the text of a .jsonl or .parquet row; "": text
     documents: str = ""  # in a .txt: blank-line, file or line makes one; "": it is a running text
     max_length: int = 0  # tokens a document keeps; 0: all
-    tokenizer: str = "gpt2"  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken file
+    tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
     train_split_ratio: float = 0.9  # share for training, where the corpus isn't split already
     seed: int = 0  # of the split, where the corpus has documents
     data_dir: str = "data"  # folder for prepared corpora
@@ -71,7 +70,7 @@ def main():
         folder = data_dir / folder_name(config.verify, "--verify")
         return verify(folder)
     print_flags(config)
-    named = "--corpus" in sys.argv or config.input or "--tokenizer" in sys.argv or config.prefetch
+    named = config.corpus or config.input or config.tokenizer or config.prefetch
     try:
         corpus, tokenizer = load(config, data_dir)
     except ConnectionError as error:
@@ -122,7 +121,7 @@ def load(config, data_dir):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
     name = config.corpus or (name_of(config.input) if config.input else "tinyshakespeare")
     folder = data_dir / folder_name(name, "--corpus")
-    missing = missing_files(config.tokenizer)  # first: a wrong name costs no download
+    missing = missing_files(config.tokenizer or "gpt2")  # first: a wrong name costs no download
     corpus = corpora.load_corpus(name, folder, config.input, config.documents, config.text_field)
     if config.max_length and not corpus.documents:
         raise ValueError(
@@ -136,7 +135,7 @@ def load(config, data_dir):
                 f"{error}; try again later, choose --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to "
                 f"a folder that has {path.name}"
             ) from None
-    return corpus, get_tokenizer(config.tokenizer)
+    return corpus, get_tokenizer(config.tokenizer or "gpt2")
 
 
 def name_of(inputs) -> str:

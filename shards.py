@@ -181,8 +181,8 @@ def _check_room(folder, tokenizer, pieces) -> None:
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise OSError(
-            f"{folder} needs about {needed / 1e9:,.1f} GB, and there are {free / 1e9:,.1f} GB free: "
-            f"make room there, or choose another --data_dir"
+            f"{folder} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make "
+            f"room there, or choose another --data_dir"
         )
 
 
@@ -308,10 +308,9 @@ def _report(folder, metadata, skipped, accounts, seconds) -> None:
     totals = dict.fromkeys(("tokens", "documents", "bytes"), 0)
     for name, split in metadata["splits"].items():
         totals = {field: totals[field] + split[field] for field in totals}
-        documents = f"{split['documents']:>12,} documents" if metadata["eot_per_document"] else ""
-        print(
-            f"{name:5} {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes of text {documents}"
-        )
+        line = f"{name:5} {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes of text"
+        documents = f" {split['documents']:>12,} documents" if metadata["eot_per_document"] else ""
+        print(line + documents)
     if metadata["dropped"] or skipped:
         print(
             f"left out: {metadata['dropped']:,} tokens beyond max_length, "

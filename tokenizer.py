@@ -96,7 +96,7 @@ class BytesTokenizer(Tokenizer):
     sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
 
     def encode(self, text):
-        return np.frombuffer(_encodable(text).encode(), np.uint8).astype(np.uint32)
+        return np.frombuffer(encodable(text).encode(), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids):
         return b"".join(b"<|endoftext|>" if i == 256 else bytes([i]) for i in ids)
@@ -117,7 +117,7 @@ class TiktokenTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
     def encode(self, text):
-        return self.encoding.encode_to_numpy(_encodable(text), disallowed_special=())
+        return self.encoding.encode_to_numpy(encodable(text), disallowed_special=())
 
     def encode_documents(self, texts):
         """One call for many: each has a fixed cost, ten times that of a short document."""
@@ -126,7 +126,7 @@ class TiktokenTokenizer(Tokenizer):
             if marked:  # the literal marker is no boundary: one by one
                 runs.append(super().encode_documents(run))
                 continue
-            joined = _encodable(self.eot.join([*run, ""]))
+            joined = encodable(self.eot.join([*run, ""]))
             ids = self.encoding.encode_to_numpy(
                 joined, allowed_special=special, disallowed_special=()
             )
@@ -165,11 +165,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eot_token = ends[0]
 
     def encode(self, text):
-        ids = self.tokenizer.encode(_encodable(text), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(encodable(text), add_special_tokens=False).ids
         return np.array(ids, np.uint32)
 
     def encode_documents(self, texts):
-        texts = [_encodable(text) for text in texts]
+        texts = [encodable(text) for text in texts]
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
 
@@ -184,7 +184,7 @@ class HuggingFaceTokenizer(Tokenizer):
             yield stream.step(self.tokenizer, int(i)) or ""
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """The text as tiktoken takes it: surrogates paired where they are pairs, else U+FFFD."""
     try:
         text.encode()

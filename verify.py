@@ -58,8 +58,8 @@ def verify(folder: Path) -> None:
 
 def _differs(folder, name, where):
     return ValueError(
-        f"{folder}: {name} differs from its source at {where}: the source has changed, or the files "
-        f"have; run python prepare_data.py again"
+        f"{folder}: {name} differs from its source at {where}: the source has changed, or the "
+        f"files have; run python prepare_data.py again"
     )
 
 

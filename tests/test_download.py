@@ -168,7 +168,8 @@ def run_download(server, tmp_path, **options):
     """What a script's user sees: (exit code, error), and that no file is left."""
     code = (
         "import sys, pathlib, common, download\n"
-        "common.run(lambda: download.download([sys.argv[1]], pathlib.Path('input.txt'), pause=0.01))"
+        "path = pathlib.Path('input.txt')\n"
+        "common.run(lambda: download.download([sys.argv[1]], path, pause=0.01))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, server.url],

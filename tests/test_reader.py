@@ -1,0 +1,195 @@
+"""Files to documents: every format, every place to cut, everything a file may hold."""
+
+import gzip
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reader
+from reader import BOUNDARY, Bad, Source, cut, read
+
+TEXT = (
+    "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
+    " More .\n \n = Two = \r\n \n\n\n\t\nÄ é 漢字 。\nx\n \n = Three = \n"
+)
+LONG = "word " * 5000
+TEXTS = ["", "one", "two\nlines\r\n", "é" * 50, "\0", "<|endoftext|>", " \n ", LONG, "end"]
+
+
+def documents(source, size):
+    """All (position, text) of a source that is cut into pieces of about `size` bytes."""
+    parts = cut(source, size)
+    assert len(parts) == 1 or all(n >= size for _, n in parts[:-1])
+    return [document for part, _ in parts for document in read(part)]
+
+
+def written(path, data: bytes) -> str:
+    """The path of `data` on disk, compressed where its name says so."""
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    if path.suffix == ".zst":
+        data = reader._zstd("").compress(data)
+    path.write_bytes(data)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 1 << 20])
+def test_jsonl_gives_its_texts_wherever_it_is_cut(tmp_path, size, suffix):
+    lines = "\ufeff" + "\n\n".join(json.dumps({"text": text}) for text in TEXTS)
+    source = Source(written(tmp_path / f"a.jsonl{suffix}", lines.encode()), "jsonl")
+    found = documents(source, size)
+    assert [text for _, text in found] == TEXTS  # the last line has no line feed
+    assert found == documents(source, 1 << 30)  # at the same places
+
+
+@pytest.mark.parametrize("kind", ["line", "blank-line", "article", "file", ""])
+@pytest.mark.parametrize("size", [1, 5, 40, 1 << 20])
+def test_plain_text_is_the_same_wherever_it_is_cut(tmp_path, kind, size):
+    source = Source(written(tmp_path / "a.txt", TEXT.encode()), documents=kind)
+    texts = [text for _, text in documents(source, size)]
+    expected = {
+        "line": [line.strip() for line in TEXT.split("\n") if line.strip()],
+        "blank-line": [
+            "= One =", "First line , with a word .\nSecond line .", "= = Part = =", "More .",
+            "= Two =", "Ä é 漢字 。\nx", "= Three =",
+        ],
+        "article": [
+            "= One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
+            " More .",
+            "= Two = \r\n \n\n\n\t\nÄ é 漢字 。\nx", "= Three =",
+        ],
+    }  # fmt: skip
+    if kind == "":
+        assert "".join(texts) == TEXT
+    else:
+        assert texts == expected.get(kind, [TEXT])
+
+
+@pytest.mark.parametrize("size", [1, 300, 1 << 30])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_parquet(tmp_path, size, suffix):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
+    import pyarrow.parquet as pq
+
+    texts = [f"document {i} " * (i % 7) for i in range(100)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": range(100), "text": texts}), path, row_group_size=9)
+    source = Source(written(tmp_path / f"b.parquet{suffix}", path.read_bytes()), "parquet")
+    assert [text for _, text in documents(source, size)] == texts
+    assert [position for position, _ in documents(source, size)] == list(range(100))
+    ((_, bad),) = read(Source(source.path, "parquet", field="body", start=0, stop=9))
+    assert isinstance(bad, Bad) and "'body'; there are n, text" in bad
+    (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"cut\.parquet: a damaged \.parquet file"):
+        cut(Source(str(tmp_path / "cut.parquet"), "parquet"), size)
+
+
+BAD = {
+    "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9)"),
+    "broken": (b'{"text": "a"', "no JSON"),
+    "not an object": (b"[1, 2]", "no field 'text'"),
+    "missing field": (b'{"body": 1, "id": 2}', "no field 'text'; there are body, id"),
+    "wrong type": (b'{"text": 12}', "the field 'text' is no text, but int"),
+    "null": (b'{"text": null}', "NoneType"),
+    "deep": (b"[" * 100_000, "no JSON"),
+    "a huge number": (b'{"text": ' + b"9" * 5000 + b"}", "no JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_document_is_named_and_the_next_one_read(tmp_path, case):
+    line, reason = BAD[case]
+    data = b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n'
+    source = Source(written(tmp_path / "a.jsonl", data), "jsonl")
+    (_, a), (position, bad), (_, b) = read(source)
+    assert (a, b) == ("a", "b")
+    assert isinstance(bad, Bad) and reason in bad
+    assert reader.where(source, position + bad.offset) == f"{source.path}, line 2"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_short(tmp_path, suffix):
+    noise = random.Random(0).randbytes(100_000).hex()
+    lines = b"".join(
+        json.dumps({"text": noise[90 * i : 90 * i + 90]}).encode() + b"\n" for i in range(2000)
+    )
+    path = tmp_path / f"a.jsonl{suffix}"
+    written(path, lines)
+    path.write_bytes(path.read_bytes()[:-20_000])
+    *whole, (_, bad) = read(Source(str(path), "jsonl"))
+    assert whole and not any(isinstance(text, Bad) for _, text in whole)
+    assert [text for _, text in whole] == [noise[90 * i : 90 * i + 90] for i in range(len(whole))]
+    assert isinstance(bad, Bad) and "damaged from here on" in bad
+
+
+# GPT-2's ranks under the patterns of tiktoken's other encodings: where a text may be cut is a
+# matter of the pattern alone
+PATTERNS = {
+    "cl100k": "|".join(
+        [
+            r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+""",
+            r""" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
+        ]
+    ),
+    "o200k": "|".join(
+        [
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""\p{N}{1,3}""",
+            r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+            r"""\s*[\r\n]+""",
+            r"""\s+(?!\S)""",
+            r"""\s+""",
+        ]
+    ),
+}  # fmt: skip
+HOSTILE = st.text(
+    st.sampled_from("aB 1'é漢字。\u3000\xa0\u2028\u0301🙂/!_\n\r\t \n s"), max_size=60
+)
+
+
+@pytest.fixture(scope="module")
+def encodings():
+    """By name; skips without GPT-2's vocabulary."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set (.ci/run sets it where the files lie)")
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return {"gpt2": gpt2} | {
+        name: tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={}
+        )
+        for name, pattern in PATTERNS.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", *PATTERNS])
+@settings(max_examples=300, deadline=None)
+@given(text=HOSTILE | st.text(max_size=60))
+def test_no_token_reaches_over_a_boundary(text, name, encodings):
+    encode = encodings[name].encode_ordinary
+    data = text.encode(errors="ignore")
+    whole = encode(data.decode())
+    for match in BOUNDARY[""].finditer(data):
+        left, right = data[: match.end()].decode(), data[match.end() :].decode()
+        assert encode(left) + encode(right) == whole, match
+
+
+def test_a_running_text_gives_the_ids_of_the_whole(tmp_path, monkeypatch, tinyshakespeare):
+    """In parts of a small block, from pieces of any size, a text without boundaries included."""
+    encoding = tiktoken.get_encoding("gpt2")
+    monkeypatch.setattr(reader, "BLOCK", 3000)
+    text = tinyshakespeare.read_text()[:60_000] + "x" * 20_000 + "漢字。\n" * 3000
+    source = Source(written(tmp_path / "a.txt", text.encode()))
+    expected = encoding.encode_ordinary(text)
+    for size in (5000, 1 << 30):
+        parts = [part for _, part in documents(source, size)]
+        assert len(parts) > 25
+        ids = np.concatenate([encoding.encode_to_numpy(p) for p in parts])
+        assert ids.tolist() == expected
