@@ -63,6 +63,9 @@ def prepare(
         str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
     )
     with _working_folder(work, key, len(pieces), shared=bool(part)) as alone:
+        if metadata := _finished(folder, header, changed):  # by another part, in the meantime
+            print(f"{folder} is prepared already, from the same files in the same way")
+            return metadata
         start, step = map(int, part.split("/")) if part else (0, 1)
         done = _accounts(work, len(pieces), on_error)
         todo = [i for i in range(start, len(pieces), step) if i not in done]
@@ -193,7 +196,7 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
     is true once no other part is at work. On leaving, the folder goes, unless there are pieces left
     to do and an error or another part stands in the way."""
     work.mkdir(parents=True, exist_ok=True)
-    with _lock(work / "lock", shared) as alone:
+    with _lock(work / "lock", shared) as (alone, share):
         told = work / "key"
         if not told.exists() or told.read_text() != key:
             if not alone():
@@ -203,13 +206,13 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
                     path.unlink()
             with atomic_write(told) as f:
                 f.write(key.encode())
-        finished = False
+        if shared:
+            share()  # whoever came first lets the others in
         try:
             yield alone
-            finished = (work.parent / "metadata.json").exists()
         finally:
             done = len(list(work.glob("*.json")))
-            if (finished or done in (0, count)) and alone():
+            if done in (0, count) and alone():
                 shutil.rmtree(work)
                 with contextlib.suppress(OSError):  # not empty: it stays
                     work.parent.rmdir()
@@ -218,7 +221,8 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
 
 @contextlib.contextmanager
 def _lock(path: Path, shared: bool):
-    """Yields alone(): makes the lock exclusive where it can. Raises BlockingIOError (OSError)."""
+    """Yields alone(), which makes the lock exclusive where it can, and share(), the opposite. Raises
+    BlockingIOError (OSError)."""
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open(path, "w"))
@@ -241,7 +245,7 @@ def _lock(path: Path, shared: bool):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break  # else whoever had it has removed it since
             path.parent.mkdir(parents=True, exist_ok=True)
-        yield alone
+        yield alone, lambda: fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def _accounts(work, count, on_error):
