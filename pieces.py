@@ -60,8 +60,8 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
     off by max_length), skipped (what was no document: where and why), seconds. Raises ValueError
     for what is no document, unless on_error is "skip".
     """
-    start = time.perf_counter()
     tokenizer = _tokenizer(job.tokenizer)
+    start = time.perf_counter()
     account = {"splits": {}, "dropped": 0, "skipped": []}
     path = Path(job.folder) / f"{number:06}"
     with contextlib.ExitStack() as stack:

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common import atomic_write
 from corpora import Corpus
@@ -71,10 +72,13 @@ def prepare(
         todo = [i for i in range(start, len(pieces), step) if i not in done]
         if done:
             print(f"going on: {len(done):,} of {len(pieces):,} pieces were done before")
-        progress = _Progress(sum(pieces[i][1] for i in todo))
-        for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
-            progress.add(pieces[todo[i]][1], account)
-        progress.close()
+        with _live_line(sum(pieces[i][1] for i in todo)) as line:
+            tokens = 0
+            for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
+                tokens += sum(split["tokens"] for split in account["splits"].values())
+                speed = tokens / max(1e-9, time.monotonic() - line.start_t)
+                line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                line.update(pieces[todo[i]][1])
         if part and not alone():
             return print(f"part {part} is done; the last one that is still at work joins them")
         done = _accounts(work, len(pieces), on_error)
@@ -96,6 +100,12 @@ def prepare(
         _publish(work, folder, metadata, skipped)
     _report(folder, metadata, skipped, accounts, time.perf_counter() - began)
     return metadata
+
+
+def _live_line(total: int) -> tqdm:
+    """Share done, time left, MB/s; on a terminal, or, as in Slurm's output, a line a minute."""
+    every = 0.2 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(total=total, unit="B", unit_scale=True, mininterval=every, delay=every, leave=False)
 
 
 def _listed(source, folder):
@@ -208,11 +218,16 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
                 f.write(key.encode())
         if shared:
             share()  # whoever came first lets the others in
+        stopped = True
         try:
             yield alone
+            stopped = False
+        except ValueError:  # in what a piece holds, or in the whole
+            stopped = False
+            raise
         finally:
             done = len(list(work.glob("*.json")))
-            if done in (0, count) and alone():
+            if (done == 0 or (done == count and not stopped)) and alone():
                 shutil.rmtree(work)
                 with contextlib.suppress(OSError):  # not empty: it stays
                     work.parent.rmdir()
@@ -221,8 +236,8 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
 
 @contextlib.contextmanager
 def _lock(path: Path, shared: bool):
-    """Yields alone(), which makes the lock exclusive where it can, and share(), the opposite. Raises
-    BlockingIOError (OSError)."""
+    """Yields alone(), which makes the lock exclusive where it can, and share(), the opposite.
+    Raises BlockingIOError (OSError) where another has it."""
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open(path, "w"))
@@ -324,31 +339,3 @@ def _report(folder, metadata, skipped, accounts, seconds) -> None:
     print(
         f"{folder}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. Next: python train_gpt2.py"
     )
-
-
-class _Progress:
-    """The live line of a terminal; elsewhere, such as in Slurm's output, a line every minute."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.tokens = total, 0, 0
-        self.start = self.shown = time.monotonic()
-        self.interval = 0.2 if sys.stderr.isatty() else 60  # seconds
-
-    def add(self, size: int, account: dict) -> None:
-        self.done += size
-        self.tokens += sum(split["tokens"] for split in account["splits"].values())
-        now = time.monotonic()
-        if now - self.shown < self.interval:
-            return
-        self.shown, seconds = now, now - self.start
-        left = int(seconds * (self.total - self.done) / max(1, self.done))
-        line = (
-            f"{self.done / max(1, self.total):4.0%}  {self.done / 1e6 / seconds:,.1f} MB/s  "
-            f"{self.tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
-        )
-        end, clear = ("\r", "\033[K") if sys.stderr.isatty() else ("\n", "")
-        print(line, end=clear + end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print(end="\r\033[K", file=sys.stderr, flush=True)
