@@ -76,7 +76,7 @@ def prepare(
             tokens = 0
             for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
                 tokens += sum(split["tokens"] for split in account["splits"].values())
-                speed = tokens / max(1e-9, time.monotonic() - line.start_t)
+                speed = tokens / max(1e-9, time.time() - line.start_t)
                 line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 line.update(pieces[todo[i]][1])
         if part and not alone():
