@@ -14,6 +14,8 @@ import textwrap
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
+import numpy as np
+
 
 def parse_flags(cls, doc: str, defaults=None):
     """Fills the dataclass `cls` from --field value flags; each field's comment is its help.
@@ -118,6 +120,15 @@ def optional(module: str, what: str, package: str = ""):
     except ImportError:
         package = package or module.split(".")[0]
         raise ValueError(f"{what} needs a package: pip install {package}") from None
+
+
+def mix(x):
+    """splitmix64's finaliser: every bit of an array of 64-bit integers changes every bit of the
+    result, uint64."""
+    x = x.astype(np.uint64)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from common import mix
+
 
 class TextDataset(Dataset):
     """Windows over one long sequence of tokens, memory-mapped.
@@ -229,17 +231,10 @@ def permute(i, n: int, keys):
         x = out[walking]
         left, right = x >> half, x & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         out[walking] = left << half | right
         walking = out >= n
     return out.astype(np.int64)
-
-
-def _mix(x):
-    """splitmix64's finaliser: every bit of uint64 x changes every bit of the result."""
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
 
 
 def create_dataloaders(

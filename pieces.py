@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_write
-from reader import BLOCK, Bad, Source, optional, read, where
+from common import atomic_write, mix, optional
+from reader import BLOCK, Bad, Source, read, where
 from tokenizer import encodable, get_tokenizer
 
 
@@ -42,14 +42,15 @@ class Job:
     seed: int
     on_error: str
 
-    def split_of(self, source: Source, position: int) -> str:
-        """A document's side is a hash of the seed and its place: order, workers and what else is
-        in the corpus make no difference."""
+    def splits_of(self, source: Source, positions) -> list[str]:
+        """The split of each document: its file's, or else by a hash of the seed and its place, so
+        that order, workers and what else is in the corpus make no difference."""
         if source.split:
-            return source.split
-        key = f"{self.seed}:{source.number}:{position}".encode()
-        share = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
-        return "train" if share < self.train_split_ratio else "val"
+            return [source.split] * len(positions)
+        key = mix(np.array([source.number], np.uint64) ^ mix(np.array([self.seed], np.int64)))
+        hashes = mix(np.array(positions, np.uint64) ^ key)
+        train = hashes < np.uint64(min(int(self.train_split_ratio * 2**64), 2**64 - 1))
+        return [("val", "train")[side] for side in train.tolist()]
 
 
 def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
@@ -77,25 +78,29 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
 
         batches, size = collections.defaultdict(list), collections.Counter()
         for source in piece:
-            for position, text in read(source):
-                if isinstance(text, Bad):
-                    place = f"{where(source, position + text.offset)}: {text}"
-                    if job.on_error != "skip" or not job.documents:
-                        skip = "; --on_error skip leaves it out" if job.documents else ""
-                        raise ValueError(f"{place}{skip}")
-                    account["skipped"].append(place)
-                    continue
-                split = job.split_of(source, position)
-                batches[split].append(text)
-                size[split] += len(text)
-                if size[split] >= BLOCK:
-                    write(split)
+            for positions, texts in read(source):
+                for place, text, split in zip(positions, texts, job.splits_of(source, positions)):
+                    if type(text) is Bad:
+                        account["skipped"].append(_complain(job, source, place, text))
+                        continue
+                    batches[split].append(text)
+                    size[split] += len(text)
+                    if size[split] >= BLOCK:
+                        write(split)
         for split in list(batches):
             write(split)
     account["seconds"] = time.perf_counter() - start
     with atomic_write(Path(f"{path}.json")) as f:
         f.write(json.dumps(account).encode())
     return account
+
+
+def _complain(job, source, position, bad) -> str:
+    """Where and why there is no document. Raises it as a ValueError unless that may be skipped."""
+    place = f"{where(source, position + bad.offset)}: {bad}"
+    if job.documents and job.on_error == "skip":
+        return place
+    raise ValueError(place + ("; --on_error skip leaves it out" if job.documents else ""))
 
 
 @functools.lru_cache(1)

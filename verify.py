@@ -1,6 +1,7 @@
 """Is a prepared corpus what it says it is? (python prepare_data.py --verify CORPUS)"""
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,8 @@ def _compare_text(folder, metadata, tokenizer, sources, open_tokens) -> str:
     """All of a running text, as bytes."""
     digests = [hashlib.sha256(), hashlib.sha256()]
     for source in sources:
-        for _, text in read(source):
-            digests[0].update(text.encode())
+        for _, texts in read(source):
+            digests[0].update("".join(texts).encode())
     for name in metadata["splits"]:
         for ids in open_tokens(folder / name)[0]:
             for start in range(0, len(ids), BLOCK):
@@ -86,10 +87,10 @@ def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str
     prepared = {name: _documents(open_tokens(folder / name)[0], eot) for name in splits}
     seen, compared = dict.fromkeys(splits, 0), 0
     for source in sources:
-        for position, text in read(source):
+        documents = (zip(texts, job.splits_of(source, places)) for places, texts in read(source))
+        for text, name in itertools.chain.from_iterable(documents):
             if isinstance(text, Bad):
                 continue  # skipped when it was prepared, too
-            name = job.split_of(source, position)
             ids = next(prepared[name], None)
             seen[name] += 1
             if ids is None or seen[name] % step == 0:

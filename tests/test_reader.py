@@ -26,7 +26,12 @@ def documents(source, size):
     """All (position, text) of a source that is cut into pieces of about `size` bytes."""
     parts = cut(source, size)
     assert len(parts) == 1 or all(n >= size for _, n in parts[:-1])
-    return [document for part, _ in parts for document in read(part)]
+    return [document for part, _ in parts for document in flat(part)]
+
+
+def flat(source):
+    """(position, text) of each document."""
+    return [pair for positions, texts in read(source) for pair in zip(positions, texts)]
 
 
 def written(path, data: bytes) -> str:
@@ -84,7 +89,7 @@ def test_parquet(tmp_path, size, suffix):
     source = Source(written(tmp_path / f"b.parquet{suffix}", path.read_bytes()), "parquet")
     assert [text for _, text in documents(source, size)] == texts
     assert [position for position, _ in documents(source, size)] == list(range(100))
-    ((_, bad),) = read(Source(source.path, "parquet", field="body", start=0, stop=9))
+    ((_, bad),) = flat(Source(source.path, "parquet", field="body", start=0, stop=9))
     assert isinstance(bad, Bad) and "'body'; there are n, text" in bad
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cut\.parquet: a damaged \.parquet file"):
@@ -108,7 +113,7 @@ def test_what_is_no_document_is_named_and_the_next_one_read(tmp_path, case):
     line, reason = BAD[case]
     data = b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n'
     source = Source(written(tmp_path / "a.jsonl", data), "jsonl")
-    (_, a), (position, bad), (_, b) = read(source)
+    (_, a), (position, bad), (_, b) = flat(source)
     assert (a, b) == ("a", "b")
     assert isinstance(bad, Bad) and reason in bad
     assert reader.where(source, position + bad.offset) == f"{source.path}, line 2"
@@ -123,7 +128,7 @@ def test_a_compressed_file_that_is_cut_short(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     written(path, lines)
     path.write_bytes(path.read_bytes()[:-20_000])
-    *whole, (_, bad) = read(Source(str(path), "jsonl"))
+    *whole, (_, bad) = flat(Source(str(path), "jsonl"))
     assert whole and not any(isinstance(text, Bad) for _, text in whole)
     assert [text for _, text in whole] == [noise[90 * i : 90 * i + 90] for i in range(len(whole))]
     assert isinstance(bad, Bad) and "damaged from here on" in bad
