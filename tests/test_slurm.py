@@ -1,0 +1,204 @@
+"""cluster/*.sbatch as jobs of a real Slurm, and --engine ray and --part as they use them.
+
+Where no Slurm answers, the tests that need one skip: .ci/run brings one up on one machine.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+
+pytestmark = pytest.mark.timeout(300)
+PIECES = 11
+FILES = ("train.bin", "val.bin", "metadata.json")
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """The environment for jobs."""
+    if not shutil.which("sbatch"):
+        pytest.skip("there is no sbatch here: no Slurm")
+    nodes = subprocess.run(["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True)
+    if nodes.returncode:
+        pytest.skip(f"no Slurm answers: {nodes.stderr.strip()}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    """11 MB of short documents: 11 pieces, and three seconds of work for one core."""
+    path = tmp_path_factory.mktemp("raw") / "raw.jsonl"
+    path.write_text("".join(f'{{"text":"{i}"}}\n' for i in range(600_000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def expected(raw) -> dict:
+    """What one process makes of `raw`."""
+    prepare(raw, "--workers", 1)
+    return files(raw)
+
+
+def flags(raw, *more):
+    """raw/data/c beside `raw`: metadata.json names the source relative to itself."""
+    common = ["--input", raw, "--tokenizer", "bytes", "--data_dir", raw.parent / "data"]
+    return [str(flag) for flag in [*common, "--corpus", "c", *more]]
+
+
+def prepare(raw, *more):
+    result = run_script("prepare_data.py", *flags(raw, *more), cwd=raw.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def files(raw) -> dict:
+    return {name: (raw.parent / "data" / "c" / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture
+def job(slurm, raw, tmp_path):
+    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
+    copy = tmp_path / "raw.jsonl"
+    shutil.copy(raw, copy)
+    ids = []
+
+    def submit(*command, out="%j"):
+        sbatch = "source cluster/settings.sh && exec sbatch --parsable " + '"$@"'
+        result = subprocess.run(
+            ["bash", "-c", sbatch, "bash", "-o", tmp_path / out, *command, *flags(copy)],
+            cwd=ROOT, env=slurm, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        ids.append(result.stdout.strip())
+        return ids[-1]
+
+    submit.raw = copy
+    yield submit
+    subprocess.run(["scancel", *ids], capture_output=True)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def ended(job_id) -> str:
+    """Waits for the job to end; returns its state and exit code."""
+    queue = ["squeue", "-h", "-j", job_id]
+    wait_for(lambda: not subprocess.run(queue, capture_output=True, text=True).stdout.strip())
+    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
+    states = (
+        re.findall(r"JobState=(\w+)", shown.stdout),
+        re.findall(r" ExitCode=(\S+)", shown.stdout),
+    )
+    return " ".join(sorted({f"{state} {code}" for state, code in zip(*states)}))
+
+
+def test_ray_on_two_nodes(job, expected, tmp_path):
+    name = ended(job("-N", "2", "-c", "2", "cluster/prepare_data.sbatch", out="out"))
+    assert name == "COMPLETED 0:0", (tmp_path / "out").read_text()
+    assert files(job.raw) == expected
+
+
+def test_what_goes_wrong_under_ray_fails_the_job(job, tmp_path):
+    job.raw.write_text('{"text":"a"}\n{"text":1}\n')
+    name = ended(job("-N", "1", "-c", "1", "cluster/prepare_data.sbatch", out="out"))
+    assert name == "FAILED 1:0"
+    assert f"error: {job.raw}" in (tmp_path / "out").read_text()
+    assert not list(Path("/tmp").glob(f"ray-{name}*"))
+
+
+def test_an_array_without_ray(job, expected, tmp_path):
+    array = "--array=4-8:2", "-c", "1", "cluster/prepare_data_array.sbatch"
+    assert ended(job(*array, out="%a")) == "COMPLETED 0:0"
+    assert files(job.raw) == expected
+    told = [(tmp_path / str(i)).read_text() for i in (4, 6, 8)]
+    assert sum("Next: python train_gpt2.py" in text for text in told) == 1, told
+    assert ended(job("--array=0", *array[1:], out="again")) == "COMPLETED 0:0"
+    assert "is prepared already" in (tmp_path / "again").read_text()
+
+
+def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
+    array = "--array=0", "-c", "1", "cluster/prepare_data_array.sbatch"
+    work = job.raw.parent / "data" / "c" / ".work"
+
+    def pieces():
+        return {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
+
+    job_id = job(*array, out="out")
+    wait_for(lambda: len(pieces()) >= 3)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
+    wait_for(lambda: "going on: " in (tmp_path / "out").read_text())
+    done = pieces()
+    wait_for(lambda: len(pieces()) > len(done))
+    subprocess.run(["scancel", "--signal=KILL", job_id], check=True)
+    assert ended(job_id).startswith(("CANCELLED", "FAILED"))
+    assert pieces().items() >= done.items()  # none was done again
+    done = pieces()
+    assert len(done) < PIECES
+    assert ended(job(*array, out="again")) == "COMPLETED 0:0"
+    told = (tmp_path / "again").read_text()
+    assert f"going on: {len(done)} of {PIECES} pieces were done before" in told
+    assert files(job.raw) == expected
+
+
+def test_settings_reach_sbatch(slurm, tmp_path):
+    text = (ROOT / "cluster" / "settings.sh").read_text()
+    text = text.replace('partition=""', 'partition="nowhere"').replace(
+        'environment=""', f'environment="{tmp_path}"'
+    )
+    (tmp_path / "settings.sh").write_text(text)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("export ACTIVATED=yes\n")
+    script = f"source {tmp_path}/settings.sh && echo $ACTIVATED && sbatch --wrap true"
+    result = subprocess.run(["bash", "-c", script], env=slurm, capture_output=True, text=True)
+    assert result.stdout == "yes\n"
+    assert "invalid partition" in result.stderr
+
+
+def test_ray_on_one_machine(raw, expected, tmp_path):
+    """The same bytes, and an error in a document is the same line."""
+    pytest.importorskip("ray")
+    shutil.copy(raw, tmp_path)
+    copy = tmp_path / "raw.jsonl"
+    prepare(copy, "--engine", "ray", "--workers", 2)
+    assert files(copy) == expected
+    copy.write_text('{"text": "a"}\n{"text": 1}\n')
+    told = []
+    for engine in ("processes", "ray"):
+        more = flags(copy, "--engine", engine, "--workers", 2)
+        told.append(run_script("prepare_data.py", *more, cwd=tmp_path))
+        assert_one_line_error(told[-1], "raw.jsonl, line 2: ")
+    assert told[0].stderr == told[1].stderr
+
+
+def test_without_ray_it_says_how_to_get_it(raw, tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('as if it were not installed')")
+    more = flags(raw, "--engine", "ray")
+    env = {"PYTHONPATH": str(tmp_path)}
+    result = run_script("prepare_data.py", *more, "--corpus", "d", cwd=tmp_path, env=env)
+    assert_one_line_error(result, "--engine ray", "pip install ray")
+
+
+def test_parts_one_after_another_in_place_of_an_older_corpus(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    for start in (0, 1):
+        path.write_text("".join(f'{{"text":"{i:0900}"}}\n' for i in range(start, start + 4000)))
+        for part in range(3):
+            done = "" if part == 0 else f"going on: {[2, 3][part - 1]} of 4 pieces were done before"
+            told = prepare(path, "--part", f"{part}/3")
+            assert done in told
+        assert "done in" in told
+        metadata = json.loads((tmp_path / "data" / "c" / "metadata.json").read_text())
+        assert sum(split["documents"] for split in metadata["splits"].values()) == 4000
+        assert "is prepared already" in prepare(path, "--part", "0/3")
