@@ -89,19 +89,19 @@ def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def ended(job_id) -> str:
     """Waits for the job to end; returns its state and exit code."""
-    queue = ["squeue", "-h", "-j", job_id]
-    wait_for(lambda: not subprocess.run(queue, capture_output=True, text=True).stdout.strip())
-    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
-    states = (
-        re.findall(r"JobState=(\w+)", shown.stdout),
-        re.findall(r" ExitCode=(\S+)", shown.stdout),
-    )
-    return " ".join(sorted({f"{state} {code}" for state, code in zip(*states)}))
+
+    def states():
+        shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
+        return set(re.findall(r"JobState=(\w+)(?:.*\n)*?.* ExitCode=(\S+)", shown.stdout))
+
+    under_way = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
+    wait_for(lambda: states() and not under_way & {state for state, _ in states()})
+    return ", ".join(" ".join(state) for state in sorted(states()))
 
 
 def test_ray_on_two_nodes(job, expected, tmp_path):
