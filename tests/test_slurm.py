@@ -27,7 +27,7 @@ def slurm():
         pytest.skip("there is no sbatch here: no Slurm")
     nodes = subprocess.run(["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True)
     if nodes.returncode:
-        pytest.skip(f"no Slurm answers: {nodes.stderr.strip()}")
+        pytest.skip(f"no Slurm answers: {nodes.stderr.splitlines()[-1:]}")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
