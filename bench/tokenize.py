@@ -167,7 +167,7 @@ def compare(config, folder):
 
 
 def measure_memory(config, folder):
-    """Peak memory of each worker, as the kernel counted it (VmHWM), at 200 MB and ten times that."""
+    """Peak memory of each process, by the kernel (VmHWM), at 200 MB and ten times that."""
     peaks = []
     for megabytes in (200, 2000):
         corpus, peak = folder / "corpus.jsonl", {}
