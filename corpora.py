@@ -7,7 +7,6 @@ Downloads are checked against a size and a sha256; see data/README.md for what c
 """
 
 import glob
-import io
 import json
 import platform
 import re
@@ -82,7 +81,8 @@ def load_corpus(name: str, folder: Path, inputs=(), documents="", text_field="")
         _fetch(known, folder)
     except ConnectionError as error:
         raise ConnectionError(
-            f"{error}; try again later, or fetch it elsewhere (--prefetch) and add --input FILE"
+            f"{error}; try again later, or fetch it elsewhere (--prefetch DIR, and here --data_dir "
+            f"DIR), or add --input FILE"
         ) from None
     sources = _numbered([replace(s, path=str(folder / s.path)) for s in known.sources])
     origin = {"url": [part.urls[0] for part in known.downloads], "licence": known.licence}
@@ -96,6 +96,8 @@ def _numbered(sources):
 def _own_copy(name, known, inputs) -> Corpus:
     """A file that is said to be a known one."""
     (part,), path = known.downloads, Path(inputs[0])
+    if len(inputs) > 1:
+        raise ValueError(f"{name} is one file: for several give --corpus another name")
     if (found := sha256_of(path)) != part.sha256:
         raise ValueError(
             f"{path} is not {name}: its sha256 is {found[:16]}..., not {part.sha256[:16]}...; "
@@ -143,15 +145,18 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
             with atomic_write(folder / target) as out:
                 for name in chosen:
                     with open_member(name) as f:
-                        if target.endswith(".jsonl"):
-                            text = io.TextIOWrapper(f, "utf-8", newline="").read(limit)
-                            out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
-                        else:
-                            while block := f.read(BLOCK):
+                        blocks = []
+                        while block := f.read(BLOCK):
+                            limit -= len(block)
+                            if limit < 0:
+                                raise ValueError(f"{archive} grows beyond all measure")
+                            if target.endswith(".jsonl"):
+                                blocks.append(block)
+                            else:
                                 out.write(block)
-                                limit -= len(block)
-                                if limit < 0:
-                                    raise ValueError(f"{archive} grows beyond all measure")
+                    if target.endswith(".jsonl"):
+                        text = b"".join(blocks).decode()
+                        out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
 
 
 class _open_archive:
@@ -186,11 +191,18 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
             raise ValueError(f"{folder} has no sub-corpus {corpus!r}; there are {there}")
         corpora = [corpus] if corpus else told["corpuses"]
         if told["configs"]:
-            found = [hugging_face(f"{told['root']}/{name}", text_field) for name in corpora]
+            root = str(told["root"])
+            names = [f"{root}/{name}" for name in corpora] or [root]
+            found = [hugging_face(name, text_field) for name in names]
         else:
             folders = [folder_of(told, name) for name in corpora] or [told["root"]]
             found = [_files(str(path), documents, text_field) for path in folders]
         return [source for sources in found for source in sources]
+    if folder and Path(folder).is_dir() and corpus:
+        raise ValueError(
+            f"{folder} has no description, so no sub-corpus {corpus!r}: write one with "
+            f"python prepare_data.py --describe {folder}"
+        )
     return _files(item, documents, text_field)
 
 
@@ -199,9 +211,8 @@ def _files(item, documents, text_field):
     if path.is_file():
         paths, kinds = [path], FORMATS | {_suffix(path): FORMATS.get(_suffix(path), "text")}
     elif path.is_dir():
-        described_by = {path / "metadata.json", path / "metadata.yaml"}
         paths = [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
-        paths, kinds = [p for p in paths if p not in described_by], FORMATS
+        kinds = FORMATS
     else:
         paths, kinds = sorted(map(Path, glob.glob(item, recursive=True))), FORMATS
     sources = [
@@ -218,7 +229,7 @@ def _files(item, documents, text_field):
 
 def _suffix(path: Path) -> str:
     name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return Path(name).suffix if path.is_file() else "a folder"
+    return Path(name).suffix.lower() if path.is_file() else "a folder"
 
 
 def _hidden(path):
@@ -229,40 +240,47 @@ def hugging_face(name: str, text_field: str) -> list[Source]:
     """The Arrow files that the `datasets` library makes of NAME or NAME/CONFIG, on the hub or in a
     local folder; its splits validation and test are val and test here."""
     datasets = optional("datasets", f"--input hf:{name}")
-    attempts = [(name, None)] + ([tuple(name.rsplit("/", 1))] if "/" in name else [])
-    if name.count("/") == 2 and not Path(name).exists():
-        attempts.reverse()  # ORGANISATION/NAME/CONFIG
+    folder, _, config = name.rpartition("/")
+    attempts = [(name, None)] + [(folder, config)] * bool(folder and not Path(name).exists())
+    if Path(folder or name).exists() or name.count("/") == 2:
+        attempts.reverse()  # FOLDER/CONFIG, ORGANISATION/NAME/CONFIG: the likelier one first
+    reasons = []
     for path, config in attempts:
         try:
             splits = datasets.load_dataset(path, config)
             break
-        except (ValueError, OSError) as error:  # FileNotFoundError, DatasetNotFoundError, ...
-            reason = str(error).splitlines()[0]
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            reasons.append(" ".join(str(error.__cause__ or error).split()))
     else:
-        raise ValueError(f"--input hf:{name}: {reason}")
+        raise ValueError(f"--input hf:{name}: {reasons[0]}")
     known = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
-    official = len(splits) > 1 and {"train", "val"} <= {known.get(s) for s in splits}
-    return [
-        Source(
-            file["filename"],
-            "arrow",
-            field=text_field or "text",
-            split=known.get(split, "") if official else "",
-        )
-        for split, data in splits.items()
-        for file in data.cache_files
-    ]
+    official = {"train", "val"} <= {known.get(split) for split in splits}
+    sources = []
+    for split, data in splits.items():
+        # what isn't training text stays out of it; without a validation split there, one is made
+        side = known.get(split, "train") if official else "test" if split == "test" else ""
+        side = side if len(splits) > 1 else ""
+        sources += [
+            Source(file["filename"], "arrow", field=text_field or "text", split=side)
+            for file in data.cache_files
+        ]
+    if not sources:
+        raise ValueError(f"--input hf:{name}: it has no rows")
+    return sources
 
 
 def python_documentation(folder: Path) -> Corpus:
     """The language reference that help() shows: 79 documents, half a megabyte, in every CPython."""
     from pydoc_data.topics import topics  # imported here: a table of half a megabyte
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "topics.jsonl") as f:
-        for key in sorted(topics):
-            f.write(json.dumps({"text": topics[key], "topic": key}).encode() + b"\n")
-    sources = [Source(str(folder / "topics.jsonl"), "jsonl")]
+    path = folder / "topics.jsonl"
+    rows = (json.dumps({"text": topics[key], "topic": key}) + "\n" for key in sorted(topics))
+    data = "".join(rows).encode()
+    if not path.exists() or path.read_bytes() != data:  # else as old as what was made of it
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as f:
+            f.write(data)
+    sources = [Source(str(path), "jsonl")]
     origin = {
         "module": "pydoc_data.topics",
         "python": platform.python_version(),
