@@ -89,9 +89,10 @@ def main():
         config = replace(config, corpus=corpora.BUILT_IN, tokenizer="bytes")
         corpus, tokenizer = load(config, data_dir)
     if config.prefetch:
+        missing = " but its --input" if config.input else ""
         return print(
-            f"{data_dir} has all that {corpus.name} needs"
-            f"{' but its --input' if config.input else ''}. Take it along, and there: python prepare_data.py --data_dir {data_dir} "
+            f"{data_dir} has all that {corpus.name} needs{missing}. Take it along, and there: "
+            f"python prepare_data.py --data_dir {data_dir} "
             f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
             f"sample.py finds the vocabulary by TIKTOKEN_CACHE_DIR={data_dir}/tokenizers"
         )

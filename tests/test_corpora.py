@@ -1,6 +1,7 @@
 """Where text comes from: known corpora off a real server on this machine, files, folders, described
 data, the `datasets` library; and prepare_data.py's --list, --prefetch and --verify."""
 
+import base64
 import functools
 import gzip
 import hashlib
@@ -20,14 +21,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, run_script
+from test_tokenizer import make_json
 
 import corpora
 import download
 import prepare_data
+import shards
 from corpora import find, load_corpus
 from describe import describe, described
 from known import KNOWN
+from pieces import engine
 from reader import Bad, read
+from tokenizer import get_tokenizer
+from verify import verify
 
 
 @pytest.fixture
@@ -691,3 +697,182 @@ def test_prefetched_here_and_prepared_where_there_is_no_network(
     text = ARTICLE.format("test 0").strip()
     expected = np.array([*gpt2_tokenizer.encode(text), 50256], np.uint16)
     assert (folder / "test.bin").read_bytes() == expected.tobytes()
+
+
+def test_prefetch_takes_a_tokenizer_of_ones_own_along(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "here"))
+    lines = [b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)]
+    Path("my.tiktoken").write_bytes(b"".join(lines))
+    flags = ["--corpus", "python-docs", "--prefetch", "usb", "--tokenizer", "my.tiktoken"]
+    out = main(capsys, monkeypatch, *flags)
+    Path("my.tiktoken").unlink()
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    flags = out.split("prepare_data.py ")[1].splitlines()[0].split()  # as it tells
+    main(capsys, monkeypatch, *flags, "--workers", 1)
+    assert tree(Path("usb/tokenizers")) == [flags[-1]]
+    assert Path("usb/python-docs/train.bin").exists()
+
+
+# --verify
+
+
+def prepare(folder: Path, *inputs, tokenizer="bytes", **options) -> Path:
+    """Prepares files in tmp_path/c, in this process."""
+    chosen = {name: options.pop(name) for name in ("documents", "text_field") if name in options}
+    corpus = load_corpus("c", folder, [str(path) for path in inputs], **chosen)
+    with engine("processes", workers=1) as run:
+        shards.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
+    return folder
+
+
+TEXT = "".join(f"Line {i}, é日🜨.\n" for i in range(500))
+
+
+def make_sources(folder: Path) -> dict:
+    """Flags for prepare() by kind of corpus; all of its sources lie in `folder`."""
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "b.txt").write_text("another text " * 50)
+    rows = "".join(row(f"document {i}") for i in range(300))
+    (folder / "c.jsonl").write_text(rows)
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(rows.replace("doc", "zipped doc").encode()))
+    bad = row("good") + "{bad\n" + row("") + row("better") * 99
+    (folder / "e.jsonl").write_text(bad)
+    return {
+        "running text": (["a.txt", "b.txt"], {}),
+        "lines": (["a.txt"], {"documents": "line"}),
+        "one and a half": (["c.jsonl"], {"max_length": 10}),
+        "several": (["c.jsonl", "d.jsonl.gz", "a.txt"], {"documents": "file"}),
+        "skipped": (["e.jsonl"], {"on_error": "skip"}),
+    }
+
+
+KINDS = ["running text", "lines", "one and a half", "several", "skipped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_good_corpus_is_verified(tmp_path, capsys, kind):
+    files, options = make_sources(tmp_path)[kind]
+    folder = prepare(tmp_path / "c", *(tmp_path / file for file in files), **options)
+    capsys.readouterr()
+    verify(folder)
+    *splits, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in splits] == ["train", "val"]
+    counts = {"running text": "whole text", "lines": "500", "one and a half": "300"}
+    counts |= {"several": "601", "skipped": "101"}
+    assert counts[kind] in last and last.endswith("compared with the source: the same")
+
+
+def test_a_table_is_verified(tmp_path, capsys):
+    (tmp_path / "a.parquet").write_bytes(parquet_of([f"document {i}" for i in range(50)]))
+    verify(prepare(tmp_path / "c", tmp_path / "a.parquet"))
+    assert "50 documents were compared" in capsys.readouterr().out
+
+
+def flip(path: Path, position: int, value=None) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] = data[position] ^ 1 if value is None else value
+    path.write_bytes(data)
+
+
+def told_sha256(folder: Path, split="train") -> None:
+    """Makes metadata.json agree with a file that was changed."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    data = (folder / f"{split}.bin").read_bytes()
+    metadata["splits"][split]["files"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_what_changed(tmp_path, kind):
+    files, options = make_sources(tmp_path)[kind]
+    files = [tmp_path / file for file in files]
+    folder = prepare(tmp_path / "c", *files, **options)
+    verify(folder)
+    flip(folder / "train.bin", 10)
+    with pytest.raises(ValueError, match=r"train\.bin: its sha256 is another"):
+        verify(folder)
+    told_sha256(folder)  # a wrong id with the right checksum: seen by its text
+    with pytest.raises(ValueError, match="differs from its source"):
+        verify(folder)
+    flip(folder / "train.bin", 10)
+    flip(folder / "train.bin", 11, 1)
+    told_sha256(folder)
+    with pytest.raises(ValueError, match=r"id \d+ lies beyond the vocabulary of 257|ends of text"):
+        verify(folder)
+    flip(folder / "train.bin", 11, 0)
+    told_sha256(folder)
+    verify(folder)
+    source = files[0]
+    good = source.read_bytes()
+    flip(source, good.index(b"9"), ord("8")) if b"9" in good else flip(source, 11)
+    with pytest.raises(ValueError, match="differs from its source"):
+        verify(folder)
+    source.write_bytes(good)
+    verify(folder)
+
+
+def test_verify_sees_documents_that_went_from_the_end_of_the_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(row(f"document {i}") for i in range(100)))
+    folder = prepare(tmp_path / "c", tmp_path / "a.jsonl")
+    data = (tmp_path / "a.jsonl").read_bytes()
+    last = len(data.splitlines(keepends=True)[-1])
+    (tmp_path / "a.jsonl").write_bytes(data[:-last] + b" " * last)
+    with pytest.raises(ValueError, match="number of documents"):
+        verify(folder)
+
+
+def test_verify_without_the_source(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = prepare(tmp_path / "c", tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("of another length")
+    verify(folder)
+    assert "isn't there any more, or has changed" in capsys.readouterr().out
+    (tmp_path / "a.txt").unlink()
+    verify(folder)
+    assert "train" in (out := capsys.readouterr().out) and "isn't there any more" in out
+
+
+@pytest.mark.parametrize("documents", ["", "line"])
+def test_a_corpus_by_a_tokenizer_json_is_verified(tmp_path, monkeypatch, capsys, documents):
+    """One that changes the text: what it gives can't be decoded to the source."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
+    made = make_json(tmp_path / "mine.json")
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.save(str(tmp_path / "mine.json"))
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = tmp_path / "c"
+    tokenizer = str(tmp_path / "mine.json")
+    prepare(folder, tmp_path / "a.txt", tokenizer=tokenizer, documents=documents, max_length=0)
+    verify(folder)
+    words = "500 documents were" if documents else "the whole text was"
+    assert f"{words} compared with the source" in capsys.readouterr().out
+    flip(tmp_path / "a.txt", TEXT.index("9"), ord("8"))
+    with pytest.raises(ValueError, match="differs from its source"):
+        verify(folder)
+
+
+def test_verify_sees_another_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
+    lines = [b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)]
+    (tmp_path / "my.tiktoken").write_bytes(b"".join(lines))
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = prepare(tmp_path / "c", tmp_path / "a.txt", tokenizer=str(tmp_path / "my.tiktoken"))
+    verify(folder)
+    (kept,) = (tmp_path / "kept").iterdir()
+    kept.write_bytes(kept.read_bytes() + base64.b64encode(b"ab") + b" 256\n")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        verify(folder)
+
+
+def test_verify_is_a_flag(tmp_path):
+    (tmp_path / "data" / "c").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text(TEXT)
+    prepare(tmp_path / "data" / "c", tmp_path / "a.txt")
+    result = run_script("prepare_data.py", "--verify", "c", cwd=tmp_path)
+    assert result.returncode == 0 and "the same" in result.stdout, result.stderr
+    flip(tmp_path / "data" / "c" / "val.bin", 0)
+    result = run_script("prepare_data.py", "--verify", "c", cwd=tmp_path)
+    assert_one_line_error(result, "val.bin", "sha256", "run python prepare_data.py again")
+    assert_one_line_error(run_script("prepare_data.py", "--verify", "d", cwd=tmp_path), "data/d")
