@@ -508,6 +508,31 @@ def test_a_config_through_datasets(tmp_path, monkeypatch):
         find(f"hf:{folder}")
 
 
+def test_datasets_end_to_end(tmp_path):
+    pytest.importorskip("datasets")
+    write_rows(tmp_path / "mine" / "train.jsonl", *(f"document {i}" for i in range(50)))
+    write_rows(tmp_path / "mine" / "validation.jsonl", "v")
+    write_rows(tmp_path / "mine" / "test.jsonl", "t")
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    flags = ["--input", "hf:mine", "--tokenizer", "bytes", "--workers", 1]
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "data" / "mine"
+    assert (folder / "test.bin").read_bytes() == np.array([ord("t"), 256], np.uint16).tobytes()
+    assert (folder / "val.bin").read_bytes() == np.array([ord("v"), 256], np.uint16).tobytes()
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["splits"]["train"]["documents"] == 50
+
+
+def test_running_text_beside_documents_is_one_line(tmp_path):
+    write_rows(tmp_path / "mine" / "a.jsonl", "a")
+    (tmp_path / "mine" / "b.txt").write_text("b")
+    flags = ["--input", "mine", "--tokenizer", "bytes"]
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path)
+    assert_one_line_error(result, "b.txt is one running text", "--documents")
+    assert tree(tmp_path) == ["mine/a.jsonl", "mine/b.txt"]
+
+
 def test_a_damaged_file_through_datasets(tmp_path, monkeypatch):
     offline(monkeypatch, tmp_path)
     write_rows(tmp_path / "mine" / "train.jsonl", "a")
