@@ -7,7 +7,6 @@ Downloads are checked against a size and a sha256; see data/README.md for what c
 """
 
 import glob
-import io
 import json
 import platform
 import re
@@ -19,126 +18,11 @@ from pathlib import Path
 from common import atomic_write, optional
 from describe import described, folder_of
 from download import download, sha256_of
+from known import KNOWN, Known
 from reader import BLOCK, Source
 
 BUILT_IN = "python-docs"
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Download:
-    """A file on the network, at each of its addresses. sha256 "": the Hugging Face hub tells it.
-    members: of an archive, a pattern of names -> the file that they go into."""
-
-    urls: tuple[str, ...]
-    size: int | None  # bytes
-    sha256: str
-    members: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Known:
-    """A corpus on the network. sources: its files as they lie in its folder."""
-
-    downloads: tuple[Download, ...]
-    sources: tuple[Source, ...]
-    licence: str
-    home: str  # where it is described
-    size: str = ""  # to download, where the parts' sizes aren't known
-
-
-def _hub(path: str) -> tuple[str, str]:
-    """Addresses of a file on the Hugging Face hub and on its mirror."""
-    return f"https://huggingface.co/{path}", f"https://hf-mirror.com/{path}"
-
-
-def _wikitext(name, size, sha256, mirror) -> Known:
-    files = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
-    return Known(
-        (
-            Download(
-                (f"https://wikitext.smerity.com/{name}-raw-v1.zip", *_hub(mirror)),
-                size,
-                sha256,
-                tuple((rf"{name}-raw/{re.escape(file)}", file) for file in files.values()),
-            ),
-        ),
-        tuple(Source(file, documents="article", split=split) for split, file in files.items()),
-        "CC BY-SA 3.0",
-        "https://huggingface.co/datasets/Salesforce/wikitext",
-    )
-
-
-_REVISION = "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-_FINEWEB = "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-KNOWN = {
-    "tinyshakespeare": Known(
-        (
-            Download(
-                (
-                    f"https://raw.githubusercontent.com/karpathy/char-rnn/{_REVISION}/data/tinyshakespeare/input.txt",
-                    f"https://cdn.jsdelivr.net/gh/karpathy/char-rnn@{_REVISION}/data/tinyshakespeare/input.txt",
-                    "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
-                ),
-                1_115_394,
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            ),
-        ),
-        (Source("input.txt"),),
-        "public domain",
-        "https://github.com/karpathy/char-rnn",
-    ),
-    "wikitext-2": _wikitext(
-        "wikitext-2",
-        4_721_645,
-        "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
-        "datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
-    ),
-    "wikitext-103": _wikitext(
-        "wikitext-103",
-        191_984_949,
-        "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
-        "datasets/mattdangerw/wikitext-103-raw/resolve/3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
-    ),
-    "imdb": Known(
-        (
-            Download(
-                (
-                    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-                    "https://dataset.bj.bcebos.com/imdb/aclImdb_v1.tar.gz",
-                ),
-                84_125_825,
-                "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
-                (
-                    (r"aclImdb/train/(?:pos|neg)/\d+_\d+\.txt", "train.jsonl"),
-                    (r"aclImdb/train/unsup/\d+_\d+\.txt", "unlabelled.jsonl"),
-                    (r"aclImdb/test/(?:pos|neg)/\d+_\d+\.txt", "test.jsonl"),
-                ),
-            ),
-        ),
-        (
-            Source("train.jsonl", "jsonl"),  # shared out to train and val, as are the unlabelled
-            Source("unlabelled.jsonl", "jsonl"),
-            Source("test.jsonl", "jsonl", split="test"),
-        ),
-        "not stated; cite Maas et al. 2011",
-        "https://ai.stanford.edu/~amaas/data/sentiment/",
-    ),
-    "fineweb-edu-10BT": Known(
-        tuple(
-            Download(
-                _hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet"),
-                540_632_672 if i == 13 else None,
-                "b393f51fefab26cd6f4c8f65707c1924f6666c4961a0ebebe04bb57f7ec832de" if i == 13 else "",
-            )
-            for i in range(14)
-        ),
-        tuple(Source(f"{i:03}_00000.parquet", "parquet") for i in range(14)),
-        "ODC-By 1.0",
-        "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu",
-        "28.5 GB",
-    ),
-}  # fmt: skip
 
 
 @dataclass
@@ -197,7 +81,8 @@ def load_corpus(name: str, folder: Path, inputs=(), documents="", text_field="")
         _fetch(known, folder)
     except ConnectionError as error:
         raise ConnectionError(
-            f"{error}; try again later, or fetch it elsewhere (--prefetch) and add --input FILE"
+            f"{error}; try again later, or fetch it elsewhere (--prefetch DIR, and here --data_dir "
+            f"DIR), or add --input FILE"
         ) from None
     sources = _numbered([replace(s, path=str(folder / s.path)) for s in known.sources])
     origin = {"url": [part.urls[0] for part in known.downloads], "licence": known.licence}
@@ -211,6 +96,8 @@ def _numbered(sources):
 def _own_copy(name, known, inputs) -> Corpus:
     """A file that is said to be a known one."""
     (part,), path = known.downloads, Path(inputs[0])
+    if len(inputs) > 1:
+        raise ValueError(f"{name} is one file: for several give --corpus another name")
     if (found := sha256_of(path)) != part.sha256:
         raise ValueError(
             f"{path} is not {name}: its sha256 is {found[:16]}..., not {part.sha256[:16]}...; "
@@ -258,15 +145,18 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
             with atomic_write(folder / target) as out:
                 for name in chosen:
                     with open_member(name) as f:
-                        if target.endswith(".jsonl"):
-                            text = io.TextIOWrapper(f, "utf-8", newline="").read(limit)
-                            out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
-                        else:
-                            while block := f.read(BLOCK):
+                        blocks = []
+                        while block := f.read(BLOCK):
+                            limit -= len(block)
+                            if limit < 0:
+                                raise ValueError(f"{archive} grows beyond all measure")
+                            if target.endswith(".jsonl"):
+                                blocks.append(block)
+                            else:
                                 out.write(block)
-                                limit -= len(block)
-                                if limit < 0:
-                                    raise ValueError(f"{archive} grows beyond all measure")
+                    if target.endswith(".jsonl"):
+                        text = b"".join(blocks).decode()
+                        out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
 
 
 class _open_archive:
@@ -301,11 +191,18 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
             raise ValueError(f"{folder} has no sub-corpus {corpus!r}; there are {there}")
         corpora = [corpus] if corpus else told["corpuses"]
         if told["configs"]:
-            found = [hugging_face(f"{told['root']}/{name}", text_field) for name in corpora]
+            root = str(told["root"])
+            names = [f"{root}/{name}" for name in corpora] or [root]
+            found = [hugging_face(name, text_field) for name in names]
         else:
             folders = [folder_of(told, name) for name in corpora] or [told["root"]]
             found = [_files(str(path), documents, text_field) for path in folders]
         return [source for sources in found for source in sources]
+    if folder and Path(folder).is_dir() and corpus:
+        raise ValueError(
+            f"{folder} has no description, so no sub-corpus {corpus!r}: write one with "
+            f"python prepare_data.py --describe {folder}"
+        )
     return _files(item, documents, text_field)
 
 
@@ -314,9 +211,8 @@ def _files(item, documents, text_field):
     if path.is_file():
         paths, kinds = [path], FORMATS | {_suffix(path): FORMATS.get(_suffix(path), "text")}
     elif path.is_dir():
-        described_by = {path / "metadata.json", path / "metadata.yaml"}
         paths = [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
-        paths, kinds = [p for p in paths if p not in described_by], FORMATS
+        kinds = FORMATS
     else:
         paths, kinds = sorted(map(Path, glob.glob(item, recursive=True))), FORMATS
     sources = [
@@ -333,7 +229,7 @@ def _files(item, documents, text_field):
 
 def _suffix(path: Path) -> str:
     name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return Path(name).suffix if path.is_file() else "a folder"
+    return Path(name).suffix.lower() if path.is_file() else "a folder"
 
 
 def _hidden(path):
@@ -344,40 +240,47 @@ def hugging_face(name: str, text_field: str) -> list[Source]:
     """The Arrow files that the `datasets` library makes of NAME or NAME/CONFIG, on the hub or in a
     local folder; its splits validation and test are val and test here."""
     datasets = optional("datasets", f"--input hf:{name}")
-    attempts = [(name, None)] + ([tuple(name.rsplit("/", 1))] if "/" in name else [])
-    if name.count("/") == 2 and not Path(name).exists():
-        attempts.reverse()  # ORGANISATION/NAME/CONFIG
+    folder, _, config = name.rpartition("/")
+    attempts = [(name, None)] + [(folder, config)] * bool(folder and not Path(name).exists())
+    if Path(folder or name).exists() or name.count("/") == 2:
+        attempts.reverse()  # FOLDER/CONFIG, ORGANISATION/NAME/CONFIG: the likelier one first
+    reasons = []
     for path, config in attempts:
         try:
             splits = datasets.load_dataset(path, config)
             break
-        except (ValueError, OSError) as error:  # FileNotFoundError, DatasetNotFoundError, ...
-            reason = str(error).splitlines()[0]
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            reasons.append(" ".join(str(error.__cause__ or error).split()))
     else:
-        raise ValueError(f"--input hf:{name}: {reason}")
+        raise ValueError(f"--input hf:{name}: {reasons[0]}")
     known = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
-    official = len(splits) > 1 and {"train", "val"} <= {known.get(s) for s in splits}
-    return [
-        Source(
-            file["filename"],
-            "arrow",
-            field=text_field or "text",
-            split=known.get(split, "") if official else "",
-        )
-        for split, data in splits.items()
-        for file in data.cache_files
-    ]
+    official = {"train", "val"} <= {known.get(split) for split in splits}
+    sources = []
+    for split, data in splits.items():
+        # what isn't training text stays out of it; without a validation split there, one is made
+        side = known.get(split, "train") if official else "test" if split == "test" else ""
+        side = side if len(splits) > 1 else ""
+        sources += [
+            Source(file["filename"], "arrow", field=text_field or "text", split=side)
+            for file in data.cache_files
+        ]
+    if not sources:
+        raise ValueError(f"--input hf:{name}: it has no rows")
+    return sources
 
 
 def python_documentation(folder: Path) -> Corpus:
     """The language reference that help() shows: 79 documents, half a megabyte, in every CPython."""
     from pydoc_data.topics import topics  # imported here: a table of half a megabyte
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "topics.jsonl") as f:
-        for key in sorted(topics):
-            f.write(json.dumps({"text": topics[key], "topic": key}).encode() + b"\n")
-    sources = [Source(str(folder / "topics.jsonl"), "jsonl")]
+    path = folder / "topics.jsonl"
+    rows = (json.dumps({"text": topics[key], "topic": key}) + "\n" for key in sorted(topics))
+    data = "".join(rows).encode()
+    if not path.exists() or path.read_bytes() != data:  # else as old as what was made of it
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as f:
+            f.write(data)
+    sources = [Source(str(path), "jsonl")]
     origin = {
         "module": "pydoc_data.topics",
         "python": platform.python_version(),

@@ -18,14 +18,18 @@ def describe(folder: Path, answers: dict) -> Path:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: --describe takes one that holds raw text")
+    if (folder / "metadata.json").exists() and not described(folder):
+        raise ValueError(f"{folder / 'metadata.json'} is no description, but of something else")
     folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     questions = {
         "name": ("name", folder.resolve().name),
         "download_source": ("where it came from", ""),
         "description": ("what it is", ""),
         "content_field": ("field that holds the text", "text"),
-        "corpuses": ("sub-corpora, separated by commas", ",".join(folders)),
+        "corpuses": ("sub-corpora, separated by commas; - for none", ",".join(folders) or "-"),
     }
+    if not folders:
+        answers = {"corpuses": "-"} | {k: v for k, v in answers.items() if v}
     for field, (question, default) in questions.items():
         if not answers.get(field):
             try:
@@ -34,7 +38,7 @@ def describe(folder: Path, answers: dict) -> Path:
                 raise ValueError(
                     f"standard input ended before the answer to {question!r}"
                 ) from None
-    corpuses = [name.strip() for name in answers["corpuses"].split(",") if name.strip()]
+    corpuses = [name.strip() for name in answers["corpuses"].split(",") if name.strip(" -")]
     missing = [name for name in corpuses if name not in folders]
     if missing:
         raise ValueError(f"{folder} has no folder for the sub-corpus {missing[0]!r}")
@@ -63,14 +67,14 @@ def described(folder: Path) -> dict | None:
             break
     else:
         return None
+    yaml = optional("yaml", str(path), "pyyaml") if path.suffix == ".yaml" else None
+    damage = (yaml.YAMLError,) if yaml else ()
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            told = json.loads(text)
-        else:
-            told = optional("yaml", str(path), "pyyaml").safe_load(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        told = yaml.safe_load(text) if yaml else json.loads(text)
+    except (ValueError, RecursionError, *damage) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged: {reason}") from None
     if not isinstance(told, dict) or not {"name", "data_content"} <= told.keys():
         return None  # somebody else's metadata
     corpuses, parent = told.get("corpuses") or [], told.get("corpus_data_dir_parent") or "."

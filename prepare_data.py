@@ -20,7 +20,7 @@ from describe import describe
 from download import download
 from pieces import engine
 from shards import prepare
-from tokenizer import get_tokenizer, missing_files
+from tokenizer import copy_vocabulary, get_tokenizer, missing_files
 from verify import verify
 
 
@@ -64,8 +64,12 @@ def main():
         }
         return print(f"wrote {describe(Path(config.describe), answers)}")
     data_dir = Path(config.prefetch or config.data_dir)
-    if config.prefetch or (data_dir / "tokenizers").is_dir():
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str((data_dir / "tokenizers").resolve()))
+    vocabulary = (data_dir / "tokenizers").resolve()
+    if config.prefetch:
+        copy_vocabulary(config.tokenizer or "gpt2", vocabulary)  # what needn't be downloaded again
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
+    elif vocabulary.is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(vocabulary))
     if config.verify:
         folder = data_dir / folder_name(config.verify, "--verify")
         return verify(folder)
@@ -83,8 +87,12 @@ def main():
         config = replace(config, corpus=corpora.BUILT_IN, tokenizer="bytes")
         corpus, tokenizer = load(config, data_dir)
     if config.prefetch:
+        missing = " but its --input" if config.input else ""
         return print(
-            f"{data_dir} has all that {corpus.name} needs: take it along and add --data_dir DIR"
+            f"{data_dir} has all that {corpus.name} needs{missing}. Take it along, and there: "
+            f"python prepare_data.py --data_dir {data_dir} "
+            f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
+            f"sample.py finds the vocabulary by TIKTOKEN_CACHE_DIR={data_dir}/tokenizers"
         )
     options = {
         name: getattr(config, name)
@@ -145,7 +153,7 @@ def name_of(inputs) -> str:
     if inputs[0].startswith("hf:") and not Path(name).exists():
         name = name.replace("/", "-")
     path = Path(name)
-    if "*" in path.name or "?" in path.name:
+    while re.search(r"[*?[]", path.name):
         path = path.parent
     return (
         re.sub(r"\.(txt|jsonl|parquet)?(\.gz|\.zst)?$", "", path.name).replace(":", "-")

@@ -315,6 +315,9 @@ def _read_table(source):
         if field not in names:
             yield [source.start], [_field(dict.fromkeys(names), field)]
             return
+        if source.stop is None:
+            rows = len(table) if source.format == "arrow" else table.metadata.num_rows
+            source = replace(source, stop=rows)
         position = source.start
         for column in _columns(table, source):
             try:

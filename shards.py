@@ -141,7 +141,7 @@ def plan(corpus: Corpus, train_split_ratio: float, tokenizer) -> list[tuple[list
     least, most = PIECE_BYTES
     piece_bytes = min(max(size, least), most)
     if not corpus.documents:
-        sources = _split_text(sources, train_split_ratio)
+        sources = split_text(sources, train_split_ratio)
         if not tokenizer.divisible:
             sources = [replace(source, documents="file") for source in sources]
     pieces = []
@@ -154,7 +154,7 @@ def plan(corpus: Corpus, train_split_ratio: float, tokenizer) -> list[tuple[list
     return pieces
 
 
-def _split_text(sources, train_split_ratio):
+def split_text(sources, train_split_ratio):
     """A running text is cut once, by character: int(n * train_split_ratio) of all n train."""
     counts = [_characters(source.path) for source in sources]
     left, cut_up = int(sum(counts) * train_split_ratio), []

@@ -163,6 +163,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ends:
             raise ValueError(f"{path} has no end of text: none of {', '.join(self.ENDS)}")
         self.eot_token = ends[0]
+        end = self.tokenizer.id_to_token(self.eot_token)
+        if self.eot_token in self.encode(end):
+            raise ValueError(f"{path}: {end} is no special token there, so any text may hold it")
 
     def encode(self, text):
         ids = self.tokenizer.encode(encodable(text), add_special_tokens=False).ids
@@ -216,12 +219,30 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
         )
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
-        url = f"{_HOST}/{file}"
-        sha1 = hashlib.sha1(url.encode()).hexdigest()  # the name that tiktoken looks for
-        path = vocabulary_folder() / sha1
+        path = vocabulary_folder() / _kept_as(file)
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            missing.append((url, path, sha256))
+            missing.append((f"{_HOST}/{file}", path, sha256))
     return missing
+
+
+def _kept_as(file: str) -> str:
+    """The name that tiktoken looks for."""
+    return hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
+
+
+def copy_vocabulary(name: str, folder: Path) -> None:
+    """Copies the vocabulary files of `name` to `folder`, those that are there and whole. Raises
+    what missing_files raises."""
+    missing = {path for _, path, _ in missing_files(name)}
+    files = VOCABULARY_FILES.get(ALIASES.get(name, name), {})
+    paths = [vocabulary_folder() / _kept_as(file) for file in files]
+    if _is_file(name) and not Path(name).is_file():
+        paths = [vocabulary_folder() / name]  # a copy
+    for path in paths:
+        if path not in missing and path.parent.resolve() != folder.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / path.name) as f:
+                f.write(path.read_bytes())
 
 
 def get_tokenizer(name: str) -> Tokenizer:
@@ -231,7 +252,9 @@ def get_tokenizer(name: str) -> Tokenizer:
     Raises ValueError for an unknown name or a damaged file, FileNotFoundError where the vocabulary
     isn't on this machine (python prepare_data.py downloads it).
     """
-    name = _keep_copy(name) if _is_file(name) else ALIASES.get(name, name)
+    if _is_file(name) and Path(name).is_file():
+        name = _keep_copy(Path(name))
+    name = ALIASES.get(name, name)
     if name == "bytes":
         return BytesTokenizer()
     if missing := missing_files(name):
@@ -240,10 +263,8 @@ def get_tokenizer(name: str) -> Tokenizer:
             f"the vocabulary of {name!r} isn't here: {path} is missing or damaged; with a network, "
             f"`python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
-    if name.endswith(".json"):
-        return HuggingFaceTokenizer(name, vocabulary_folder() / name)
-    if name.endswith(".tiktoken"):
-        return TiktokenTokenizer(name, _encoding_of(vocabulary_folder() / name))
+    if _is_file(name):
+        return _read_file(name, vocabulary_folder() / name)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
     return TiktokenTokenizer(name, tiktoken.get_encoding(name))
 
@@ -252,23 +273,29 @@ def _is_file(name: str) -> bool:
     return name.endswith((".json", ".tiktoken"))
 
 
-def _keep_copy(name: str) -> str:
+def _read_file(name: str, path: Path) -> Tokenizer:
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(name, path)
+    return TiktokenTokenizer(name, _encoding_of(path))
+
+
+def _keep_copy(path: Path) -> str:
     """Copies a tokenizer's file to where vocabularies are kept, so that a corpus can be read where
     the original isn't; returns the name to find it by, that of an encoding if the file is its."""
-    path = Path(name)
-    if not path.is_file():
-        return name  # of a copy
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     copy, name = f"{path.stem}-{sha256[:12]}{path.suffix}", ""
     for known, files in VOCABULARY_FILES.items():
         if [*files.values()] == [sha256]:
             (file,), name = files, known
-            copy = hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
+            copy = _kept_as(file)
             break
-    if not (vocabulary_folder() / copy).exists():
+    kept = vocabulary_folder() / copy
+    if not kept.exists() or kept.read_bytes() != data:
+        if not name:
+            _read_file(copy, path)  # a damaged one isn't kept
         vocabulary_folder().mkdir(parents=True, exist_ok=True)
-        with atomic_write(vocabulary_folder() / copy) as f:
+        with atomic_write(kept) as f:
             f.write(data)
     return name or copy
 
@@ -285,6 +312,10 @@ def _encoding_of(path: Path) -> tiktoken.Encoding:
             raise ValueError(f"{path}, line {number}: not a piece in base64 and its rank") from None
     if not {bytes([i]) for i in range(256)} <= ranks.keys():
         raise ValueError(f"{path} is no vocabulary: it hasn't got all 256 bytes")
+    if len({*ranks.values()}) < len(ranks) or min(ranks.values()) < 0:
+        raise ValueError(f"{path} is no vocabulary: two pieces have one rank, or one is below 0")
+    if max(ranks.values()) > 2 * len(ranks):
+        raise ValueError(f"{path} is no vocabulary: most of its ranks have no piece")
     return tiktoken.Encoding(
         path.stem,
         pat_str=tiktoken_ext.openai_public.r50k_pat_str,

@@ -2,12 +2,15 @@
 
 import hashlib
 import itertools
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pieces import Job
 from reader import BLOCK, Bad, Source, read
+from shards import split_text
 from tokenizer import get_tokenizer
 
 SAMPLE = 1000  # documents that are compared with the source, about
@@ -29,54 +32,65 @@ def verify(folder: Path) -> None:
     for name, split in metadata["splits"].items():
         shards, ends = open_tokens(folder / name)[0], 0
         for file, ids in zip(split["files"], shards):
-            digest = hashlib.sha256()
+            digest, largest = hashlib.sha256(), 0
             for start in range(0, len(ids), BLOCK):
                 block = ids[start : start + BLOCK]
                 digest.update(block.tobytes())
-                if block.max() >= metadata["vocab_size"]:
-                    raise ValueError(
-                        f"{folder / file['name']}: id {block.max()} lies beyond the vocabulary of "
-                        f"{metadata['vocab_size']:,}: {again}"
-                    )
+                largest = max(largest, int(block.max()))
                 ends += np.count_nonzero(block == metadata["eot_token"])
             if digest.hexdigest() != file["sha256"]:
                 raise ValueError(f"{folder / file['name']}: its sha256 is another: {again}")
+            if largest >= metadata["vocab_size"]:
+                raise ValueError(
+                    f"{folder / file['name']}: id {largest} lies beyond the vocabulary of "
+                    f"{metadata['vocab_size']:,}: {again}"
+                )
         if ends != split["documents"] * metadata["eot_per_document"]:
             raise ValueError(f"{folder} {name}: {ends:,} ends of text: {again}")
         print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
+    files = metadata["source"].get("files", [])
     sources = [
         Source(**{k: v for k, v in file.items() if k != "bytes"} | {"path": str(path)})
-        for file in metadata["source"].get("files", [])
+        for file in files
         if (path := folder / file["path"]).is_file() and path.stat().st_size == file["bytes"]
     ]
-    if not sources or len(sources) < len(metadata["source"]["files"]):
-        print("the source isn't there any more, so nothing was compared with it")
+    if not sources or len(sources) < len(files):
+        print("the source isn't there any more, or has changed: nothing was compared with it")
         return
     compare = _compare_documents if metadata["eot_per_document"] else _compare_text
     count = compare(folder, metadata, tokenizer, sources, open_tokens)
-    print(f"{count} decoded and compared with the source: the same")
+    print(f"{count} compared with the source: the same")
 
 
 def _differs(folder, name, where):
     return ValueError(
-        f"{folder}: {name} differs from its source at {where}: the source has changed, or the "
-        f"files have; run python prepare_data.py again"
+        f"{folder}: {name} differs from its source in {where}: one of them has changed since; run "
+        f"python prepare_data.py again"
     )
 
 
 def _compare_text(folder, metadata, tokenizer, sources, open_tokens) -> str:
-    """All of a running text, as bytes."""
+    """All of a running text, as bytes; as ids where a tokenizer may change the text."""
+    decode = tokenizer.divisible
+    if not decode:
+        sources = split_text(sources, metadata["train_split_ratio"])
+        sources = [replace(source, documents="file") for source in sources]
     digests = [hashlib.sha256(), hashlib.sha256()]
     for source in sources:
         for _, texts in read(source):
-            digests[0].update("".join(texts).encode())
+            for text in texts:
+                as_text = decode or isinstance(text, Bad)
+                digests[0].update(text.encode() if as_text else tokenizer.encode(text).tobytes())
     for name in metadata["splits"]:
         for ids in open_tokens(folder / name)[0]:
             for start in range(0, len(ids), BLOCK):
-                digests[1].update(tokenizer.decode_bytes(ids[start : start + BLOCK]))
+                block = ids[start : start + BLOCK]
+                digests[1].update(
+                    tokenizer.decode_bytes(block) if decode else block.astype(np.uint32).tobytes()
+                )
     if digests[0].digest() != digests[1].digest():
-        raise _differs(folder, "the text", "some place")
-    return "the whole text was"
+        raise _differs(folder, "the text", ", ".join(source.path for source in sources))
+    return "the whole text was decoded and" if decode else "the whole text was"
 
 
 def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str:
@@ -85,19 +99,22 @@ def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str
     job = Job("", "", True, 0, metadata["train_split_ratio"], metadata["seed"], "skip")
     step = max(1, sum(split["documents"] for split in splits.values()) // SAMPLE)
     prepared = {name: _documents(open_tokens(folder / name)[0], eot) for name in splits}
-    seen, compared = dict.fromkeys(splits, 0), 0
+    seen, compared = Counter(), 0
     for source in sources:
         documents = (zip(texts, job.splits_of(source, places)) for places, texts in read(source))
         for text, name in itertools.chain.from_iterable(documents):
             if isinstance(text, Bad):
                 continue  # skipped when it was prepared, too
-            ids = next(prepared[name], None)
+            ids = next(prepared.get(name, iter(())), None)
             seen[name] += 1
             if ids is None or seen[name] % step == 0:
                 compared += 1
                 expected = tokenizer.encode(text)[: metadata["max_length"] or None]
                 if ids is None or not np.array_equal(ids, expected):
                     raise _differs(folder, f"document {seen[name]} of {name}", source.path)
+    for name, rest in prepared.items():
+        if next(rest, None) is not None:
+            raise _differs(folder, f"the number of documents of {name}", sources[0].path)
     return f"{compared:,} documents were"
 
 

@@ -12,7 +12,7 @@ import torch
 import shards
 from corpora import Corpus
 from pieces import engine
-from reader import Source
+from reader import Source, read
 from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,11 @@ def rhyme(tmp_path) -> Path:
     """data/rhyme: 5,400 bytes that a model learns in a few steps."""
     make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
     return tmp_path / "data" / "rhyme"
+
+
+def flat(source):
+    """(position, text) of each document of a source."""
+    return [pair for positions, texts in read(source) for pair in zip(positions, texts)]
 
 
 def run_script(script: str, *flags, cwd: Path, **options) -> subprocess.CompletedProcess:

@@ -8,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import tiktoken
+from conftest import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reader
-from reader import BOUNDARY, Bad, Source, cut, read
+from reader import BOUNDARY, Bad, Source, cut
 
 TEXT = (
     "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
@@ -27,11 +28,6 @@ def documents(source, size):
     parts = cut(source, size)
     assert len(parts) == 1 or all(n >= size for _, n in parts[:-1])
     return [document for part, _ in parts for document in flat(part)]
-
-
-def flat(source):
-    """(position, text) of each document."""
-    return [pair for positions, texts in read(source) for pair in zip(positions, texts)]
 
 
 def written(path, data: bytes) -> str:

@@ -1,8 +1,11 @@
+import base64
+
+import conftest
 import numpy as np
 import pytest
 import tiktoken
 
-from tokenizer import get_tokenizer, missing_files
+from tokenizer import copy_vocabulary, get_tokenizer, missing_files
 
 HOSTILE = [
     "",
@@ -71,3 +74,157 @@ def test_vocabulary_hash_is_of_ids_and_bytes(gpt2_tokenizer):
     assert gpt2_tokenizer.sha256 != get_tokenizer("bytes").sha256
     assert len(gpt2_tokenizer.sha256) == 64
     assert get_tokenizer("bytes").decode(np.array([104, 105, 256])) == "hi<|endoftext|>"
+
+
+def test_distilgpt2_is_gpt2(gpt2_tokenizer):
+    other = get_tokenizer("distilgpt2")
+    assert (other.name, other.sha256) == ("gpt2", gpt2_tokenizer.sha256)
+    assert missing_files("distilgpt2") == []
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """The folder of vocabularies, empty."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def make_json(path, special=("<|endoftext|>",)):
+    """A tokenizer.json: byte-level BPE of a small text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["one for sorrow, two for mirth " * 9, "endoftext " * 9], trainer)
+    made.save(str(path))
+    return made
+
+
+def test_a_tokenizer_json(kept, tmp_path):
+    theirs = make_json(tmp_path / "mine.json")
+    ours = get_tokenizer(str(tmp_path / "mine.json"))
+    assert ours.vocab_size == theirs.get_vocab_size() > 257
+    assert ours.eot_token == theirs.token_to_id("<|endoftext|>")
+    text = "two for sorrow, héllo 日🜨\n\x00 "
+    assert ours.encode(text).tolist() == theirs.encode(text).ids
+    for text in HOSTILE:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == "".join(ours.decode_stream(ids)) == text
+        assert ours.eot_token not in ids  # the literal marker is ordinary text
+        expected = theirs.encode(text.replace("<|", "< |")).ids
+        assert ("<|" in text) or ids.tolist() == expected
+    batch = ours.encode_documents(HOSTILE)
+    ends = np.array([ours.eot_token], np.uint32)
+    assert batch.tolist() == [i for t in HOSTILE for p in (ours.encode(t), ends) for i in p]
+    assert ours.encode("\ud83d\ude00 \ud83d").tolist() == ours.encode("😀 \ufffd").tolist()
+
+
+def test_a_tokenizer_json_is_found_later_by_its_name(kept, tmp_path):
+    make_json(tmp_path / "mine.json")
+    first = get_tokenizer(str(tmp_path / "mine.json"))
+    (tmp_path / "mine.json").unlink()
+    assert [path.name for path in kept.iterdir()] == [first.name]
+    assert missing_files(first.name) == []
+    again = get_tokenizer(first.name)
+    assert (again.name, again.sha256) == (first.name, first.sha256)
+    assert again.encode("one for").tolist() == first.encode("one for").tolist()
+    (kept / first.name).unlink()
+    with pytest.raises(FileNotFoundError, match=first.name):
+        get_tokenizer(first.name)
+
+
+def test_a_tokenizer_json_whose_end_of_text_may_come_from_text(kept, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = make_json(tmp_path / "mine.json", special=())
+    with pytest.raises(ValueError, match="has no end of text"):
+        get_tokenizer(str(tmp_path / "mine.json"))
+    made.add_tokens([tokenizers.AddedToken("<|endoftext|>")])
+    made.save(str(tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match=r"<\|endoftext\|> is no special token"):
+        get_tokenizer(str(tmp_path / "mine.json"))
+    assert not kept.exists()
+
+
+def tiktoken_file(ranks) -> bytes:
+    rows = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in rows)
+
+
+BYTES = {bytes([i]): i for i in range(256)}
+
+
+def test_a_tiktoken_file(kept, tmp_path):
+    ranks = BYTES | {b"on": 256, b"one": 257, b" f": 258}
+    (tmp_path / "my.tiktoken").write_bytes(tiktoken_file(ranks))
+    ours = get_tokenizer(str(tmp_path / "my.tiktoken"))
+    assert (ours.vocab_size, ours.eot_token) == (260, 259)
+    assert ours.encode("one for").tolist() == [257, 258, ord("o"), ord("r")]
+    for text in HOSTILE:
+        assert ours.decode(ours.encode(text)) == text
+        assert 259 not in ours.encode(text)
+    (tmp_path / "my.tiktoken").unlink()
+    assert get_tokenizer(ours.name).sha256 == ours.sha256
+
+
+def test_a_known_tiktoken_file_is_that_encoding(kept, tmp_path, monkeypatch):
+    """r50k_base.tiktoken made again from GPT-2's ranks has its sha256."""
+    monkeypatch.undo()
+    _ = conftest._shared("TIKTOKEN_CACHE_DIR")
+    get_tokenizer("gpt2")
+    data = tiktoken_file(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(kept))
+    (tmp_path / "renamed.tiktoken").write_bytes(data)
+    tokenizer = get_tokenizer(str(tmp_path / "renamed.tiktoken"))
+    assert (tokenizer.name, tokenizer.vocab_size) == ("r50k_base", 50257)
+    (copy,) = kept.iterdir()
+    copy.write_bytes(b"damaged")  # mended by the file
+    assert get_tokenizer(str(tmp_path / "renamed.tiktoken")).name == "r50k_base"
+    (tmp_path / "renamed.tiktoken").unlink()
+    assert get_tokenizer("r50k_base").sha256 == tokenizer.sha256
+
+
+DAMAGED = {
+    "no JSON": ("a.json", b"{", r"a\.json is no tokenizer\.json"),
+    "other JSON": ("a.json", b'{"model": {}}', r"a\.json is no tokenizer\.json"),
+    "no base64": ("a.tiktoken", tiktoken_file(BYTES) + b"!! 256\n", "line 257: not a piece"),
+    "no rank": ("a.tiktoken", tiktoken_file(BYTES) + b"YWI= x\n", "line 257: not a piece"),
+    "cut off": ("a.tiktoken", tiktoken_file(BYTES)[:-4], "line 256: not a piece"),
+    "half of it": ("a.tiktoken", tiktoken_file(BYTES)[:900], "line|all 256 bytes"),
+    "empty": ("a.tiktoken", b"", "all 256 bytes"),
+    "one rank twice": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 7}), "two pieces have one rank"),
+    "below 0": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": -7}), "one is below 0"),
+    "beyond all": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 1 << 40}), "ranks have no piece"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_one_line_and_is_not_kept(kept, tmp_path, case):
+    name, data, words = DAMAGED[case]
+    if name.endswith("json"):
+        pytest.importorskip("tokenizers")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=words) as error:
+        get_tokenizer(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+    assert not kept.exists()
+
+
+def test_a_file_that_is_not_there(kept):
+    for name in ("nope/x.json", "nope.tiktoken"):
+        with pytest.raises(FileNotFoundError, match=name):
+            get_tokenizer(name)
+
+
+def test_vocabularies_are_copied_once_they_are_whole(gpt2_tokenizer, tmp_path, monkeypatch):
+    copy_vocabulary("distilgpt2", tmp_path / "copy")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "copy"))
+    assert missing_files("gpt2") == []
+    next((tmp_path / "copy").iterdir()).write_bytes(b"damaged")
+    copy_vocabulary("gpt2", tmp_path / "again")
+    assert len(list((tmp_path / "again").iterdir())) == 1
