@@ -144,6 +144,13 @@ def join_pieces(paths: list[str], shard: str) -> str:
     return digest.hexdigest()
 
 
+def cores() -> int:
+    """That this process may use; what Slurm gave it, say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows
+
+
 @contextlib.contextmanager
 def engine(name: str, workers: int = 0, ray_address: str = ""):
     """Yields run(function, tasks): (index, result) of function(*task), in the order they finish.
@@ -155,7 +162,7 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
     if name == "ray":
         yield from _ray(workers, ray_address)
         return
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
 
     def run(function, tasks):
         if workers == 1 or len(tasks) <= 1:
@@ -204,7 +211,7 @@ def _ray(workers, address):
     try:
         ray.init(
             address=address or None,
-            num_cpus=None if address else workers or len(os.sched_getaffinity(0)),
+            num_cpus=None if address else workers or cores(),
             runtime_env={"env_vars": variables},
             logging_level="ERROR",
             log_to_driver=False,
@@ -212,13 +219,13 @@ def _ray(workers, address):
     except ConnectionError as error:
         raise ConnectionError(f"no Ray cluster at {address}: {error}") from None
     try:
-        cores = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        everywhere = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
         def run(function, tasks):
             remote = ray.remote(num_cpus=1, max_retries=5)(function)
             start = lambda i: remote.remote(*tasks[i])  # noqa: E731
             wait = lambda futures: ray.wait(list(futures))[0]  # noqa: E731
-            at_once = cores if workers else 2 * cores
+            at_once = everywhere if workers else 2 * everywhere
             for i, future in _some_at_once(len(tasks), at_once, start, wait):
                 try:
                     yield i, ray.get(future)

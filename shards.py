@@ -5,7 +5,6 @@ with engine("processes") as run:
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two at once aren't kept apart
+    fcntl = None
 
 from common import atomic_write
 from corpora import Corpus
@@ -243,6 +247,8 @@ def _lock(path: Path, shared: bool):
             file = stack.enter_context(open(path, "w"))
 
             def alone(file=file):
+                if fcntl is None:
+                    return True
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return True
@@ -260,7 +266,7 @@ def _lock(path: Path, shared: bool):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break  # else whoever had it has removed it since
             path.parent.mkdir(parents=True, exist_ok=True)
-        yield alone, lambda: fcntl.flock(file, fcntl.LOCK_SH)
+        yield alone, lambda: fcntl and fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def _accounts(work, count, on_error):
