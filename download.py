@@ -9,7 +9,6 @@ import re
 import time
 from pathlib import Path
 
-import requests
 from tqdm import tqdm
 
 
@@ -82,6 +81,8 @@ def _fetch(url, part, size, sha256, pause, tries) -> None:
 def _fetch_rest(url, part, done, size, sha256) -> str | None:
     """Appends to `part`, `done` bytes long, what is missing, or starts it anew. Returns its sha256,
     where it is given or the Hugging Face hub tells it."""
+    import requests  # takes 0.1 s, which a run that downloads nothing need not wait
+
     headers = {
         "Accept-Encoding": "identity",  # so that lengths and ranges count the file's own bytes
         "User-Agent": "Mozilla/5.0 (GPT-2 training repo)",  # some hosts refuse the default
@@ -141,7 +142,9 @@ def _fetch_rest(url, part, done, size, sha256) -> str | None:
         raise _TryAgain(_reason(error)) from None
 
 
-def _reason(error: requests.RequestException) -> str:
+def _reason(error) -> str:
+    import requests
+
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate can't be trusted: a login page of this network, perhaps"
     if isinstance(error, requests.Timeout) or "timed out" in str(error):

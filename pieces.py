@@ -12,10 +12,12 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -42,15 +44,15 @@ class Job:
     seed: int
     on_error: str
 
-    def splits_of(self, source: Source, positions) -> list[str]:
-        """The split of each document: its file's, or else by a hash of the seed and its place, so
-        that order, workers and what else is in the corpus make no difference."""
+    def share_out(self, source: Source, positions) -> dict[str, np.ndarray]:
+        """Which documents each split gets: its file's all, or else by a hash of the seed and the
+        place, so that order, workers and what else is in the corpus make no difference."""
         if source.split:
-            return [source.split] * len(positions)
+            return {source.split: np.ones(len(positions), bool)}
         key = mix(np.array([source.number], np.uint64) ^ mix(np.array([self.seed], np.int64)))
         hashes = mix(np.array(positions, np.uint64) ^ key)
         train = hashes < np.uint64(min(int(self.train_split_ratio * 2**64), 2**64 - 1))
-        return [("val", "train")[side] for side in train.tolist()]
+        return {"train": train, "val": ~train}
 
 
 def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
@@ -79,15 +81,15 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
         batches, size = collections.defaultdict(list), collections.Counter()
         for source in piece:
             for positions, texts in read(source):
-                for place, text, split in zip(positions, texts, job.splits_of(source, positions)):
-                    if type(text) is Bad:
-                        account["skipped"].append(_complain(job, source, place, text))
-                        continue
-                    batches[split].append(text)
-                    size[split] += len(text)
+                good = np.array([type(text) is not Bad for text in texts])
+                for i in np.flatnonzero(~good):
+                    account["skipped"].append(_complain(job, source, positions[i], texts[i]))
+                for split, own in job.share_out(source, positions).items():
+                    batches[split] += (chosen := list(itertools.compress(texts, own & good)))
+                    size[split] += sum(map(len, chosen))
                     if size[split] >= BLOCK:
                         write(split)
-        for split in list(batches):
+        for split in filter(batches.get, list(batches)):
             write(split)
     account["seconds"] = time.perf_counter() - start
     with atomic_write(Path(f"{path}.json")) as f:
@@ -116,7 +118,7 @@ def _write(job, tokenizer, texts, file, totals) -> int:
     else:
         ids = np.concatenate([tokenizer.encode(text) for text in texts])
     totals["documents"] += len(texts)
-    totals["bytes"] += sum(len(encodable(text).encode()) for text in texts)
+    totals["bytes"] += _bytes(texts)
     if job.max_length:
         ends = np.flatnonzero(ids == tokenizer.eot_token)
         lengths = np.diff(ends, prepend=-1)  # with the end of text
@@ -130,6 +132,14 @@ def _write(job, tokenizer, texts, file, totals) -> int:
     file.write(ids.astype(tokenizer.dtype).tobytes())
     totals["tokens"] += len(ids)
     return dropped
+
+
+def _bytes(texts) -> int:
+    """Of the texts in UTF-8."""
+    try:
+        return len("".join(texts).encode())
+    except UnicodeEncodeError:  # surrogates: one by one, lest two texts' make a pair
+        return sum(len(encodable(text).encode()) for text in texts)
 
 
 def join_pieces(paths: list[str], shard: str) -> str:
@@ -163,29 +173,32 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
         yield from _ray(workers, ray_address)
         return
     workers = workers or cores()
+    # a fork has the vocabulary and the imports already, but one of Arrow's threads may hang
+    fork = sys.platform == "linux" and "pyarrow" not in sys.modules
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _worker, (os.getpid(),))
+    if fork and workers > 1:
+        pool.submit(int)  # forks all workers here and now, before a lock or a thread is there
 
     def run(function, tasks):
         if workers == 1 or len(tasks) <= 1:
             yield from ((i, function(*task)) for i, task in enumerate(tasks))
             return
-        processes = min(workers, len(tasks))
-        spawn = multiprocessing.get_context("spawn")  # a fork of threads, Arrow's say, may hang
-        pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, _worker, (os.getpid(),))
-        with pool:
-            start = lambda i: pool.submit(function, *tasks[i])  # noqa: E731
-            wait = lambda f: concurrent.futures.wait(f, return_when="FIRST_COMPLETED")[0]  # noqa: E731
-            try:
-                for i, future in _some_at_once(len(tasks), 2 * workers, start, wait):
-                    yield i, future.result()
-            except BrokenProcessPool:
-                raise OSError(
-                    "a worker process was killed, perhaps for want of memory: run this again, with "
-                    "fewer --workers; finished pieces are kept"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        start = lambda i: pool.submit(function, *tasks[i])  # noqa: E731
+        wait = lambda f: concurrent.futures.wait(f, return_when="FIRST_COMPLETED")[0]  # noqa: E731
+        try:
+            for i, future in _some_at_once(len(tasks), 2 * workers, start, wait):
+                yield i, future.result()
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker process was killed, perhaps for want of memory: run this again, with "
+                "fewer --workers; finished pieces are kept"
+            ) from None
 
-    yield run
+    try:
+        yield run
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _worker(parent: int) -> None:

@@ -208,10 +208,10 @@ def _lines(f, source):
         end = rest.rfind(b"\n") + 1 if left else len(rest)
         lines, rest = rest[:end].split(b"\n"), rest[end:]
         starts = itertools.accumulate((len(line) + 1 for line in lines), initial=position)
-        kept = [(start, line) for start, line in zip(starts, lines) if line.strip()]
+        kept = list(map(bytes.strip, lines))
         position += end
-        if kept:
-            yield tuple(zip(*kept))
+        if any(kept):
+            yield list(itertools.compress(starts, kept)), list(itertools.compress(lines, kept))
 
 
 def _grouped(f, source):
@@ -283,11 +283,13 @@ def _stripped(data: bytes) -> str:
 
 
 def _json_text(data: bytes, field: str) -> str:
-    with contextlib.suppress(StopIteration, ValueError, LookupError, TypeError, RecursionError):
+    try:
         text = data.decode()
         row, end = _SCAN(text, 0)  # half the time of json.loads
         if end == len(text) and type(row[field]) is str:
             return row[field]
+    except (StopIteration, ValueError, LookupError, TypeError, RecursionError):
+        pass  # slowly, to say what is wrong
     text = _text(data.removeprefix(b"\xef\xbb\xbf"))
     try:
         return text if isinstance(text, Bad) else _field(json.loads(text), field)

@@ -9,7 +9,7 @@ A tokenizer is known by its name and the sha256 of its vocabulary.
 
 import base64
 import codecs
-import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -111,8 +111,10 @@ class TiktokenTokenizer(Tokenizer):
         self.eot = encoding.decode([self.eot_token])
         self.pieces = {}  # id -> the bytes it stands for
         for i in range(self.vocab_size):
-            with contextlib.suppress(KeyError):  # gaps: cl100k_base has no id 100256
-                self.pieces[i] = self.encoding.decode_single_token_bytes(i)
+            try:  # noqa: SIM105, which costs as much as the rest
+                self.pieces[i] = encoding.decode_single_token_bytes(i)
+            except KeyError:  # a gap: cl100k_base has no id 100256
+                pass
         lines = (b"%d %s\n" % (i, piece.hex().encode()) for i, piece in self.pieces.items())
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -263,9 +265,14 @@ def get_tokenizer(name: str) -> Tokenizer:
             f"the vocabulary of {name!r} isn't here: {path} is missing or damaged; with a network, "
             f"`python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
+    return _load(name, vocabulary_folder())
+
+
+@functools.lru_cache(1)  # a fork of this process has it then, too
+def _load(name: str, folder: Path) -> Tokenizer:
     if _is_file(name):
-        return _read_file(name, vocabulary_folder() / name)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())  # where tiktoken looks
+        return _read_file(name, folder / name)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # where tiktoken looks
     return TiktokenTokenizer(name, tiktoken.get_encoding(name))
 
 

@@ -101,8 +101,7 @@ def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str
     prepared = {name: _documents(open_tokens(folder / name)[0], eot) for name in splits}
     seen, compared = Counter(), 0
     for source in sources:
-        documents = (zip(texts, job.splits_of(source, places)) for places, texts in read(source))
-        for text, name in itertools.chain.from_iterable(documents):
+        for text, name in _split_of_each(job, source):
             if isinstance(text, Bad):
                 continue  # skipped when it was prepared, too
             ids = next(prepared.get(name, iter(())), None)
@@ -116,6 +115,13 @@ def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str
         if next(rest, None) is not None:
             raise _differs(folder, f"the number of documents of {name}", sources[0].path)
     return f"{compared:,} documents were"
+
+
+def _split_of_each(job, source):
+    """(text, name of its split) of every document."""
+    for positions, texts in read(source):
+        for name, own in job.share_out(source, positions).items():
+            yield from ((text, name) for text in itertools.compress(texts, own))
 
 
 def _documents(shards, eot):

@@ -148,13 +148,18 @@ def start(tmp_path, *flags):
     )  # fmt: skip
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
-    jsonl(tmp_path / "my.jsonl", count=120_000)  # a dozen pieces
-    work = tmp_path / "data" / "my" / ".work"
-    process = start(tmp_path, "--workers", "2")
-    while len(list(work.glob("*.json"))) < 3:
+def start_a_while(tmp_path, pieces=1):
+    """prepare_data.py at work on a dozen pieces, with some done; and the folder of those."""
+    jsonl(tmp_path / "my.jsonl", count=120_000)
+    process, work = start(tmp_path, "--workers", "2"), tmp_path / "data" / "my" / ".work"
+    while len(list(work.glob("*.json"))) < pieces:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+    return process, work
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+    process, work = start_a_while(tmp_path, pieces=3)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
@@ -178,16 +183,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
 
 
 def test_one_worker_killed_is_one_line_and_its_work_is_kept(tmp_path):
-    jsonl(tmp_path / "my.jsonl", count=120_000)
-    process = start(tmp_path, "--workers", "2")
-    work = tmp_path / "data" / "my" / ".work"
-    while not list(work.glob("*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
-    workers = [
-        pid for pid in children if b"spawn_main" in open(f"/proc/{pid}/cmdline", "rb").read()
-    ]
+    process, work = start_a_while(tmp_path)
+    workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
     os.kill(int(workers[0]), signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == 1
@@ -200,12 +197,7 @@ def test_one_worker_killed_is_one_line_and_its_work_is_kept(tmp_path):
 
 
 def test_workers_end_with_their_parent(tmp_path):
-    jsonl(tmp_path / "my.jsonl", count=120_000)
-    process = start(tmp_path, "--workers", "2")
-    work = tmp_path / "data" / "my" / ".work"
-    while not list(work.glob("*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    process, _ = start_a_while(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()  # until nobody holds its output any more
     process = start(tmp_path, "--workers", "1")  # nobody else is at it
@@ -213,12 +205,7 @@ def test_workers_end_with_their_parent(tmp_path):
 
 
 def test_ctrl_c_is_no_traceback(tmp_path):
-    jsonl(tmp_path / "my.jsonl", count=120_000)
-    process = start(tmp_path, "--workers", "2")
-    work = tmp_path / "data" / "my" / ".work"
-    while not list(work.glob("*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    process, _ = start_a_while(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     assert process.communicate()[1] == ""
     assert process.returncode == 130
@@ -242,7 +229,7 @@ def test_parts_are_joined_by_the_last(tmp_path):
 
 
 def test_two_at_once_do_not_meet(tmp_path):
-    jsonl(tmp_path / "my.jsonl", count=60_000)
+    jsonl(tmp_path / "my.jsonl", count=150_000)
     first = start(tmp_path)
     while not (tmp_path / "data" / "my" / ".work" / "key").exists():
         assert first.poll() is None, first.communicate()
