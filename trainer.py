@@ -160,9 +160,9 @@ class Trainer:
         fixed order, shared by all processes."""
         data, T = self.val_loader.dataset, self.config.sequence_length
         batches = iter(self.val_loader)
-        rest = data.num_tokens - 1 - len(data) * T  # targets behind the last whole block
+        rest = data.num_tokens() - 1 - len(data) * T  # targets behind the last whole block
         if rest and self.rank == 0:
-            tokens = data.read([data.num_tokens - 1 - T], T + 1)
+            tokens = torch.from_numpy(data.tokens.read([data.num_tokens() - 1 - T], T + 1))
             x, y = tokens[:, :-1], tokens[:, 1:].clone()
             y[:, :-rest] = -100  # counted already
             batches = itertools.chain(batches, [(x, y)])
@@ -174,7 +174,7 @@ class Trainer:
                     loss = self.model(x.to(self.device), y.to(self.device), reduction="sum")[1]
                 total += loss.item()
         self.model.train()
-        return self.finite(self.sum_over_ranks(total)) / (data.num_tokens - 1)
+        return self.finite(self.sum_over_ranks(total)) / (data.num_tokens() - 1)
 
     def validate(self, metrics) -> None:
         """Evaluates, and saves what the run has come to."""

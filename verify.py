@@ -12,6 +12,7 @@ from pieces import Job
 from reader import BLOCK, Bad, Source, read
 from shards import split_text
 from tokenizer import get_tokenizer
+from tokens import open_tokens, read_metadata
 
 SAMPLE = 1000  # documents that are compared with the source, about
 
@@ -22,8 +23,6 @@ def verify(folder: Path) -> None:
 
     Raises ValueError that names the file and what to do.
     """
-    from dataset import open_tokens, read_metadata  # imported here: only this needs torch
-
     metadata = read_metadata(folder)
     again = "run python prepare_data.py again, with the flags it was made with"
     tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
@@ -58,7 +57,7 @@ def verify(folder: Path) -> None:
         print("the source isn't there any more, or has changed: nothing was compared with it")
         return
     compare = _compare_documents if metadata["eot_per_document"] else _compare_text
-    count = compare(folder, metadata, tokenizer, sources, open_tokens)
+    count = compare(folder, metadata, tokenizer, sources)
     print(f"{count} compared with the source: the same")
 
 
@@ -69,7 +68,7 @@ def _differs(folder, name, where):
     )
 
 
-def _compare_text(folder, metadata, tokenizer, sources, open_tokens) -> str:
+def _compare_text(folder, metadata, tokenizer, sources) -> str:
     """All of a running text, as bytes; as ids where a tokenizer may change the text."""
     decode = tokenizer.divisible
     if not decode:
@@ -93,7 +92,7 @@ def _compare_text(folder, metadata, tokenizer, sources, open_tokens) -> str:
     return "the whole text was decoded and" if decode else "the whole text was"
 
 
-def _compare_documents(folder, metadata, tokenizer, sources, open_tokens) -> str:
+def _compare_documents(folder, metadata, tokenizer, sources) -> str:
     """Every n-th document of each split."""
     splits, eot = metadata["splits"], metadata["eot_token"]
     job = Job("", "", True, 0, metadata["train_split_ratio"], metadata["seed"], "skip")

@@ -1,12 +1,13 @@
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_corpus
+from conftest import assert_one_line_error, make_corpus, run_script
 
-from dataset import ShuffledBatches, TextDataset, create_dataloaders, newest_corpus, permute
+from dataset import TextDataset, create_dataloaders, newest_corpus
 
 
 def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
@@ -155,73 +156,6 @@ def test_an_id_outside_the_vocabulary(tmp_path):
         dataset[15]
 
 
-def test_the_permutation_is_one():
-    keys = np.random.SeedSequence(0).generate_state(4, np.uint64)
-    for n in [*range(1, 300), 1000, 4096, 4097]:
-        assert sorted(permute(np.arange(n), n, keys).tolist()) == list(range(n))
-    big = permute(np.arange(1000), 10**10, keys)
-    assert len(set(big.tolist())) == 1000 and big.min() >= 0 and big.max() < 10**10
-
-
-def test_the_permutation_looks_random():
-    """Chi-squared over 16 x 16 cells of (i, permute(i)), for 20 keys: 225 degrees of freedom each,
-    so the mean of 20 lies within 225 +- 5 * sqrt(2 * 225 / 20) all but surely."""
-    n, statistics = 16 * 1000, []
-    for seed in range(20):
-        keys = np.random.SeedSequence(seed).generate_state(4, np.uint64)
-        i = np.arange(n)
-        cells = np.histogram2d(i, permute(i, n, keys), bins=16)[0]
-        statistics.append(((cells - n / 256) ** 2 / (n / 256)).sum())
-    assert abs(np.mean(statistics) - 225) < 24
-
-
-def drain(order, batches):
-    """The next `batches` batches, over as many iterations as that takes."""
-    out = []
-    while len(out) < batches:
-        out += list(order)
-    return out[:batches]
-
-
-def test_an_epoch_reads_every_token_once():
-    T, n = 8, 1003
-    data = TextDataset(np.arange(n), T)
-    order = ShuffledBatches(len(data), batch_size=1, seed=3, stride=T)
-    blocks = order.num_items
-    assert blocks == (n - 1 - (T - 1)) // T  # whole blocks behind any offset
-    offsets = set()
-    for epoch in range(3):
-        starts = order.order(np.arange(epoch * blocks, (epoch + 1) * blocks))
-        offsets.add(starts[0] % T)
-        assert len(np.unique(starts)) == blocks
-        assert (starts % T == starts[0] % T).all()
-        assert starts.min() >= 0 and starts.max() < len(data)
-    assert len(offsets) > 1  # cut elsewhere each time
-
-
-def test_batches_reach_over_epochs():
-    order = ShuffledBatches(10, batch_size=4, seed=1)
-    drawn = [i for batch in drain(order, 5) for i in batch]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:]
-
-
-def test_order_can_be_resumed_anywhere_on_any_number_of_ranks():
-    whole = drain(ShuffledBatches(37, batch_size=4, seed=5), 40)
-    for step in (0, 1, 7, 8, 9, 31):
-        for world_size in (1, 2, 4):
-            ranks = []
-            for rank in range(world_size):
-                order = ShuffledBatches(37, 4, 5, rank=rank, world_size=world_size)
-                order.position = step * 4
-                ranks.append(drain(order, 5))
-            resumed = [[i for part in parts for i in part] for parts in zip(*ranks)]
-            assert resumed == whole[step : step + 5]
-    assert whole != drain(ShuffledBatches(37, batch_size=4, seed=6), 40)
-    with pytest.raises(ValueError, match="4 is not a multiple of 3"):
-        ShuffledBatches(37, 4, world_size=3)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_dataloaders(tmp_path, workers):
     make_corpus(tmp_path / "c", ["".join(chr(33 + i % 90) for i in range(1000))])
@@ -260,3 +194,129 @@ def test_the_newest_corpus(tmp_path):
     (tmp_path / "b").mkdir()  # not complete: no metadata.json
     write_corpus(tmp_path / "a", [np.arange(9)])
     assert newest_corpus(tmp_path).name == "a"
+
+
+def test_the_counts_of_a_corpus(tmp_path):
+    texts = [f"text number {i}" for i in range(300)]
+    metadata = make_corpus(tmp_path / "c", texts, documents=True)
+    splits = {name: TextDataset(tmp_path / "c" / name, 8) for name in ("train", "val")}
+    assert sum(data.num_documents() for data in splits.values()) == 300
+    assert sum(data.num_tokens() for data in splits.values()) == sum(len(t) + 1 for t in texts)
+    assert splits["val"].vocab_size == metadata["vocab_size"] == 257
+    shards = TextDataset(write_corpus(tmp_path / "d", [np.arange(9), np.arange(4)]), 2)
+    assert (shards.num_files(), shards.num_tokens()) == (2, 13)
+    with pytest.raises(ValueError, match="eot_token"):
+        shards.num_documents()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 11])
+@pytest.mark.parametrize("size", [0.1, 0.5, 1, 7])
+def test_views_of_a_split(tmp_path, size, stride):
+    whole = TextDataset(
+        write_corpus(tmp_path / "c", [np.arange(50), np.arange(50, 103)]), 8, stride
+    )
+    first, last = whole.split(size)
+    assert first.num_tokens() + last.num_tokens() == 103
+    if len(first):
+        assert max(ids.max() for ids in first[len(first) - 1]) < first.num_tokens()
+    assert last[0][0].tolist() == list(range(first.num_tokens(), first.num_tokens() + 8))
+    if size < 1:
+        assert last.num_tokens() == round(103 * size)
+    else:
+        assert len(last) == size
+    assert torch.equal(pickle.loads(pickle.dumps(last))[-1][1], last[-1][1])
+
+
+def test_a_view_begins_with_a_document(tmp_path):
+    make_corpus(tmp_path / "c", ["abcdefghi"] * 100, documents=True)
+    first, last = TextDataset(tmp_path / "c" / "train", 8).split(0.25)
+    assert last[0][0].tolist() == list(b"abcdefgh")
+    assert first.num_documents() == first.num_tokens() // 10
+    assert last.num_documents() == last.num_tokens() // 10
+    shorter, rest = last.split(0.5)  # a view's view
+    assert shorter.num_documents() + rest.num_documents() == last.num_documents()
+    assert rest[0][0].tolist() == list(b"abcdefgh")
+    with pytest.raises(ValueError, match="can't be split by 0"):
+        last.split(0)
+    with pytest.raises(ValueError, match="can't be split by 100000"):
+        last.split(100_000)
+
+
+@pytest.mark.parametrize("T, stride, n", [(8, 8, 100), (8, 1, 100), (8, 3, 101), (8, 20, 117)])
+def test_the_account_of_windows(T, stride, n):
+    data = TextDataset(np.arange(n), T, stride)
+    targets = {int(t) for _, y in (data[i] for i in range(len(data))) for t in y}
+    assert data.account() == {"trained": len(targets), "left": n - len(targets)}
+
+
+def test_items_as_dicts(tmp_path):
+    make_corpus(tmp_path / "c", ["abc", "de", "fghij"] * 30, documents=True)
+    path = tmp_path / "c" / "train"
+    x, _ = TextDataset(path, 16, 16)[1]
+    labelled = TextDataset(path, 16, 16, item="huggingface")[1]
+    assert labelled.keys() == {"input_ids", "labels"}
+    assert torch.equal(labelled["input_ids"], x) and torch.equal(labelled["labels"], x)
+    item = TextDataset(path, 16, 16, item="documents")[1]
+    assert torch.equal(item["token_ids"], x)
+    ids = item["document_ids"].tolist()
+    assert ids == [x[:i].tolist().count(256) for i in range(16)]
+    assert item["document_mask"].tolist() == [
+        [ids[i] == ids[j] and j <= i for j in range(16)] for i in range(16)
+    ]
+    loader = torch.utils.data.DataLoader(TextDataset(path, 16, 16, item="documents"), batch_size=3)
+    batch = next(iter(loader))
+    assert batch["token_ids"].shape == (3, 16) and batch["document_mask"].shape == (3, 16, 16)
+    assert torch.equal(batch["document_mask"][1], item["document_mask"])
+    with pytest.raises(ValueError, match="item is tuple, huggingface or documents"):
+        TextDataset(path, 16, item="list")
+    with pytest.raises(ValueError, match="eot_token"):
+        TextDataset(np.arange(30), 16, item="documents")
+
+
+def test_replaced_tokens(tmp_path):
+    make_corpus(tmp_path / "c", ["abcdefghi"] * 2000, documents=True)
+    path = tmp_path / "c" / "train"
+    plain, noisy = TextDataset(path, 64), TextDataset(path, 64, replace=0.25, seed=1)
+    every = np.arange(len(plain))
+    (x, y), (noisy_x, noisy_y) = plain.__getitems__(every), noisy.__getitems__(every)
+    assert torch.equal(y, noisy_y)  # the targets are the text's
+    changed = x != noisy_x
+    text = x != 256
+    assert (
+        not changed[~text].any() and not (noisy_x == 256)[text].any()
+    )  # documents stay as they are
+    # 1 in 256 draws is the id that was there; 5 sigma of a binomial
+    n, p = int(text.sum()), 0.25 * 255 / 256
+    assert abs(int(changed.sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+    assert noisy_x[changed].unique().numel() == 256  # any id but the end of text
+    some = [17, 3, 17]  # a function of the place alone: in whatever batch, at any time
+    assert torch.equal(noisy.__getitems__(some)[0], noisy_x[some])
+    assert not torch.equal(TextDataset(path, 64, replace=0.25, seed=2)[17][0], noisy_x[17])
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        TextDataset(path, 64, replace=1.5)
+
+
+def test_torchs_distributed_sampler():
+    data = TextDataset(np.arange(200), 4)
+    seen = []
+    for rank in range(2):
+        sampler = torch.utils.data.DistributedSampler(data, 2, rank, shuffle=True, seed=3)
+        for x, _ in torch.utils.data.DataLoader(data, batch_size=7, sampler=sampler):
+            seen += x[:, 0].tolist()
+    assert sorted(seen) == list(range(196))
+
+
+def test_a_look_at_a_corpus(tmp_path):
+    make_corpus(tmp_path / "data" / "c", ["abc", "defghi", "jk"] * 100, documents=True)
+    result = run_script("dataset.py", "c", "--sequence_length", "12", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "x (8, 12), y (8, 12), torch.int64" in result.stdout
+    assert "aligned: y is x shifted by one in all 96 places" in result.stdout
+    assert "<|endoftext|>║" in result.stdout and "░" in result.stdout
+    shares = [float(share) for share in re.findall(r"([\d.]+)% padding (?:in|with)", result.stdout)]
+    assert shares[0] > 20 > 5 > shares[1]  # in random order; with those of similar length
+    assert "million tokens/s" in result.stdout
+    make_corpus(tmp_path / "data" / "book", ["one running text, " * 100])
+    result = run_script("dataset.py", cwd=tmp_path)  # the newest
+    assert "1 documents" in result.stdout and "padded" not in result.stdout
+    assert_one_line_error(run_script("dataset.py", "d", cwd=tmp_path), "there: book, c")

@@ -1,0 +1,142 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from dataset import (
+    DocumentDataset,
+    document_ids,
+    document_mask,
+    document_positions,
+    pack_documents,
+    pad_documents,
+)
+from documents import best_fit
+
+EOT = 256
+
+
+def test_ids_positions_and_mask_of_documents_in_a_row():
+    """Against a loop over tokens, as one would write it down."""
+    rows = torch.from_numpy(np.random.default_rng(0).integers(250, 258, (20, 30)))
+    ids = document_ids(rows, EOT)
+    positions, mask = document_positions(ids), document_mask(ids)
+    for row, of, places, sees in zip(rows.tolist(), ids.tolist(), positions.tolist(), mask):
+        document = place = 0
+        for i, token in enumerate(row):
+            assert (of[i], places[i]) == (document, place)
+            assert sees[i].tolist() == [of[j] == document and j <= i for j in range(30)]
+            document, place = (document + 1, 0) if token == EOT else (document, place + 1)
+    assert ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
+
+
+def test_documents_of_a_split(tmp_path):
+    texts = ["abc", "", "defghij", "kl"] * 25
+    make_corpus(tmp_path / "c", texts, documents=True)
+    for max_length in (None, 100, 4, 1):
+        found, tokens, kept = [], 0, 0
+        for name in ("train", "val"):
+            documents = DocumentDataset(tmp_path / "c" / name, max_length)
+            found += [documents[i].tolist() for i in range(len(documents))]
+            assert [len(documents[i]) for i in range(len(documents))] == documents.lengths.tolist()
+            account = documents.account()
+            assert sum(account.values()) == len(documents.tokens)
+            tokens, kept = tokens + len(documents.tokens), kept + account["trained"]
+        expected = [[*text.encode(), EOT][:max_length] for text in texts]
+        assert sorted(found) == sorted(expected)
+        assert kept == sum(map(len, expected))
+    with pytest.raises(ValueError, match="max_length must be at least 1, not 0"):
+        DocumentDataset(tmp_path / "c" / "train", 0)
+
+
+def test_the_last_document_may_have_no_end():
+    tokens = np.array([1, 2, EOT, EOT, 3, 4])
+    documents = DocumentDataset(tokens, eot_token=EOT)
+    assert [d.tolist() for d in documents] == [[1, 2, EOT], [EOT], [3, 4]]
+    with pytest.raises(ValueError, match="eot_token"):
+        DocumentDataset(tokens)
+
+
+def test_views_of_documents(tmp_path):
+    make_corpus(tmp_path / "c", ["abc", "de", "fghij"] * 40, documents=True)
+    whole = DocumentDataset(tmp_path / "c" / "train", 4)
+    for size, count in ((0.25, -(-len(whole) // 4)), (10, 10)):
+        first, last = whole.split(size)
+        assert len(last) == count and len(first) + len(last) == len(whole)
+        both = itertools.chain(first, last)
+        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(both, whole))
+    with pytest.raises(ValueError, match="can't be split by"):
+        whole.split(len(whole))
+
+
+def test_padding_keeps_every_end_of_text():
+    """Labels come from lengths: an end of text is learnt even where it is the padding, too."""
+    documents = [torch.tensor(ids) for ids in ([5, 6, 7, EOT], [8, EOT], [EOT])]
+    batch = pad_documents(documents, pad_token=EOT)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, EOT], [8, EOT, EOT, EOT], [EOT] * 4]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [
+        [5, 6, 7, EOT], [8, EOT, -100, -100], [EOT, -100, -100, -100]
+    ]  # fmt: skip
+    assert (batch["labels"] == EOT).sum(1).tolist() == [1, 1, 1]
+    assert all(rows.dtype == torch.int64 for rows in batch.values())
+
+
+def test_a_batch_is_as_long_as_its_longest(tmp_path):
+    make_corpus(tmp_path / "c", ["abc"] * 50, documents=True)
+    documents = DocumentDataset(tmp_path / "c" / "train", max_length=1024)
+    batch = next(iter(DataLoader(documents, batch_size=4, collate_fn=pad_documents)))
+    assert batch["input_ids"].shape == (4, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 16))
+def test_packing_loses_nothing(lengths, T):
+    documents = [torch.arange(n) + 100 * i for i, n in enumerate(lengths, 1)]
+    packed = pack_documents(documents, T)
+    rows = [packed[i] for i in range(len(packed))]
+    account = packed.account()
+    assert account["trained"] + account["cut"] == sum(lengths)
+    assert account["trained"] + account["padded"] == len(packed) * T
+    found = [i for row in rows for i in row["input_ids"][row["document_ids"] >= 0].tolist()]
+    assert sorted(found) == sorted(i for document in documents for i in document.tolist())
+    for row in rows:
+        for number in row["document_ids"].unique():
+            here = row["document_ids"] == number
+            ids, labels = row["input_ids"][here], row["labels"][here]
+            assert row["position_ids"][here].tolist() == list(range(len(ids)))
+            if number == -1:
+                assert (labels == -100).all() and (ids == 0).all() and here[-1]
+                continue
+            assert labels.tolist() == [-100, *ids[1:].tolist()]
+            assert (ids.diff() == 1).all()  # of one document
+            whole = len(documents[int(ids[0]) // 100 - 1])
+            assert len(ids) == whole if whole <= T else len(ids) in (T, whole % T)
+
+
+def test_best_fit_by_hand():
+    """5 5 4 3 3 2 into rows of 8: 5 + 3, 5 + 3, 4 + 2."""
+    assert best_fit(np.array([3, 5, 2, 4, 5, 3]), 8).tolist() == [1, 0, 2, 2, 1, 0]
+    assert best_fit(np.array([], np.int64), 8).tolist() == []
+    # each fits in the row with the least room that is enough: 6 leaves 4, 7 leaves 3; 3 goes to 7's
+    assert best_fit(np.array([6, 7, 3]), 10).tolist() == [1, 0, 0]
+
+
+def test_packed_rows_of_a_corpus(tmp_path):
+    make_corpus(tmp_path / "c", ["abc", "defgh", "i" * 30] * 30, documents=True)
+    documents = DocumentDataset(tmp_path / "c" / "train", max_length=20)
+    packed = pack_documents(documents, 16)
+    account = packed.account()
+    assert account["trained"] + account["cut"] == len(documents.tokens)
+    assert account["cut"] == documents.account()["cut"] > 0
+    batch = next(iter(DataLoader(packed, batch_size=4)))
+    assert {name: rows.shape for name, rows in batch.items()} == dict.fromkeys(
+        ("input_ids", "position_ids", "labels", "document_ids"), (4, 16)
+    )
+    with pytest.raises(IndexError):
+        packed[len(packed)]
