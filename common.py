@@ -126,9 +126,12 @@ def mix(x):
     """splitmix64's finaliser: every bit of an array of 64-bit integers changes every bit of the
     result, uint64."""
     x = x.astype(np.uint64)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 class _Parser(argparse.ArgumentParser):

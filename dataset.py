@@ -83,6 +83,7 @@ class TextDataset(Dataset):
                 f"{sequence_length} and the token after it: lower sequence_length, or prepare "
                 f"more text"
             )
+        self.num_windows = (len(self.tokens) - sequence_length - 1) // stride + 1
 
     @property
     def vocab_size(self) -> int | None:
@@ -100,7 +101,7 @@ class TextDataset(Dataset):
         return len(self.tokens.shards)
 
     def __len__(self):
-        return (len(self.tokens) - self.sequence_length - 1) // self.stride + 1
+        return self.num_windows
 
     def __getitem__(self, index):
         if self.item != "tuple":
@@ -110,14 +111,17 @@ class TextDataset(Dataset):
 
     def __getitems__(self, indices):
         """A whole batch in one gather: (B,) indices -> x, y of shape (B, T), or B dicts."""
-        indices = np.asarray(indices, dtype=np.int64)
-        outside = indices[(indices < -len(self)) | (indices >= len(self))]
-        if len(outside):
-            raise IndexError(f"window {outside[0]} of {self.tokens.path}: there are {len(self):,}")
-        starts, T = indices % len(self) * self.stride, self.sequence_length
-        windows = self.tokens.read(starts, T + 1)
-        # contiguous, or the copy from pinned memory to a GPU would wait
-        x = torch.from_numpy(np.ascontiguousarray(windows[:, :T]))
+        indices, n, T = np.asarray(indices, np.int64), self.num_windows, self.sequence_length
+        if indices.min() < 0 or indices.max() >= n:
+            outside = indices[(indices < -n) | (indices >= n)]
+            if len(outside):
+                raise IndexError(f"window {outside[0]} of {self.tokens.path}: there are {n:,}")
+            indices = indices % n
+        starts = indices * self.stride
+        ids = self.tokens.gather(starts, T + 1)
+        # two contiguous copies, or that from pinned memory to a GPU would wait
+        x = torch.from_numpy(ids[:, :T].astype(np.int64))
+        y = torch.from_numpy(ids[:, 1:].astype(np.int64))
         if self.item == "huggingface":
             batch = {"input_ids": self.corrupt(x, starts), "labels": x}
         elif self.item == "documents":
@@ -125,7 +129,6 @@ class TextDataset(Dataset):
             x = self.corrupt(x, starts)
             batch = {"token_ids": x, "document_ids": ids, "document_mask": document_mask(ids)}
         else:
-            y = torch.from_numpy(np.ascontiguousarray(windows[:, 1:]))
             return self.corrupt(x, starts), y
         return [{name: rows[i] for name, rows in batch.items()} for i in range(len(x))]
 

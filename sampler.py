@@ -10,7 +10,8 @@ from torch.utils.data import Sampler
 
 from common import mix
 
-CHUNK = 64  # batches computed together
+TOGETHER = 1 << 15  # items whose order is computed at once
+BUCKET = 64  # batches among which items of similar length are brought together
 
 
 class ShuffledBatches(Sampler):
@@ -62,13 +63,14 @@ class ShuffledBatches(Sampler):
     def batches(self, position) -> list[list[int]]:
         """This rank's part of some batches from `position` on, at least one."""
         if self.lengths is None:
-            places = np.arange(position, position + CHUNK * self.batch_size)
-            batches = self.order(places).reshape(CHUNK, self.batch_size)
+            count = max(1, TOGETHER // self.batch_size)
+            places = np.arange(position, position + count * self.batch_size)
+            batches = self.order(places).reshape(count, self.batch_size)
         else:
             number = position // self.batch_size
             end = (number // len(self) + 1) * len(self)  # of the pass
-            first = end - len(self) + number % len(self) // CHUNK * CHUNK
-            count = min(CHUNK, end - first)
+            first = end - len(self) + number % len(self) // BUCKET * BUCKET
+            count = min(BUCKET, end - first)
             places = np.arange(first * self.batch_size, (first + count) * self.batch_size)
             items = self.order(places)
             alike = items[np.argsort(self.lengths[items], kind="stable")]
@@ -92,17 +94,21 @@ class ShuffledBatches(Sampler):
 
 def permute(i, n: int, keys):
     """Where a keyed permutation of range(n) sends i, (k,) int64, for n < 2**62, in O(1) memory: a
-    Feistel network over the next power of four, walked on from any value >= n (Black & Rogaway
+    Feistel network over the next power of two, walked on from any value >= n (Black & Rogaway
     2002)."""
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    bits = max(2, (n - 1).bit_length())
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+    low_mask, high_mask = (np.uint64((1 << int(size)) - 1) for size in (low, high))
     out = i.astype(np.uint64)
-    walking = np.ones(len(out), bool)
-    while walking.any():
+    walking = slice(None)
+    while True:
         x = out[walking]
-        left, right = x >> half, x & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        out[walking] = left << half | right
-        walking = out >= n
-    return out.astype(np.int64)
+        left, right = x >> low, x & low_mask
+        for a, b in keys.reshape(-1, 2):
+            left ^= mix(right ^ a) & high_mask
+            right ^= mix(left ^ b) & low_mask
+        x = left << low | right
+        out[walking] = x
+        walking = np.flatnonzero(out >= n)
+        if not len(walking):
+            return out.astype(np.int64)

@@ -33,6 +33,7 @@ class Tokens:
                 self.documents = metadata["splits"][_split_name(path)].get("documents")
         else:
             self.path, self.shards = "the array", [np.asarray(path)]
+        self.windows = {}  # length -> a view of all windows
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.stop = int(self.ends[-1]) if stop is None else stop
         self.arguments = path, dtype, eot_token, start, stop
@@ -48,8 +49,26 @@ class Tokens:
         return Tokens(*self.arguments[:3], self.start + start, self.start + stop)
 
     def read(self, starts, length: int) -> np.ndarray:
-        """(B,) positions -> (B, length) int64 ids from there on; one gather, whatever B is."""
+        """(B,) positions -> (B, length) int64 ids from there on."""
+        return self.gather(starts, length).astype(np.int64)
+
+    def gather(self, starts, length: int) -> np.ndarray:
+        """As read, in the file's dtype. Raises ValueError for an id outside the vocabulary."""
         starts = np.asarray(starts, dtype=np.int64) + self.start
+        if len(self.shards) == 1:
+            if length not in self.windows:  # making a view takes longer than reading a batch
+                self.windows[length] = sliding_window_view(self.shards[0], length)
+            ids = self.windows[length][starts]
+        else:
+            ids = self._read_shards(starts, length)
+        if self.vocab_size and ids.max(initial=0) >= self.vocab_size:
+            raise ValueError(
+                f"{self.path} holds the id {ids.max()}, but its vocabulary has "
+                f"{self.vocab_size}: the file is damaged; prepare it again"
+            )
+        return ids
+
+    def _read_shards(self, starts, length):
         first = np.searchsorted(self.ends, starts, side="right")  # the shard of the first token
         last = np.searchsorted(self.ends, starts + length - 1, side="right")
         ids = np.empty((len(starts), length), dtype=self.shards[0].dtype)
@@ -63,12 +82,7 @@ class Tokens:
                 part = self.shards[i][begin : begin + length - done]
                 ids[row, done : done + len(part)] = part
                 done += len(part)
-        if self.vocab_size and ids.max(initial=0) >= self.vocab_size:
-            raise ValueError(
-                f"{self.path} holds the id {ids.max()}, but its vocabulary has "
-                f"{self.vocab_size}: the file is damaged; prepare it again"
-            )
-        return ids.astype(np.int64)
+        return ids
 
     def num_documents(self) -> int:
         """As metadata.json tells it; in a part of a split, or a bare file, they are counted."""
@@ -180,4 +194,6 @@ def _map(path, dtype, tokens=None):
         )
     if size % dtype.itemsize:
         raise ValueError(f"{path} is no whole number of {dtype} ids: {size:,} bytes")
-    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)  # 0: can't be mapped
+    if not size:
+        return np.empty(0, dtype)  # can't be mapped
+    return np.asarray(np.memmap(path, dtype, mode="r"))  # without memmap's slow indexing
