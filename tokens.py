@@ -5,6 +5,7 @@ tokens.read([0, 100], length=65)        # (2, 65) int64
 """
 
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 BLOCK = 1 << 20  # tokens looked at together
+LARGE = 1 << 30  # bytes of a file that may not stay in memory
 
 
 class Tokens:
@@ -31,6 +33,7 @@ class Tokens:
             if metadata:
                 self.vocab_size, self.eot_token = metadata["vocab_size"], metadata.get("eot_token")
                 self.documents = metadata["splits"][_split_name(path)].get("documents")
+            _expect(self.shards, "RANDOM")
         else:
             self.path, self.shards = "the array", [np.asarray(path)]
         self.windows = {}  # length -> a view of all windows
@@ -105,10 +108,12 @@ class Tokens:
         if self.eot_token is None:
             raise ValueError(f"which id ends a document of {self.path}? Name it by eot_token")
         ends = []
+        _expect(self.shards, "NORMAL")
         for shard, end in zip(self.shards, self.ends):
             for start in range(0, len(shard), BLOCK):
                 found = np.flatnonzero(shard[start : start + BLOCK] == self.eot_token)
                 ends.append(found + (int(end) - len(shard) + start + 1))
+        _expect(self.shards, "RANDOM")
         ends = np.concatenate(ends) - self.start
         ends = ends[(ends > 0) & (ends <= len(self))]
         tail = [len(self)] if len(self) > (ends[-1] if len(ends) else 0) else []
@@ -196,4 +201,14 @@ def _map(path, dtype, tokens=None):
         raise ValueError(f"{path} is no whole number of {dtype} ids: {size:,} bytes")
     if not size:
         return np.empty(0, dtype)  # can't be mapped
-    return np.asarray(np.memmap(path, dtype, mode="r"))  # without memmap's slow indexing
+    with open(path, "rb") as f:
+        return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def _expect(shards, order: str) -> None:
+    """Tells the kernel how large files will be read: at "RANDOM", or it would read megabytes around
+    each window, or in "NORMAL" order."""
+    for shard in shards:
+        memory = getattr(shard.base, "obj", None)  # of a file
+        if isinstance(memory, mmap.mmap) and len(memory) > LARGE and hasattr(mmap, "MADV_RANDOM"):
+            memory.madvise(getattr(mmap, f"MADV_{order}"))
