@@ -110,9 +110,10 @@ class PackedDocuments(Dataset):
     packed as a document (Ding et al. 2024); the tokens are all there.
 
     documents: a DocumentDataset, or a list of (n,) int64 tensors. Items are dicts of
-    (sequence_length,) int64 tensors: input_ids; position_ids, from 0 in each document, by which
-    transformers keeps them apart; document_ids, for document_mask (-1: padding); labels,
-    -100 at the first token of each document, which nothing before it foretells.
+    (sequence_length,) int64 tensors: input_ids; document_ids, for document_mask (-1: padding);
+    position_ids, from 0 in each document, by which transformers keeps them apart (given
+    use_cache=False and no attention_mask); labels, -100 at the first token of each document, which
+    nothing before it foretells.
     """
 
     def __init__(self, documents, sequence_length: int, pad_token: int = 0):

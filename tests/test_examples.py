@@ -1,0 +1,110 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_corpus
+
+from dataset import DocumentDataset, TextDataset, document_ids, pack_documents, pad_documents
+from known import KNOWN
+
+sys.path.insert(0, str(ROOT / "examples"))
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+
+@pytest.fixture
+def wikitext(tmp_path) -> Path:
+    """data/, with a WikiText-2 of 30 short articles where the download would be."""
+    folder = tmp_path / "data" / "wikitext-2"
+    folder.mkdir(parents=True)
+    for number, source in enumerate(KNOWN["wikitext-2"].sources):
+        articles = (f" = Article {number}.{i} = \n \n Some words. \n \n" for i in range(30))
+        (folder / source.path).write_text("".join(articles))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_lightning(wikitext, packing):
+    L = pytest.importorskip("lightning", reason="needs lightning")
+    pytest.importorskip("transformers", reason="needs transformers")
+    from lightning_datamodule import LitGPT2, LLMDataModule
+
+    data = LLMDataModule(
+        tokenizer="bytes", batch_size=4, max_length=48, packing=packing, data_dir=wikitext
+    )
+    model = LitGPT2(257, n_positions=48, n_layer=1, n_head=2, n_embd=16)
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    train = data.splits["train"]
+    assert isinstance(train, DocumentDataset) != packing
+    assert trainer.global_step == 2 * (len(train) // 4)
+    assert trainer.callback_metrics["val_loss"] < 5.55  # ln(257): it has learnt something
+    (tested,) = trainer.test(model, data, verbose=False)
+    assert 0 < tested["test_loss"] < 5.55
+    batch = next(iter(data.train_dataloader()))
+    if packing:
+        assert batch.keys() == {"input_ids", "labels", "position_ids", "document_ids"}
+        assert batch["input_ids"].shape == (4, 48)
+    else:
+        assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+        assert (batch["input_ids"] == 256).sum() == 4  # each with its end of text
+        assert batch["input_ids"].shape[1] < 48  # the longest's, whatever max_length is
+
+
+def test_the_huggingface_trainer(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    import huggingface_trainer
+
+    make_corpus(tmp_path / "data" / "c", ["one for sorrow, two for mirth\n" * 100])
+    monkeypatch.chdir(tmp_path)
+    flags = ["--max_steps", "12", "--sequence_length", "16", "--n_layer", "1", "--n_embd", "32"]
+    monkeypatch.setattr(sys, "argv", ["huggingface_trainer.py", *flags])
+    trained = []
+    monkeypatch.setattr("builtins.print", lambda *values: trained.append(values[0]))
+    huggingface_trainer.main()
+    assert trained[-1]["eval_loss"] < 5.5  # ln(257) is 5.55
+
+
+def test_their_model_keeps_our_packed_documents_apart(tmp_path):
+    """transformers' own GPT-2 on packed rows: each document's logits are those it has alone."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    make_corpus(tmp_path / "c", ["abc", "defgh", "ijklmnop"] * 10, documents=True)
+    documents = DocumentDataset(tmp_path / "c" / "train")
+    row = pack_documents(documents, 32)[0]
+    torch.manual_seed(0)
+    shape = dict(n_positions=32, n_layer=2, n_head=2, n_embd=16)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, **shape)).eval()
+    with torch.no_grad():
+        packed = model(
+            input_ids=row["input_ids"][None],
+            position_ids=row["position_ids"][None],
+            use_cache=False,  # with a cache, it takes the row for one document
+        ).logits[0]
+        for number in range(int(row["document_ids"].max()) + 1):
+            here = row["document_ids"] == number
+            alone = model(input_ids=row["input_ids"][here][None]).logits[0]
+            torch.testing.assert_close(packed[here], alone, atol=1e-5, rtol=0)
+
+
+def test_their_loss_on_our_labels_is_by_hand(tmp_path):
+    """Labels go unshifted: the model's loss is the mean over the next tokens inside documents."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    make_corpus(tmp_path / "c", ["abc", "defgh", "ij"] * 10, documents=True)
+    documents = DocumentDataset(tmp_path / "c" / "train")
+    shape = dict(n_positions=32, n_layer=1, n_head=1, n_embd=8)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, **shape)).eval()
+    some = [documents[i] for i in range(4)]
+    with torch.no_grad():
+        loss = model(**pad_documents(some, pad_token=256)).loss
+        nats = [
+            torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
+            for d in some
+        ]
+    torch.testing.assert_close(loss, sum(nats) / sum(len(d) - 1 for d in some))
+    window = TextDataset(tmp_path / "c" / "train", 16, item="huggingface")[3]
+    assert document_ids(window["labels"], 256).max() > 0
