@@ -50,7 +50,7 @@ class ShuffledBatches(Sampler):
     def __iter__(self):
         left = len(self) - self.position // self.batch_size % len(self)
         while left:
-            for batch in self.batches(self.position)[:left]:
+            for batch in self.batches(self.position):
                 left, self.position = left - 1, self.position + self.batch_size
                 yield batch[0] if self.single else batch
 
@@ -62,13 +62,13 @@ class ShuffledBatches(Sampler):
 
     def batches(self, position) -> list[list[int]]:
         """This rank's part of some batches from `position` on, at least one."""
+        number = position // self.batch_size
+        end = (number // len(self) + 1) * len(self)  # of the pass
         if self.lengths is None:
-            count = max(1, TOGETHER // self.batch_size)
+            count = min(max(1, TOGETHER // self.batch_size), end - number)
             places = np.arange(position, position + count * self.batch_size)
             batches = self.order(places).reshape(count, self.batch_size)
         else:
-            number = position // self.batch_size
-            end = (number // len(self) + 1) * len(self)  # of the pass
             first = end - len(self) + number % len(self) // BUCKET * BUCKET
             count = min(BUCKET, end - first)
             places = np.arange(first * self.batch_size, (first + count) * self.batch_size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import assert_one_line_error, make_corpus, run_script
 
-from dataset import TextDataset, create_dataloaders, newest_corpus
+from dataset import ShuffledBatches, TextDataset, create_dataloaders, newest_corpus
 
 
 def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
@@ -294,6 +294,24 @@ def test_replaced_tokens(tmp_path):
     assert not torch.equal(TextDataset(path, 64, replace=0.25, seed=2)[17][0], noisy_x[17])
     with pytest.raises(ValueError, match="from 0 to 1"):
         TextDataset(path, 64, replace=1.5)
+
+
+def test_ten_billion_tokens(tmp_path):
+    """A sparse file, which takes no room: windows at its ends, an order over all of it."""
+    path, n = tmp_path / "train.bin", 10**10
+    with open(path, "wb") as f:
+        for place in (0, n // 2, n - 4):
+            f.seek(2 * place)
+            f.write(np.array([1, 2, 3, 4], "<u2").tobytes())
+    data = TextDataset(path, 3, dtype="uint16")
+    assert len(data) == n - 3
+    for place in (0, n // 2, n - 4):
+        assert data[place][1].tolist() == [2, 3, 4]
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=ShuffledBatches(len(data), 32, stride=3), collate_fn=list
+    )
+    x, y = next(iter(loader))
+    assert x.shape == y.shape == (32, 3)
 
 
 def test_torchs_distributed_sampler():

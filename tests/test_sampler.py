@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -87,18 +89,21 @@ def test_the_permutation_sends_no_two_to_one_place(n, seed, data):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_resumed_twice_in_an_epoch_with_workers():
-    """A loader whose workers draw ahead, stopped and gone on with by the windows that were used."""
+    """Loaders whose workers draw ahead, one a rank, stopped and gone on with by the windows that
+    were used: the same global batches."""
     data = TextDataset(np.arange(300), 4)  # 296 windows, 37 batches of 8
-    whole = drain(ShuffledBatches(len(data), 8, seed=2), 30)
-    for workers in (0, 1, 4):
+    whole = drain(ShuffledBatches(len(data), 8, seed=2), 21)
+    for world_size, workers in itertools.product((1, 2, 4), (0, 1, 4)):
         used = []
         for steps in (5, 7, 9):
-            order = ShuffledBatches(len(data), 8, seed=2)
-            order.position = 8 * len(used)
-            loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=list)
-            batches = iter(loader)
-            used += [next(batches)[0][:, 0].tolist() for _ in range(steps)]
-        assert used == whole[:21]
+            ranks = []
+            for rank in range(world_size):
+                order = ShuffledBatches(len(data), 8, seed=2, rank=rank, world_size=world_size)
+                order.position = 8 * len(used)
+                loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=list)
+                ranks.append([x[:, 0].tolist() for x, _ in itertools.islice(loader, steps)])
+            used += [[i for part in parts for i in part] for parts in zip(*ranks)]
+        assert used == whole
 
 
 def test_a_pass_ends_where_it_would_have():
