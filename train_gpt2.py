@@ -36,6 +36,7 @@ class Config:
     n_embd: int | None = None  # channels
     sequence_length: int | None = None  # tokens a window
     dropout: float | None = None  # probability
+    replace: float = 0.0  # share of input tokens replaced by random ones, against overfitting
     batch_size: int | None = None  # windows a step, over all processes
     micro_batch_size: int | None = None  # windows a forward pass; None: all that a process has
     max_steps: int | None = None  # optimizer steps; None: as many as train_flops pays for

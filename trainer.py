@@ -36,8 +36,9 @@ class Trainer:
         corpus_dir, window = Path(config.data_dir) / config.corpus, config.sequence_length
         self.metadata = read_metadata(corpus_dir)
         self.train_loader, self.val_loader = create_dataloaders(
-            corpus_dir, window, config.batch_size, config.seed, rank=rank, world_size=world_size
-        )
+            corpus_dir, window, config.batch_size, config.seed, rank=rank, world_size=world_size,
+            replace=config.replace,
+        )  # fmt: skip
         share = config.batch_size // world_size  # windows a step on this process
         self.micro_batch_size = config.micro_batch_size or share
         if share % self.micro_batch_size:
