@@ -18,6 +18,7 @@ from common import mix, run
 from documents import (
     DocumentDataset,
     PackedDocuments,
+    attention_mask,
     document_ids,
     document_mask,
     document_positions,
@@ -30,8 +31,8 @@ from tokens import Tokens, newest_corpus, read_metadata
 
 __all__ = [
     "DocumentDataset", "PackedDocuments", "ShuffledBatches", "StreamingTextDataset", "TextDataset",
-    "Tokens", "create_dataloaders", "document_ids", "document_mask", "document_positions",
-    "newest_corpus", "pack_documents", "pad_documents", "read_metadata",
+    "Tokens", "attention_mask", "create_dataloaders", "document_ids", "document_mask",
+    "document_positions", "newest_corpus", "pack_documents", "pad_documents", "read_metadata",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ the names of OpenAI's release, so that weights can be copied key by key.
         ...
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[name]) turns into one
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -61,21 +63,30 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        causal = True
+        causal = mask is None
         if cache is not None:  # a list that is empty or holds the keys and values so far
             if cache:
                 assert T == 1, "a second piece of several tokens would need a mask"
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
                 causal = False  # the one new token sees all that came before
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(  # (B, n_head, T, C / n_head)
-            q, k, v, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        if isinstance(mask, BlockMask):
+            y = compiled_flex_attention()(q, k, v, block_mask=mask)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        # (B, n_head, T, C / n_head)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Not compiled, it would make all (B, n_head, T, T) weights at once."""
+    return torch.compile(flex_attention)
 
 
 class MLP(nn.Module):
@@ -102,8 +113,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -133,11 +144,13 @@ class GPT(nn.Module):
         """Parameters; the head shares the token embedding's and is not counted twice."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, targets=None, reduction="mean", cache=None):
+    def forward(self, idx, targets=None, reduction="mean", positions=None, mask=None, cache=None):
         """idx: (B, T) token ids, T <= n_positions. targets: (B, T) ids, -100 where there is none.
 
         Returns (logits, None): (B, T, vocab_size); or, with targets, (None, loss): the
-        cross-entropy in nats over the targets that are there, their "mean" or "sum". `cache` is a
+        cross-entropy in nats over the targets that are there, their "mean" or "sum". Without
+        positions, (B, T), and mask, which is (B, T, T) bool, true where the second axis sees the
+        last, or a BlockMask of flex_attention, a row is one text, read from its start. `cache` is a
         list of n_layer lists, empty at first; the first call fills it, later ones take one token.
         """
         T = idx.shape[1]
@@ -147,11 +160,14 @@ class GPT(nn.Module):
                 f"a window of {start + T} tokens is longer than the model's "
                 f"{self.config.n_positions} positions"
             )
-        positions = torch.arange(start, start + T, device=idx.device)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device)
+        if isinstance(mask, torch.Tensor):
+            mask = mask[:, None]  # the same for all heads, and for all layers
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache is not None else None)
+            x = block(x, mask, cache[i] if cache is not None else None)
         x, head = self.transformer.ln_f(x), self.transformer.wte.weight
         if targets is None:
             return F.linear(x, head), None  # (B, T, vocab_size)

@@ -37,6 +37,7 @@ class Config:
     sequence_length: int | None = None  # tokens a window
     dropout: float | None = None  # probability
     replace: float = 0.0  # share of input tokens replaced by random ones, against overfitting
+    document_mask: str = "auto"  # true: documents don't see each other; auto: where there are any
     batch_size: int | None = None  # windows a step, over all processes
     micro_batch_size: int | None = None  # windows a forward pass; None: all that a process has
     max_steps: int | None = None  # optimizer steps; None: as many as train_flops pays for
@@ -118,6 +119,7 @@ def configure():
         "optimizer": ("muon", "adamw"),
         "dtype": ("float32", "bfloat16"),
         "compile": ("auto", "true", "false"),
+        "document_mask": ("auto", "true", "false"),
     }.items():
         if getattr(config, name) not in values:
             raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(config, name)}")

@@ -15,7 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import best_checkpoint, load_model, new_run, save_checkpoint
 from common import atomic_write, print_flags
-from dataset import create_dataloaders, read_metadata
+from dataset import (
+    attention_mask,
+    create_dataloaders,
+    document_ids,
+    document_positions,
+    read_metadata,
+)
 from device import StopSignal, choose_compile
 from metrics import Metrics, plot_losses
 from model import GPT, GPTConfig
@@ -46,6 +52,11 @@ class Trainer:
                 f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size}) times the number of processes ({world_size})"
             )
+        documents = self.metadata["eot_per_document"]
+        if config.document_mask == "true" and not documents:
+            raise ValueError(f"{config.corpus} is one running text: there is no document to mask")
+        self.document_mask = documents and config.document_mask != "false"
+        config.document_mask = str(self.document_mask).lower()
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # tf32 on a GPU
         shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
@@ -125,17 +136,16 @@ class Trainer:
         Returns its part of the loss, a 0-d tensor on the device: cross-entropy in nats summed over
         its targets, divided by the number of targets of all processes.
         """
+        y = self.targets(x, y)
         # dropout is a function of the step, so that a resumed run draws the same
         torch.manual_seed((self.config.seed << 32) + self.step * self.world_size + self.rank)
         targets = self.sum_over_ranks((y != -100).sum()).item()
         pieces = list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size)))
         total = torch.zeros((), device=self.device)
         for i, piece in enumerate(pieces):
-            x, y = (ids.to(self.device, non_blocking=True) for ids in piece)
             add_only = self.world_size > 1 and i < len(pieces) - 1  # the last piece averages
             with self.parallel.no_sync() if add_only else contextlib.nullcontext():
-                with self.autocast:
-                    loss = self.parallel(x, y, reduction="sum")[1] / targets
+                loss = self.loss(self.parallel, *piece) / targets
                 (loss * self.world_size).backward()  # times: an average over processes is a sum
             total += loss.detach()
         if self.config.grad_clip:
@@ -148,6 +158,22 @@ class Trainer:
         self.step, self.position = self.step + 1, self.position + self.config.batch_size
         return total
 
+    def targets(self, x, y):
+        """y, -100 where x ends a document and documents are kept apart: nothing foretells what the
+        next one begins with."""
+        return y.masked_fill(x == self.metadata["eot_token"], -100) if self.document_mask else y
+
+    def loss(self, model, x, y):
+        """Cross-entropy in nats, summed over the targets of (B, T) windows; a 0-d tensor."""
+        x, y = (ids.to(self.device, non_blocking=True) for ids in (x, y))
+        apart = {}
+        if self.document_mask:
+            ids = document_ids(x, self.metadata["eot_token"])
+            dropout = self.shape.dropout > 0 and model.training
+            apart = {"positions": document_positions(ids), "mask": attention_mask(ids, dropout)}
+        with self.autocast:
+            return model(x, y, reduction="sum", **apart)[1]
+
     def learning_rate(self, step: int) -> float:
         """Linear from 0 to the peak over warmup_steps, then linear to 0 at max_steps."""
         steps, warmup = self.config.max_steps, self.config.warmup_steps
@@ -157,8 +183,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Nats per token over every token of the validation split but its first: one pass, in
-        fixed order, shared by all processes."""
+        """Nats per token over every token of the validation split but its first (and, where
+        documents are kept apart, the first of each): one pass, in fixed order, shared by all
+        processes."""
         data, T = self.val_loader.dataset, self.config.sequence_length
         batches = iter(self.val_loader)
         rest = data.num_tokens() - 1 - len(data) * T  # targets behind the last whole block
@@ -167,15 +194,16 @@ class Trainer:
             x, y = tokens[:, :-1], tokens[:, 1:].clone()
             y[:, :-rest] = -100  # counted already
             batches = itertools.chain(batches, [(x, y)])
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)  # nats, targets
         self.model.eval()
         for batch in batches:
             for x, y in zip(*(ids.split(self.micro_batch_size) for ids in batch)):
-                with self.autocast:
-                    loss = self.model(x.to(self.device), y.to(self.device), reduction="sum")[1]
-                total += loss.item()
+                y = self.targets(x, y)
+                total[0] += self.loss(self.model, x, y).item()
+                total[1] += (y != -100).sum()
         self.model.train()
-        return self.finite(self.sum_over_ranks(total)) / (data.num_tokens() - 1)
+        nats, targets = self.sum_over_ranks(total)
+        return self.finite(nats / targets)
 
     def validate(self, metrics) -> None:
         """Evaluates, and saves what the run has come to."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset import attention_mask, document_ids, document_positions
 from model import CHUNKED_LOSS, GPT, GPT2_SIZES, GPTConfig, head_loss, next_token_probs
 
 
@@ -186,3 +187,67 @@ def test_next_token_probs():
     assert probs(top_p=0.69) == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert probs(top_p=0.71) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
     assert probs(top_p=0.01) == [1, 0, 0, 0]
+
+
+EOT = 30
+
+
+@pytest.fixture
+def packed():
+    """A model, a row of three documents and their ids."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=31, n_positions=32, n_layer=3, n_head=2, n_embd=32)).eval()
+    row = torch.randint(0, EOT, (2, 32))
+    row[:, [9, 20]] = EOT
+    return model, row, document_ids(row, EOT)
+
+
+def logits_of(model, row, ids):
+    with torch.no_grad():
+        return model(row, positions=document_positions(ids), mask=attention_mask(ids))[0]
+
+
+def test_a_packed_documents_logits_are_those_it_has_alone(packed):
+    model, row, ids = packed
+    found = logits_of(model, row, ids)
+    for start, stop in ((0, 10), (10, 21), (21, 32)):
+        with torch.no_grad():
+            alone = model(row[:, start:stop])[0]
+        torch.testing.assert_close(found[:, start:stop], alone, atol=1e-5, rtol=0)
+
+
+def test_documents_do_not_see_each_other(packed):
+    """Not by a rounding error: what is before a document moves nothing in it."""
+    model, row, ids = packed
+    other = row.clone()
+    other[:, :9] = (row[:, :9] + 1) % EOT
+    moved = (logits_of(model, row, ids) - logits_of(model, other, ids)).abs().amax(-1)
+    assert moved[:, :9].min() > 0 and moved[:, 10:].max() == 0.0
+    with torch.no_grad():
+        leaks = (model(row)[0] - model(other)[0]).abs().amax(-1)
+    assert leaks[:, 10:].min() > 0  # they do without the mask
+
+
+def test_gradients_stay_in_a_document(packed):
+    model, row, ids = packed
+    targets = torch.full_like(row, -100)
+    targets[:, 10:20] = row[:, 11:21]  # those of the second document alone
+    embedded = {}
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        embedded["x"] = output
+
+    model.transformer.wte.register_forward_hook(keep)
+    model(row, targets, positions=document_positions(ids), mask=attention_mask(ids))[1].backward()
+    moved = embedded["x"].grad.abs().amax(-1)
+    assert moved[:, 10:20].min() > 0 and moved[:, :10].max() == 0 and moved[:, 20:].max() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention needs a GPU")
+def test_flex_attention_is_the_dense_mask(packed):
+    model, row, ids = packed
+    model, row, ids = model.cuda(), row.cuda(), ids.cuda()
+    with torch.no_grad():
+        dense = model(row, positions=document_positions(ids), mask=attention_mask(ids, dense=True))
+    torch.testing.assert_close(logits_of(model, row, ids), dense[0], atol=1e-4, rtol=0)

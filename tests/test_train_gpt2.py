@@ -174,6 +174,43 @@ def test_bits_per_byte_count_the_text(train, tmp_path):
             assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) * 5 / 4)
 
 
+def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
+    """By hand: each validation window's documents alone, all their tokens but the first."""
+    make_corpus(tmp_path / "data" / "d", ["abcdef", "xyz", "pqrstuvw"] * 60, documents=True)
+    folder = train(max_steps=2, corpus="d")
+    assert json.loads((folder / "config.json").read_text())["document_mask"] == "true"
+    checkpoint = load_checkpoint(folder / "last.pt")
+    model = load_model(checkpoint)
+    tokens = torch.from_numpy(np.fromfile(tmp_path / "data/d/val.bin", np.uint16).astype(np.int64))
+    nats = count = 0
+    for start in range(0, len(tokens) - 1, 16):
+        row = tokens[start : start + 17]  # a window and the token behind it, or the tail's
+        if len(row) < 17:
+            row = tokens[-17:]
+        ids = (row == 256).cumsum(0) - (row == 256).long()
+        new = 17 if start + 17 <= len(tokens) else len(tokens) - start
+        for number in ids.unique():
+            places = (ids == number).nonzero()[:, 0]
+            for place in places[1:]:
+                if place < 17 - new + 1:
+                    continue  # of an earlier window
+                with torch.no_grad():
+                    logits = model(row[places[places < place]][None])[0][0, -1]
+                nats -= logits.log_softmax(-1)[row[place]].item()
+                count += 1
+    assert losses(folder, "val_loss")[2] == pytest.approx(nats / count, abs=1e-5)
+    other = train(max_steps=2, corpus="d", document_mask="false")
+    assert losses(other) != losses(folder)
+    assert (
+        json.loads((train(max_steps=1, corpus="rhyme") / "config.json").read_text())[
+            "document_mask"
+        ]
+        == "false"
+    )
+    with pytest.raises(ValueError, match="rhyme is one running text"):
+        train(max_steps=1, corpus="rhyme", document_mask="true")
+
+
 def test_bfloat16_and_the_compiler_give_the_same_curve(train):
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
