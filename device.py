@@ -57,6 +57,23 @@ def choose_compile(name: str, device: str, flops: float) -> bool:
     return device.startswith("cuda") and importlib.util.find_spec("triton") is not None
 
 
+# FLOP/s of dense bfloat16 matrix products, by the makers' data sheets. (Some sheets count zeros of
+# sparse matrices: twice as much.) The first name that is part of the device's own counts.
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: str, dtype: str) -> float | None:
+    """Of one device, FLOP/s; None where it isn't known, or numbers aren't bfloat16."""
+    if not device.startswith("cuda") or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
 @contextlib.contextmanager
 def join_processes(device: str):
     """(rank, world_size); under torchrun, joined to the other processes."""

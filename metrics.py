@@ -8,33 +8,40 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import atomic_write
+from common import atomic_write, optional
 
 
 class Metrics:
-    """Writes RUN/metrics.jsonl and shows where the run is.
+    """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows where the run is.
 
     Each line of the file holds `step` (optimizer steps done) and what is known then: train_loss
-    (nats per token, of that step's batch), learning_rate and tokens_per_second (of training alone);
-    or val_loss (nats per token) and val_bpb (bits per byte of text). Lines beyond `step`, which a
-    killed run leaves behind, are dropped.
+    (nats per token, of that step's batch), learning_rate, tokens_per_second (of training alone) and
+    mfu (the share of the device's peak, where that is known); or val_loss (nats per token) and
+    val_bpb (bits per byte of text). Lines beyond `step`, which a killed run leaves behind, are
+    dropped.
     """
 
-    def __init__(self, folder: Path, step: int, max_steps: int):
+    def __init__(self, folder: Path, step: int, max_steps: int, tensorboard=False):
         self.path, self.first, self.max_steps = folder / "metrics.jsonl", step, max_steps
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         with atomic_write(self.path) as f:
             f.writelines(json.dumps(line).encode() + b"\n" for line in kept)
         self.file = open(self.path, "a", buffering=1)  # a line at a time
+        self.tensorboard = None
+        if tensorboard:
+            writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+            self.tensorboard = writer.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         self.start, self.status = time.perf_counter(), "training"
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
         )
 
-    def train(self, step: int, train_loss: float, learning_rate: float, tokens_per_second: float):
-        self._write(step, train_loss=train_loss, learning_rate=learning_rate,
-                    tokens_per_second=round(tokens_per_second, 1))  # fmt: skip
-        self.status = f"train {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+    def train(self, step: int, tokens_per_second: float, mfu: float | None = None, **values):
+        known = {} if mfu is None else {"mfu": round(mfu, 4)}
+        self._write(step, **values, tokens_per_second=round(tokens_per_second, 1), **known)
+        self.status = f"train {values['train_loss']:.4f}, {tokens_per_second:,.0f} tokens/s"
+        if known:
+            self.status += f", MFU {100 * mfu:.0f}%"
         self.bar.set_postfix_str(self.status, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -55,6 +62,8 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
     def _write(self, step, **values):
         try:
@@ -62,6 +71,8 @@ class Metrics:
         except OSError as error:
             error.filename = str(self.path)  # a failed write doesn't know it
             raise
+        for name, value in values.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
 
 
 def read_metrics(path: Path) -> list[dict]:

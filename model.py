@@ -144,6 +144,12 @@ class GPT(nn.Module):
         """Parameters; the head shares the token embedding's and is not counted twice."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T: int) -> int:
+        """Of training on windows of T tokens: 6 a parameter that is in a matrix product, and 12 a
+        layer, channel and token of the window for attention (Chowdhery et al. 2022, appendix B)."""
+        matrices = self.num_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * T
+
     def forward(self, idx, targets=None, reduction="mean", positions=None, mask=None, cache=None):
         """idx: (B, T) token ids, T <= n_positions. targets: (B, T) ids, -100 where there is none.
 

@@ -44,7 +44,9 @@ class Config:
     train_flops: float | None = None  # FLOPs, at 6 a parameter and token
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C would; None: never
     eval_every: int | None = None  # steps between validations and checkpoints; None: max_steps / 5
+    patience: int = 0  # validations without a new best after which the run ends; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
     optimizer: str = "muon"  # muon (the blocks' matrices; the rest is AdamW's), adamw
     learning_rate: float | None = None  # peak; None: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps from 0 to the peak; at most a tenth of max_steps
@@ -78,8 +80,8 @@ for _name, _shape in GPT2_SIZES.items():
 FIXED = ("corpus", "size", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer", "seed")
 LEAST = {
     "sequence_length": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "train_flops": 1,
-    "stop_at": 1, "eval_every": 1, "log_every": 1, "learning_rate": 0, "warmup_steps": 0,
-    "weight_decay": 0, "grad_clip": 0, "seed": 0,
+    "stop_at": 1, "eval_every": 1, "log_every": 1, "patience": 0, "learning_rate": 0,
+    "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
 }  # fmt: skip
 
 

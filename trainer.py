@@ -22,7 +22,7 @@ from dataset import (
     document_positions,
     read_metadata,
 )
-from device import StopSignal, choose_compile
+from device import StopSignal, choose_compile, peak_flops
 from metrics import Metrics, plot_losses
 from model import GPT, GPTConfig
 from optimizer import create_optimizers
@@ -80,6 +80,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.parallel)
         bfloat16 = config.dtype == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        self.folder = None  # which rank 0 alone writes to
         if rank == 0:
             self.open_folder()
 
@@ -103,12 +104,14 @@ class Trainer:
     def fit(self) -> int:
         """Trains until max_steps, stop_at or a signal, whose number it returns (otherwise 0)."""
         config = self.config
-        metrics = Metrics(self.folder, self.step, config.max_steps) if self.rank == 0 else None
+        metrics = None
+        if self.rank == 0:
+            metrics = Metrics(self.folder, self.step, config.max_steps, config.tensorboard)
         self.train_loader.batch_sampler.position = self.position
         batches = itertools.chain.from_iterable(itertools.repeat(self.train_loader))  # no end
         tokens, since = 0, time.perf_counter()
         with StopSignal() as stop:
-            done = self.step >= config.max_steps
+            done = self.ended()
             while not done:
                 loss = self.train_step(*next(batches))
                 tokens += config.batch_size * config.sequence_length
@@ -118,17 +121,33 @@ class Trainer:
                     loss = self.finite(self.sum_over_ranks(loss))  # waits for the device
                     if metrics:
                         speed = tokens / (time.perf_counter() - since)
-                        metrics.train(self.step, loss, self.learning_rate(self.step - 1), speed)
+                        metrics.train(
+                            self.step, speed, self.mfu(speed), train_loss=loss,
+                            learning_rate=self.learning_rate(self.step - 1),
+                        )  # fmt: skip
                     tokens, since = 0, time.perf_counter()
                 if last or self.step % config.eval_every == 0:
                     self.validate(metrics)
-                    tokens, since = 0, time.perf_counter()
+                    tokens, since, done = 0, time.perf_counter(), done or self.ended()
                 elif done:
                     self.save("last.pt")
         if metrics:
             metrics.close()
             self.report()
         return stop.signum
+
+    def ended(self) -> bool:
+        """Whether the run has come to max_steps, or has had `patience` validations in a row that
+        were no better than the best."""
+        worse = (self.step - self.best["step"]) // self.config.eval_every
+        return self.step >= self.config.max_steps or 0 < self.config.patience <= worse
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """The share of the devices' peak that goes into the model; None where no peak is known."""
+        if (peak := peak_flops(self.config.device, self.config.dtype)) is None:
+            return None
+        flops = self.model.flops_per_token(self.config.sequence_length)
+        return tokens_per_second * flops / (peak * self.world_size)
 
     def train_step(self, x, y):
         """One optimizer step on this process's windows: (B, T) ids and targets.
@@ -220,6 +239,7 @@ class Trainer:
     def save(self, name: str, resumable=True) -> None:
         if self.rank != 0:
             return
+        self.finite(sum(p.detach().abs().max() for p in self.model.parameters()), "a weight")
         checkpoint = {
             "step": self.step,
             "position": self.position,
@@ -252,9 +272,11 @@ class Trainer:
         """The last lines a person sees: a sample and where the files are, or how to go on."""
         plot_losses(self.folder)
         folder = shlex.quote(str(self.folder))
-        if self.step < self.config.max_steps:
+        if not self.ended():
             print(f"stopped at step {self.step}; python train_gpt2.py --resume {folder} goes on")
             return
+        if self.step < self.config.max_steps:
+            print(f"no better validation for {self.step - self.best['step']} steps: ended early")
         model = load_model(best_checkpoint(self.folder), self.device)
         try:
             tokenizer = get_tokenizer(self.metadata["tokenizer"]["name"])
@@ -271,15 +293,15 @@ class Trainer:
         print(f"files: {self.folder}/ ({', '.join(sorted(p.name for p in self.folder.iterdir()))})")
         print(f'text:  python sample.py --run {folder} --prompt "..."')
 
-    def finite(self, loss) -> float:
-        """The loss as a number. Raises ValueError for NaN, before anything is saved."""
-        loss = float(loss)
-        if not math.isfinite(loss):
+    def finite(self, value, what="the loss") -> float:
+        """A loss as a number. Raises ValueError for NaN or infinity, before anything is saved."""
+        if not math.isfinite(value := float(value)):
+            good = self.folder and (self.folder / "last.pt").exists()
             raise ValueError(
-                f"the loss is {loss} at step {self.step}: lower learning_rate; a checkpoint that "
-                f"was saved before is as good as it was"
+                f"{what} is {value} at step {self.step}: lower --learning_rate or --grad_clip, and "
+                + (f"go on from {self.folder}/last.pt, which is good" if good else "start anew")
             )
-        return loss
+        return value
 
     def sum_over_ranks(self, value):
         if self.world_size > 1:

@@ -29,6 +29,14 @@ def test_parameter_counts_are_openais(name, parameters):
     assert model.num_parameters() == parameters
 
 
+def test_flops_by_hand():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**GPT2_SIZES["gpt2"]))
+    matrices = 124_439_808 - 1024 * 768
+    assert model.flops_per_token(1024) == 6 * matrices + 12 * 12 * 768 * 1024
+    assert model.flops_per_token(256) == 6 * matrices + 12 * 12 * 768 * 256
+
+
 def test_names_and_shapes_are_openais():
     shapes = {name: tuple(p.shape) for name, p in small(n_layer=1).state_dict().items()}
     assert shapes == {

@@ -31,7 +31,8 @@ def train(rhyme, tmp_path, monkeypatch):
 
     def train(**flags):
         flags = flags if "resume" in flags else TINY | flags
-        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        argv = [str(part) for name, value in flags.items()
+                for part in ([f"--{name}"] if value is True else [f"--{name}", value])]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
         assert train_gpt2.main() == 0
         return newest_run(tmp_path / "out")
@@ -145,7 +146,7 @@ def test_the_order_goes_on_with_another_batch_size(train):
 def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
     metrics = Metrics(tmp_path, step=2, max_steps=9)
-    metrics.train(3, 1.0, 0.1, 10.0)
+    metrics.train(3, 10.0, train_loss=1.0, learning_rate=0.1)
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
@@ -259,21 +260,78 @@ def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
     assert step == read_metrics(metrics)[-1]["step"]
 
 
-def test_two_processes_give_the_curve_of_one(train, tmp_path):
-    one = train(max_steps=12)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *command, str(ROOT / "train_gpt2.py"), *flags(max_steps=12)]
-    command += ["--run_name", "two", "--micro_batch_size", "1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    # stopped in the middle, it goes on as one process
+def torchrun(tmp_path, processes, *more):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [*command, "--stop_at", "9"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+        [sys.executable, *command, str(ROOT / "train_gpt2.py"), *more],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    train(resume="out/two", micro_batch_size=4)
-    two = tmp_path / "out" / "two"
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=1e-5)
+    return result.stdout
+
+
+def test_several_processes_give_the_curve_of_one(train, tmp_path):
+    """Stopped in the middle, they go on as another number of processes, compiled and not."""
+    one = train(max_steps=12)
+    out = torchrun(tmp_path, 2, *flags(max_steps=12), "--run_name", "some", "--micro_batch_size",
+                   "1", "--stop_at", "4")  # fmt: skip
+    assert out.count("parameters;") == 1  # rank 0 alone tells and writes
+    torchrun(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")
+    compiled = "true" if shutil.which("c++") else "false"
+    train(resume="out/some", micro_batch_size=4, stop_at=11, compile=compiled)
+    train(resume="out/some", compile="false")
+    some = tmp_path / "out" / "some"
+    assert losses(some) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(some, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=1e-5)
+
+
+def test_patience_ends_a_run_that_has_stopped_improving(train, tmp_path, capsys):
+    make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])  # unlike what it learns
+    options = dict(max_steps=80, corpus="other", learning_rate=0.02, eval_every=2)
+    curve = losses(train(**options, run_name="whole"), "val_loss")
+    patient = train(**options, patience=3, run_name="patient")
+    ended = losses(patient, "val_loss")
+    last = max(ended)
+    assert last < 80 and ended == {step: loss for step, loss in curve.items() if step <= last}
+    best = min(ended, key=ended.get)
+    assert last - best == 3 * 2
+    assert "no better validation for 6 steps" in capsys.readouterr().out
+    assert load_checkpoint(patient / "best.pt")["step"] == best
+    train(**options, patience=3, run_name="parts", stop_at=best + 3)
+    assert losses(train(resume="out/parts"), "val_loss") == ended
+
+
+def test_tensorboard_has_the_same_numbers(train):
+    loaded = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    folder = train(max_steps=8, stop_at=5, tensorboard=True)
+    train(resume=folder)
+    events = loaded.EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in ("train_loss", "learning_rate", "val_loss", "val_bpb"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(losses(folder, name), rel=1e-6)
+
+
+def test_killed_at_any_moment_the_last_checkpoint_loads(rhyme, tmp_path):
+    """Checkpoints every step, and kills that come at all moments of one."""
+    first = flags(max_steps=100_000, eval_every=1, log_every=10) + ["--run_name", "mine"]
+    command, last = [sys.executable, str(ROOT / "train_gpt2.py")], tmp_path / "out/mine/last.pt"
+    step = 0
+    for wait in (0.05, 0.12, 0.21):
+        process = subprocess.Popen(
+            command + (["--resume", "out/mine"] if step else first), cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        before = last.stat().st_mtime_ns if step else 0
+        while not (last.exists() and last.stat().st_mtime_ns > before):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+        step, before = load_checkpoint(last)["step"], step
+        assert step > before
 
 
 WRONG = {
@@ -326,7 +384,13 @@ def test_a_loss_that_is_no_number_stops_the_run(rhyme, tmp_path):
     result = run_script(
         "train_gpt2.py", *flags(max_steps=50, learning_rate=1e30, grad_clip=0), cwd=tmp_path
     )
-    assert_one_line_error(result, "the loss is", "at step", "lower learning_rate")
+    assert_one_line_error(result, "is nan at step", "lower --learning_rate", "start anew")
+    steps = ["--max_steps", 30, "--run_name", "mine"]
+    train = lambda *more: run_script("train_gpt2.py", *more, cwd=tmp_path)  # noqa: E731
+    train(*flags(), *steps, "--stop_at", 4)
+    result = train("--resume", "out/mine", "--learning_rate", 1e30, "--grad_clip", 0)
+    assert_one_line_error(result, "go on from out/mine/last.pt, which is good")
+    assert load_checkpoint(tmp_path / "out/mine/last.pt")["step"] == 4
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
