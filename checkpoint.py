@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 from common import atomic_write, folder_name
-from model import GPT, GPTConfig
+from hugging_face import pretrained_folder
+from model import EMBEDDING, GPT, GPTConfig
+
+SHAPE = ("n_layer", "n_head", "n_embd")  # constants that weights from elsewhere settle
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -54,10 +57,46 @@ def best_checkpoint(run: Path) -> dict:
 
 
 def load_model(checkpoint: dict, device="cpu") -> GPT:
-    """The model of a checkpoint, on `device`, ready to generate."""
-    model = GPT(GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    """The model of a checkpoint, on `device`, ready to generate, without the rows that its
+    vocabulary was padded by."""
+    vocab_size, weights = checkpoint["metadata"]["vocab_size"], dict(checkpoint["model"])
+    weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
+    model = GPT(GPTConfig(**checkpoint["model_config"] | {"vocab_size": vocab_size}))
+    model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def create_model(config, metadata: dict, checkpoint: dict | None) -> GPT:
+    """The model that a run trains: of its checkpoint's shape, or with the weights that
+    config.init_from names, or new. Raises ValueError where those weights don't go with the corpus
+    or the constants."""
+    vocab_size, T = metadata["vocab_size"], config.sequence_length
+    if checkpoint:
+        return GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": config.dropout}))
+    if not config.init_from:
+        shape = {name: getattr(config, name) for name in (*SHAPE, "dropout")}
+        # a GPU multiplies faster by multiples of 64; the rows beyond are never a target
+        padded = -(-vocab_size // 64) * 64 if config.device.startswith("cuda") else vocab_size
+        return GPT(GPTConfig(padded, n_positions=T, **shape))
+    folder = pretrained_folder(config.init_from, config.data_dir)
+    model = GPT.from_pretrained(folder, config.dropout)
+    shape = model.config
+    if not 0 <= shape.vocab_size - vocab_size < 1024:  # which may be padding
+        raise ValueError(
+            f"{config.corpus} has {vocab_size:,} ids and {config.init_from} {shape.vocab_size:,}: "
+            f"prepare the corpus with the vocabulary of those weights"
+        )
+    if shape.n_positions < T:
+        raise ValueError(
+            f"sequence_length ({T}) is longer than the {shape.n_positions} positions of "
+            f"{config.init_from}: lower it"
+        )
+    for name in SHAPE:
+        own = getattr(shape, name)
+        if getattr(config, name) not in (None, own):
+            raise ValueError(f"{config.init_from} has {name} {own}: leave out --{name}")
+        setattr(config, name, own)
+    return model
 
 
 def newest_run(out_dir) -> Path:

@@ -10,10 +10,13 @@ the names of OpenAI's release, so that weights can be copied key by key.
         ...
 """
 
+import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -26,6 +29,16 @@ GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[n
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+EMBEDDING = "transformer.wte.weight"  # and the head's
+# config.json as transformers reads it, but for the shape; PLAIN: what another GPT-2 may have
+# otherwise, and this one hasn't
+HUGGING_FACE = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "n_inner": None,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "dtype": "float32",
+}  # fmt: skip
+PLAIN = HUGGING_FACE.keys() - {"architectures", "dtype"}
+PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13 and later
 
 
@@ -144,6 +157,77 @@ class GPT(nn.Module):
         """Parameters; the head shares the token embedding's and is not counted twice."""
         return sum(p.numel() for p in self.parameters())
 
+    def save_pretrained(self, folder, tokenizer=None) -> None:
+        """Writes config.json, generation_config.json and model.safetensors, by which transformers'
+        GPT2LMHeadModel loads this model; and the files of `tokenizer`, if one is given, whose
+        vocabulary then cuts off rows that are there for speed only."""
+        from safetensors.torch import save_file
+
+        folder, shape = Path(folder), dataclasses.asdict(self.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().float().cpu() for name, p in self.state_dict().items()}
+        ends = {}
+        if tokenizer is not None:
+            shape["vocab_size"] = tokenizer.vocab_size
+            tensors[EMBEDDING] = tensors[EMBEDDING][: tokenizer.vocab_size]
+            ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token)
+            tokenizer.save_pretrained(folder)
+        for name in filter(_is_conv1d, tensors):
+            tensors[name] = tensors[name].T
+        dropout = shape.pop("dropout")
+        config = HUGGING_FACE | shape | dict.fromkeys(PDROPS, dropout) | ends
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder, dropout=0.0) -> "GPT":
+        """The model of a folder that has config.json and model.safetensors of a GPT-2, as
+        transformers or save_pretrained writes them, or the hub of Hugging Face has them.
+
+        Raises FileNotFoundError, or ValueError for another kind of model or a damaged file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            other = [k for k, v in HUGGING_FACE.items() if k in PLAIN and config.get(k, v) != v]
+            names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "dropout"]
+            shape = GPTConfig(**{name: config[name] for name in names}, dropout=dropout)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}/config.json is damaged: {error}") from None
+        if other:
+            raise ValueError(f"{folder} is no plain GPT-2: its {other[0]} is {config[other[0]]!r}")
+        try:
+            tensors = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/model.safetensors is damaged: {error}") from None
+        with torch.device("meta"):
+            model = cls(shape)
+        state = {}
+        for name, tensor in tensors.items():
+            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                state[name] = tensor.T.contiguous() if _is_conv1d(name) else tensor
+        expected = {name: p.shape for name, p in model.state_dict().items()}
+        for name in sorted(expected.keys() ^ state.keys()):
+            fault = "lacks" if name in expected else "has an unknown"
+            raise ValueError(f"{folder}/model.safetensors {fault} {name}: no GPT-2 of this shape")
+        for name, size in expected.items():
+            if state[name].shape != size or not state[name].is_floating_point():
+                found = f"{tuple(state[name].shape)}, {state[name].dtype}"
+                raise ValueError(
+                    f"{folder}/model.safetensors: {name} is {found}, not {tuple(size)} of floats"
+                )
+        state = {name: tensor.float() for name, tensor in state.items()}
+        model.load_state_dict(state, assign=True)
+        for p in model.parameters():
+            p.requires_grad_()
+        return model
+
     def flops_per_token(self, T: int) -> int:
         """Of training on windows of T tokens: 6 a parameter that is in a matrix product, and 12 a
         layer, channel and token of the window for attention (Chowdhery et al. 2022, appendix B)."""
@@ -198,6 +282,11 @@ class GPT(nn.Module):
             new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
+
+
+def _is_conv1d(name: str) -> bool:
+    """Whether Hugging Face's file has this matrix the other way round."""
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
 def head_loss(x, head, targets, reduction):

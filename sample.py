@@ -2,6 +2,9 @@
 
 python sample.py --prompt "ROMEO:"                          # the newest run
 python sample.py --run out/mine --num_samples 3 --temperature 0.7
+python sample.py --init_from gpt2 --interactive             # OpenAI's weights, prompt by prompt
+echo "To be" | python sample.py --prompt -
+python sample.py --run out/mine --export mine               # for transformers
 """
 
 import sys
@@ -13,6 +16,8 @@ import torch
 from checkpoint import best_checkpoint, load_model, newest_run
 from common import parse_flags, run
 from device import choose_device
+from hugging_face import pretrained_folder
+from model import GPT
 from tokenizer import get_tokenizer
 
 
@@ -20,9 +25,14 @@ from tokenizer import get_tokenizer
 class Config:
     run: str = ""  # folder of the run; "": the newest
     out_dir: str = "out"  # folder of runs
-    prompt: str = "\n"  # text to go on from
+    init_from: str = ""  # gpt2, gpt2-medium, ..., or a folder with such weights, instead of a run
+    data_dir: str = "data"  # folder in which those are kept
+    export: str = ""  # folder to write the model to, for transformers; no text then
+    prompt: str = "\n"  # text to go on from; "-": standard input; "": a document's beginning
+    prompt_file: str = ""  # file with the prompt
+    interactive: bool = False  # ask for one prompt after another; Ctrl-D ends
     max_new_tokens: int = 300  # tokens a sample
-    num_samples: int = 1  # samples, one after the other
+    num_samples: int = 1  # samples, made at once
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own probabilities
     top_k: int = 50  # choose among that many likeliest tokens; 0: all
     top_p: float = 1.0  # choose among the likeliest tokens that hold this much probability
@@ -32,36 +42,76 @@ class Config:
 
 def main():
     config = parse_flags(Config, __doc__)
+    check(config)
+    model, tokenizer = load(config)
+    if config.export:
+        model.save_pretrained(config.export, tokenizer)
+        return print(f"wrote {config.export}/: transformers' from_pretrained reads it")
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    if not config.interactive:
+        return write(config, model, tokenizer, generator, read_prompt(config))
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+            return print()
+        try:
+            write(config, model, tokenizer, generator, prompt)
+        except KeyboardInterrupt:  # of this text, not of the loop
+            print()
+
+
+def check(config) -> None:
+    """Raises ValueError for a value that can't be used."""
     if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
         raise ValueError(
             f"temperature ({config.temperature}) and top_k ({config.top_k}) start at 0, and top_p "
             f"({config.top_p}) lies above 0 and up to 1"
         )
-    device = choose_device(config.device)
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.init_from and config.run:
+        raise ValueError("--run and --init_from both name a model: leave one out")
+
+
+def load(config):
+    """The model, ready to generate, and its tokenizer."""
+    config.device = choose_device(config.device)
+    if config.init_from:
+        folder = pretrained_folder(config.init_from, config.data_dir)
+        model = GPT.from_pretrained(folder).to(config.device).eval()
+        its_own = folder / "tokenizer.json"
+        return model, get_tokenizer(str(its_own) if its_own.exists() else "gpt2")
     folder = Path(config.run) if config.run else newest_run(config.out_dir)
     checkpoint = best_checkpoint(folder)
-    model = load_model(checkpoint, device)
-    tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
     print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
+    return load_model(checkpoint, config.device), tokenizer
+
+
+def read_prompt(config) -> str:
+    """Raises OSError, or ValueError for a file that is no text."""
+    if config.prompt_file:
+        return Path(config.prompt_file).read_text(encoding="utf-8")
+    return sys.stdin.read() if config.prompt == "-" else config.prompt
+
+
+def write(config, model, tokenizer, generator, prompt) -> None:
+    """Prints samples: one while it is made, several one below the other."""
     # nothing to go on from: begin as a document begins, after an end of text
-    prompt = (
-        tokenizer.encode(config.prompt).astype("int64") if config.prompt else [tokenizer.eot_token]
+    ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot_token]
+    ids = torch.as_tensor(ids, device=config.device).expand(config.num_samples, -1)  # (B, T)
+    new = model.generate(
+        ids, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
     )
-    prompt = torch.as_tensor(prompt, device=device)[None]  # (1, T)
-    for _ in range(config.num_samples):
-        new = model.generate(
-            prompt,
-            config.max_new_tokens,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            generator,
-        )
-        print(config.prompt, end="", flush=True)
+    if config.num_samples == 1:
+        print(prompt, end="", flush=True)
         for text in tokenizer.decode_stream(token.item() for token in new):
             print(text, end="", flush=True)
-        print("\n" if config.num_samples == 1 else "\n---")
+        return print("\n")
+    for sample in torch.stack(list(new), dim=1):
+        print(f"{prompt}{tokenizer.decode(sample.tolist())}\n---")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import codecs
 import functools
 import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -80,6 +81,15 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
+        from hugging_face import tokenizer_json  # it is needed here alone
+
+        (folder / "tokenizer.json").write_text(tokenizer_json(self), encoding="utf-8")
+        end = dict.fromkeys(("bos_token", "eos_token"), self.decode([self.eot_token]))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
     def decode_stream(self, ids):
         """An iterable of ids -> pieces of text, each cut between characters."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import SHAPE, load_checkpoint
 from common import parse_flags, run
 from dataset import newest_corpus
 from device import choose_device, choose_dtype, join_processes
@@ -30,6 +30,7 @@ class Config:
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to go on with; its constants are kept
+    init_from: str = ""  # gpt2, gpt2-medium, ..., or a folder with weights to start from
     size: str = "auto"  # tiny, small, gpt2, gpt2-medium, -large, -xl; auto: tiny on a CPU
     n_layer: int | None = None  # blocks; None, here and below: by size
     n_head: int | None = None  # attention heads a block; divides n_embd
@@ -76,8 +77,15 @@ for _name, _shape in GPT2_SIZES.items():
         train_flops=8e18, learning_rate=2e-3,
     )  # fmt: skip
 
+SIZES["pretrained"] = dict(  # with --init_from, whose weights know their shape
+    sequence_length=256,
+    dropout=0.1,
+    batch_size=8,
+    train_flops=3e14,
+    learning_rate=1e-4,
+)
 # what --resume can't change, and the least that a number may be
-FIXED = ("corpus", "size", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer", "seed")
+FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
 LEAST = {
     "sequence_length": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "train_flops": 1,
     "stop_at": 1, "eval_every": 1, "log_every": 1, "patience": 0, "learning_rate": 0,
@@ -114,6 +122,10 @@ def configure():
         config.resume = str(folder)
     config.device = choose_device(config.device)
     config.dtype = choose_dtype(config.dtype, config.device)
+    if config.init_from and config.size not in ("auto", "pretrained"):
+        raise ValueError(f"--init_from {config.init_from} has a size of its own: leave out --size")
+    if config.init_from:
+        config.size = "pretrained"
     if config.size == "auto":
         config.size = "tiny" if config.device == "cpu" else "small"
     for name, values in {

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import best_checkpoint, load_model, new_run, save_checkpoint
+from checkpoint import best_checkpoint, create_model, load_model, new_run, save_checkpoint
 from common import atomic_write, print_flags
 from dataset import (
     attention_mask,
@@ -24,7 +24,6 @@ from dataset import (
 )
 from device import StopSignal, choose_compile, peak_flops
 from metrics import Metrics, plot_losses
-from model import GPT, GPTConfig
 from optimizer import create_optimizers
 from tokenizer import get_tokenizer
 
@@ -59,9 +58,8 @@ class Trainer:
         config.document_mask = str(self.document_mask).lower()
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # tf32 on a GPU
-        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
-        self.shape = GPTConfig(self.metadata["vocab_size"], n_positions=window, **shape)
-        self.model = GPT(self.shape).to(self.device)
+        self.model = create_model(config, self.metadata, checkpoint).to(self.device)
+        self.shape = self.model.config
         self.optimizers = create_optimizers(
             self.model, config.optimizer, config.learning_rate, config.weight_decay
         )

@@ -1,9 +1,12 @@
 """Shared by the tests: no network, one thread a process, small corpora made by formula."""
 
+import functools
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,32 @@ def gpt2_tokenizer():
     """The real vocabulary."""
     _shared("TIKTOKEN_CACHE_DIR")
     return get_tokenizer("gpt2")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves the files of tmp_path/server; server.asked: the paths of all requests."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            server.asked.append(self.path)
+            super().do_GET()
+
+    handler = functools.partial(Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.asked, server.folder = [], folder
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=functools.partial(server.serve_forever, 0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **options) -> dict:

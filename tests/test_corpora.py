@@ -5,14 +5,12 @@ import base64
 import functools
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
 import shutil
 import sys
 import tarfile
-import threading
 import unittest.mock
 import zipfile
 from dataclasses import replace
@@ -34,32 +32,6 @@ from pieces import engine
 from reader import Bad
 from tokenizer import _load, get_tokenizer
 from verify import verify
-
-
-@pytest.fixture
-def server(tmp_path):
-    """Serves the files of tmp_path/server; server.asked: the paths of all requests."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_GET(self):
-            server.asked.append(self.path)
-            super().do_GET()
-
-    handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.asked, server.folder = [], folder
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=functools.partial(server.serve_forever, 0.01))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture

@@ -33,6 +33,22 @@ def test_samples(run):
     named = run_script("sample.py", "--run", "out/rhyme-tiny-1", "--prompt", "", cwd=run)
     assert named.returncode == 0, named.stderr
 
+    (run / "prompt.txt").write_text("one for sorrow, ")
+    greedy = ["--temperature", "0", "--max_new_tokens", "14"]
+    expected = "one for sorrow, two for mirth\n\n\n"
+    for prompt, typed in (
+        (["--prompt_file", "prompt.txt"], ""),
+        (["--prompt", "-"], "one for sorrow, "),
+    ):
+        result = run_script("sample.py", *greedy, *prompt, cwd=run, input=typed)
+        assert result.stdout == expected, result.stderr
+    asked = run_script(
+        "sample.py", *greedy, "--interactive", cwd=run, input="one for sorrow, \none for sorrow, \n"
+    )
+    assert asked.returncode == 0 and asked.stdout == f"> {expected}> {expected}> \n"
+
+    wrong = run_script("sample.py", "--num_samples", "0", cwd=run)
+    assert_one_line_error(wrong, "num_samples must be at least 1")
     assert_one_line_error(run_script("sample.py", "--temperature", "-1", cwd=run), "temperature")
     assert_one_line_error(run_script("sample.py", "--run", "out/x", cwd=run), "out/x/last.pt")
 
