@@ -39,17 +39,17 @@ def tokenizer_json(tokenizer) -> str:
     """A tokenizer of tokenizer.py's -> the tokenizer.json that gives the same ids."""
     if hasattr(tokenizer, "tokenizer"):
         return tokenizer.tokenizer.to_str()  # it was made of one
-    ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": tokenizer.eot_token}
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    before = [level]
+    special, before = {"<|endoftext|>": tokenizer.eot_token}, [level]
     encoding = getattr(tokenizer, "encoding", None)  # tiktoken's
     if encoding is not None:
         special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        ids = {*special.values()}
-        ranks = {piece: i for i, piece in tokenizer.pieces.items() if i not in ids}
-        pattern = encoding._pat_str.replace("$", r"\z")  # theirs ends a line with $, not the text
+        # there, $ ends a line and {1,3}+ repeats a repetition
+        pattern = encoding._pat_str.replace("$", r"\z").replace("{1,3}+", "{1,3}")
         split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         before.insert(0, {"type": "Split", **split})
+    ids = {*special.values()}
+    ranks = {piece: i for i, piece in tokenizer.pieces.items() if i not in ids}
     pairs = (_last_merge(piece, ranks) for piece in sorted(ranks, key=ranks.get) if len(piece) > 1)
     model = {
         "type": "BPE",
@@ -69,11 +69,13 @@ def tokenizer_json(tokenizer) -> str:
 
 
 def _last_merge(piece: bytes, ranks) -> list[bytes]:
-    """The two parts that are merged to a piece, by the merges that come before it."""
+    """The parts that earlier merges make of a piece: two, unless no merge makes it."""
     parts = [bytes([byte]) for byte in piece]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks) * 2) for a, b in itertools.pairwise(parts)]
-        i = pairs.index(min(pairs))
+        pairs = [ranks.get(a + b, ranks[piece]) for a, b in itertools.pairwise(parts)]
+        if (least := min(pairs)) >= ranks[piece]:
+            break
+        i = pairs.index(least)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ class GPT(nn.Module):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             other = [k for k, v in HUGGING_FACE.items() if k in PLAIN and config.get(k, v) != v]
             names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "dropout"]
-            shape = GPTConfig(**{name: config[name] for name in names}, dropout=dropout)
+            shape = GPTConfig(**{name: operator.index(config[name]) for name in names})
+            shape.dropout = dropout
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}/config.json is damaged: {error}") from None
         if other:

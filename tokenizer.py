@@ -51,7 +51,8 @@ class Tokenizer:
 
     name: as given to get_tokenizer. vocab_size: ids lie below it. eot_token: the id that ends a
     document; text never encodes to it. sha256: of the vocabulary, so that two files of ids can
-    be known to mean the same. divisible: a text may be cut at reader.py's boundaries.
+    be known to mean the same. divisible: a text may be cut at reader.py's boundaries. pieces: id
+    -> the bytes it stands for.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Tokenizer:
     eot_token: int
     sha256: str
     divisible: bool = True
+    pieces: dict[int, bytes]
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> (n,) uint32 ids. A literal "<|endoftext|>" is ordinary text."""
@@ -76,7 +78,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """Ids -> the UTF-8 bytes they stand for, which may begin or end inside a character."""
-        raise NotImplementedError
+        unknown = "\ufffd".encode()  # of a gap, which an untrained model may choose
+        return b"".join([self.pieces.get(i, unknown) for i in map(int, ids)])
 
     def decode(self, ids) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -92,11 +95,11 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
     def decode_stream(self, ids):
-        """An iterable of ids -> pieces of text, each cut between characters."""
+        """An iterable of ids -> pieces of text, each cut between characters; one that the last id
+        leaves unfinished isn't shown."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             yield decoder.decode(self.decode_bytes([i]))
-        yield decoder.decode(b"", final=True)
 
 
 class BytesTokenizer(Tokenizer):
@@ -104,12 +107,10 @@ class BytesTokenizer(Tokenizer):
 
     name, vocab_size, eot_token = "bytes", 257, 256
     sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
+    pieces = {i: bytes([i]) for i in range(256)} | {256: b"<|endoftext|>"}
 
     def encode(self, text):
         return np.frombuffer(encodable(text).encode(), np.uint8).astype(np.uint32)
-
-    def decode_bytes(self, ids):
-        return b"".join(b"<|endoftext|>" if i == 256 else bytes([i]) for i in ids)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -119,7 +120,7 @@ class TiktokenTokenizer(Tokenizer):
         self.name, self.encoding = name, encoding
         self.vocab_size, self.eot_token = encoding.n_vocab, encoding.eot_token
         self.eot = encoding.decode([self.eot_token])
-        self.pieces = {}  # id -> the bytes it stands for
+        self.pieces = {}
         for i in range(self.vocab_size):
             try:  # noqa: SIM105, which costs as much as the rest
                 self.pieces[i] = encoding.decode_single_token_bytes(i)
@@ -144,10 +145,6 @@ class TiktokenTokenizer(Tokenizer):
             )
             runs.append(ids)
         return np.concatenate(runs)
-
-    def decode_bytes(self, ids):
-        unknown = "\ufffd".encode()  # of a gap, which an untrained model may choose
-        return b"".join([self.pieces.get(i, unknown) for i in map(int, ids)])
 
 
 class HuggingFaceTokenizer(Tokenizer):

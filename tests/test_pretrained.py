@@ -92,7 +92,7 @@ def test_padding_of_the_vocabulary_is_cut(tmp_path, transformers):
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request):
+def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request, monkeypatch):
     if name == "gpt2":
         request.getfixturevalue("gpt2_tokenizer")
     ours = get_tokenizer(name)
@@ -103,6 +103,7 @@ def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request):
         assert theirs.encode(text, split_special_tokens=True) == ids, text
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eot_token
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
     again = get_tokenizer(str(tmp_path / "tokenizer.json"))  # and so do we
     assert again.encode("some text").tolist() == ours.encode("some text").tolist()
 

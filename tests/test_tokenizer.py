@@ -37,9 +37,11 @@ def test_gpt2_ids_are_tiktokens_and_text_never_gives_an_end_of_text(gpt2_tokeniz
 def test_streamed_text_is_cut_between_characters():
     tokenizer = get_tokenizer("bytes")
     pieces = list(tokenizer.decode_stream(tokenizer.encode("é日🜨x")))
-    assert pieces == ["", "é", "", "", "日", "", "", "", "🜨", "x", ""]
-    half = tokenizer.encode("é")[:1]  # cut by the end: shown as what it is
-    assert "".join(tokenizer.decode_stream(half)) == "\ufffd"
+    assert pieces == ["", "é", "", "", "日", "", "", "", "🜨", "x"]
+    half = tokenizer.encode("xé")[:2]  # cut by the end
+    assert "".join(tokenizer.decode_stream(half)) == "x"
+    wrong = [0xE6, ord("x"), 300]  # begun and not gone on with; and no id of a byte
+    assert "".join(tokenizer.decode_stream(wrong)) == "\ufffdx\ufffd"
 
 
 def test_unknown_name_lists_the_known():
