@@ -74,9 +74,10 @@ def run(main) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
         code = 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # under torchrun, without taking Python down in order: gloo's threads may hold the last
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # one of several, without taking Python down in order: gloo's threads may hold the last
         # tensors, and abort when they let them go (pytorch/pytorch#179291)
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 

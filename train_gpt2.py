@@ -45,6 +45,7 @@ class Config:
     train_flops: float | None = None  # FLOPs, at 6 a parameter and token
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C would; None: never
     eval_every: int | None = None  # steps between validations and checkpoints; None: max_steps / 5
+    save_every: int | None = None  # steps between checkpoints; None: those of validations alone
     patience: int = 0  # validations without a new best after which the run ends; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
@@ -88,8 +89,8 @@ SIZES["pretrained"] = dict(  # with --init_from, whose weights know their shape
 FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
 LEAST = {
     "sequence_length": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "train_flops": 1,
-    "stop_at": 1, "eval_every": 1, "log_every": 1, "patience": 0, "learning_rate": 0,
-    "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
+    "stop_at": 1, "eval_every": 1, "save_every": 1, "log_every": 1, "patience": 0, "grad_clip": 0,
+    "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "seed": 0,
 }  # fmt: skip
 
 

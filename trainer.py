@@ -127,7 +127,7 @@ class Trainer:
                 if last or self.step % config.eval_every == 0:
                     self.validate(metrics)
                     tokens, since, done = 0, time.perf_counter(), done or self.ended()
-                elif done:
+                elif done or (config.save_every and self.step % config.save_every == 0):
                     self.save("last.pt")
         if metrics:
             metrics.close()

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, make_corpus, run_script
+
+from metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(300)
 PIECES = 11
@@ -202,3 +204,55 @@ def test_parts_one_after_another_in_place_of_an_older_corpus(tmp_path):
         metadata = json.loads((tmp_path / "data" / "c" / "metadata.json").read_text())
         assert sum(split["documents"] for split in metadata["splits"].values()) == 4000
         assert "is prepared already" in prepare(path, "--part", "0/3")
+
+
+@pytest.fixture
+def training(slurm, tmp_path):
+    """training(OPTION...): submits a run of 40 steps of a tiny model; returns its id."""
+    make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
+    shape = "--n_layer 2 --n_head 2 --n_embd 16 --sequence_length 16 --batch_size 4"
+    rest = "--corpus rhyme --warmup_steps 2 --eval_every 50 --log_every 1 --device cpu --dropout 0"
+    where = f"--data_dir {tmp_path}/data --out_dir {tmp_path}/out --run_name mine"
+    flags = f"{shape} {rest} {where}".split()
+    ids = []
+
+    def submit(*more):
+        command = ["sbatch", "--parsable", "-N", "2", "-o", tmp_path / "log"]
+        result = subprocess.run(
+            [*command, "cluster/train_gpt2.sbatch", *flags, *map(str, more)],
+            cwd=ROOT, env=slurm, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        ids.append(result.stdout.strip())
+        return ids[-1]
+
+    submit.flags = flags
+    yield submit
+    subprocess.run(["scancel", *ids], capture_output=True)
+
+
+def losses(folder):
+    return {line["step"]: line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")
+            if "train_loss" in line}  # fmt: skip
+
+
+def test_a_run_on_two_nodes_signalled_and_requeued_is_the_same_run(training, tmp_path):
+    """The signal that comes before a time limit: saved, requeued, gone on with by itself."""
+    flags = training.flags
+    one = run_script("train_gpt2.py", *flags, "--run_name", "one", "--max_steps", 250, cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    job_id, metrics = training("--max_steps", 250), tmp_path / "out/mine/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
+    subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
+    assert ended(job_id) == "COMPLETED 0:0", (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert log.count("stopped at step") == 1 and log.count("best validation") == 1, log
+    assert losses(tmp_path / "out/mine") == pytest.approx(losses(tmp_path / "out/one"), abs=1e-4)
+
+
+def test_a_run_that_failed_goes_on_when_submitted_again(training, tmp_path):
+    assert ended(training("--max_steps", 40, "--stop_at", 25)) == "COMPLETED 0:0"
+    assert ended(training("--max_steps", 40)) == "COMPLETED 0:0", (tmp_path / "log").read_text()
+    assert sorted(losses(tmp_path / "out/mine")) == list(range(1, 41))
+    assert ended(training("--corpus", "nope")).startswith("FAILED 1:0")
+    assert "nope" in (tmp_path / "log").read_text()
