@@ -117,22 +117,32 @@ def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> Non
         name: (p.T if name.endswith(CONV1D) else p).detach().float().cpu().contiguous()
         for name, p in weights.items()
     }
-    eot = None
-    if tokenizer is not None:
-        eot = tokenizer.eot_token
-        tokenizer.save_pretrained(folder)
+    eot = tokenizer.eot_token if tokenizer is not None else None
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     config = {name: known[0] for name, known in PLAIN.items()}
     config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | ends
     config |= {name: shape[name] for name in SHAPE}
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
-    for name, data in {
-        "model.safetensors": safetensors.torch.save(tensors, {"format": "pt"}),
-        "generation_config.json": json.dumps(ends, indent=2).encode(),
-        "config.json": json.dumps(config, indent=2).encode(),
-    }.items():
-        with atomic_write(folder / name) as f:  # save_file's own would be for no one else to read
-            f.write(data)
+    # save_file's own file would be for no one else to read
+    _write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    _write(folder / "generation_config.json", json.dumps(ends, indent=2).encode())
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, model_max_length=shape["n_positions"])
+    _write(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def write_tokenizer(folder: Path, tokenizer, **more) -> None:
+    """tokenizer.json and tokenizer_config.json, the latter with `more`, by which transformers'
+    AutoTokenizer gives the same ids. Raises OSError."""
+    end = tokenizer.decode([tokenizer.eot_token])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    _write(folder / "tokenizer.json", tokenizer_json(tokenizer).encode())
+    _write(folder / "tokenizer_config.json", json.dumps(config | more, indent=2).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as f:
+        f.write(data)
 
 
 def tokenizer_json(tokenizer) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
 from checkpoint import load_checkpoint
-from hugging_face import pretrained_folder, tokenizer_json
+from hugging_face import pretrained_folder, tokenizer_json, write_tokenizer
 from model import GPT, GPTConfig
 from tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, vocabulary_folder
 
@@ -126,11 +126,13 @@ def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request, 
     if name == "gpt2":
         request.getfixturevalue("gpt2_tokenizer")
     ours = get_tokenizer(name)
-    ours.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    fast = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
     for text in [*HOSTILE, "a  b\n\n c \n", "trailing  ", "x" * 300, "\u00a0né 日本語 🙂\r\n\t."]:
         ids = ours.encode(text).tolist()
         assert theirs.encode(text, split_special_tokens=True) == ids, text
+        assert fast.encode(text, split_special_tokens=True) == ids, text
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eot_token
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
@@ -166,7 +168,7 @@ def test_a_vocabulary_with_gaps_and_pieces_that_no_merge_makes(tmp_path):
     )
     ours = TiktokenTokenizer("made", encoding)
     assert ours.encode("xyz xyz").tolist() == [260, 32, *b"xyz"]  # as a whole alone
-    ours.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, ours)
     theirs = HuggingFaceTokenizer("theirs", tmp_path / "tokenizer.json")
     assert (theirs.vocab_size, theirs.eot_token) == (265, 263)
     for text in TEXTS:
