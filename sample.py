@@ -18,7 +18,7 @@ from common import parse_flags, run
 from device import choose_device
 from hugging_face import pretrained_folder
 from model import GPT
-from tokenizer import fetch_vocabulary, get_tokenizer
+from tokenizer import HuggingFaceTokenizer, fetch_vocabulary, get_tokenizer
 
 
 @dataclass
@@ -85,10 +85,11 @@ def load(config):
     if config.init_from:
         folder = pretrained_folder(config.init_from, config.data_dir)
         model = GPT.from_pretrained(folder).to(config.device).eval()
-        its_own = folder / "tokenizer.json"
-        if not its_own.exists():  # as where OpenAI's weights were downloaded to
+        if (folder / "tokenizer.json").exists():
+            tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
+        else:  # as where OpenAI's weights were downloaded to
             fetch_vocabulary("gpt2")
-        tokenizer = get_tokenizer(str(its_own) if its_own.exists() else "gpt2")
+            tokenizer = get_tokenizer("gpt2")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"{folder} has {model.config.vocab_size:,} ids, too few for {tokenizer.name}'s "
