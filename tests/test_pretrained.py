@@ -282,6 +282,7 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned):
         (["--sequence_length", 25], ["sequence_length (25)", "24 positions of weights"]),
         (["--n_layer", 3], ["weights has n_layer 2: leave out --n_layer"]),
         (["--size", "tiny"], ["leave out --size"]),
+        (["--size", "pretrained", "--init_from", ""], ["say --init_from, too"]),
         (["--init_from", "nowhere"], ["nowhere is no folder with config.json", "gpt2-xl"]),
     ):
         result = run_script("train_gpt2.py", *tuned, *more, cwd=tmp_path)
