@@ -1,6 +1,11 @@
 """What the Hugging Face hub has and transformers reads: GPT-2's weights, tokenizer.json.
 
-folder = pretrained_folder("gpt2-medium", "data")    # downloaded, unless it is there
+    folder = pretrained_folder("gpt2-medium", "data")    # downloaded, unless it is there
+    model = GPT.from_pretrained(folder)
+
+There, the blocks' matrices lie the other way round than in nn.Linear ("Conv1D"), `transformer.` may
+be missing before names, and masks may lie among the weights. Pickled weights (pytorch_model.bin)
+are never read: a pickle can run anything.
 """
 
 import itertools
@@ -8,10 +13,31 @@ import json
 import os
 from pathlib import Path
 
+import safetensors.torch
+import torch
+
+from common import atomic_write
 from download import download
-from model import GPT2_SIZES
+from model import EMBEDDING, GPT2_SIZES
+
+try:
+    import fcntl
+except ImportError:  # Windows, where there is no torchrun to need it
+    fcntl = None
 
 FILES = ("config.json", "model.safetensors")
+SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+PLAIN = {  # what config.json may say of a GPT-2 beside its shape; first what it means by silence
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "n_inner": (None,),  # 4 * n_embd
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def pretrained_folder(name: str, data_dir) -> Path:
@@ -26,13 +52,97 @@ def pretrained_folder(name: str, data_dir) -> Path:
             )
         return Path(name)
     folder = Path(data_dir) / "pretrained" / name
+    if all((folder / file).exists() for file in FILES):
+        return folder
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    for file in FILES:
-        if not (folder / file).exists():
-            # the hub's answer names the sha256 of large files
-            url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
-            download([url], folder / file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        if fcntl:  # of the processes of a torchrun one downloads, and the others wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for file in FILES:
+            if not (folder / file).exists():
+                # the hub's answer names the sha256 of large files
+                url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
+                download([url], folder / file)
     return folder
+
+
+def read_shape(folder: Path) -> dict[str, int]:
+    """The SHAPE that folder/config.json tells. Raises FileNotFoundError, and ValueError for a
+    damaged file or another kind of model."""
+    path = folder / "config.json"
+    try:
+        config = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, known in PLAIN.items():
+        found = config.get(name, known[0])
+        if found not in known and (name != "n_inner" or found != 4 * (config.get("n_embd") or 0)):
+            raise ValueError(f"{folder} is no plain GPT-2: its {name} is {found!r}")
+    for name in SHAPE:
+        if type(config.get(name)) is not int:
+            raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}")
+    return {name: config[name] for name in SHAPE}
+
+
+def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """The weights of folder/model.safetensors, float32 on the CPU, as a model takes them whose
+    state_dict has these shapes. Raises ValueError for a file that is damaged or holds others."""
+    path, weights = folder / "model.safetensors", {}
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, tensor in tensors.items():
+        name = "transformer." + name.removeprefix("transformer.")
+        if not name.endswith(MASKS):
+            weights[name] = tensor.T.contiguous() if name.endswith(CONV1D) else tensor
+    head = weights.pop("transformer.lm_head.weight", None)
+    for name in sorted(shapes.keys() ^ weights.keys()):
+        fault = "lacks" if name in shapes else "has an unknown"
+        raise ValueError(f"{path} {fault} {name}: no GPT-2 of this shape")
+    for name, shape in shapes.items():
+        if weights[name].shape != shape or not weights[name].is_floating_point():
+            found = f"{tuple(weights[name].shape)}, {weights[name].dtype}"
+            raise ValueError(f"{path}: {name} is {found}, not {shape} of floats")
+    if head is not None and not torch.equal(head, weights[EMBEDDING]):
+        raise ValueError(f"{path}: its lm_head.weight isn't the token embedding, as GPT-2's is")
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> None:
+    """The opposite of both; shape: SHAPE and dropout. config.json comes last. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (p.T if name.endswith(CONV1D) else p).detach().float().cpu().contiguous()
+        for name, p in weights.items()
+    }
+    eot = tokenizer.eot_token if tokenizer is not None else None
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    config = {name: known[0] for name, known in PLAIN.items()}
+    config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | ends
+    config |= {name: shape[name] for name in SHAPE}
+    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
+    # save_file's own file would be for no one else to read
+    _write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    _write(folder / "generation_config.json", json.dumps(ends, indent=2).encode())
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, model_max_length=shape["n_positions"])
+    _write(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def write_tokenizer(folder: Path, tokenizer, **more) -> None:
+    """tokenizer.json and tokenizer_config.json, the latter with `more`, by which transformers'
+    AutoTokenizer gives the same ids. Raises OSError."""
+    end = tokenizer.decode([tokenizer.eot_token])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    _write(folder / "tokenizer.json", tokenizer_json(tokenizer).encode())
+    _write(folder / "tokenizer_config.json", json.dumps(config | more, indent=2).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as f:
+        f.write(data)
 
 
 def tokenizer_json(tokenizer) -> str:

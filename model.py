@@ -12,9 +12,7 @@ the names of OpenAI's release, so that weights can be copied key by key.
 
 import dataclasses
 import functools
-import json
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +29,6 @@ GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[n
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 EMBEDDING = "transformer.wte.weight"  # and the head's
-# config.json as transformers reads it, but for the shape; PLAIN: what another GPT-2 may have
-# otherwise, and this one hasn't
-HUGGING_FACE = {
-    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "n_inner": None,
-    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "dtype": "float32",
-}  # fmt: skip
-PLAIN = HUGGING_FACE.keys() - {"architectures", "dtype"}
-PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13 and later
 
 
@@ -163,26 +152,22 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, tokenizer=None) -> None:
         """Writes config.json, generation_config.json and model.safetensors, by which transformers'
         GPT2LMHeadModel loads this model; and the files of `tokenizer`, if one is given, whose
-        vocabulary then cuts off rows that are there for speed only."""
-        from safetensors.torch import save_file
+        vocabulary then cuts off rows that are there for speed only.
 
-        folder, shape = Path(folder), dataclasses.asdict(self.config)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().float().cpu() for name, p in self.state_dict().items()}
-        ends = {}
+        Raises OSError, and ValueError for a vocabulary that is larger than the model's.
+        """
+        from hugging_face import write_model
+
+        shape, weights = dataclasses.asdict(self.config), self.state_dict()
         if tokenizer is not None:
+            if tokenizer.vocab_size > self.config.vocab_size:
+                raise ValueError(
+                    f"the model has {self.config.vocab_size:,} ids, too few for the "
+                    f"{tokenizer.vocab_size:,} of {tokenizer.name}: it learnt another vocabulary"
+                )
             shape["vocab_size"] = tokenizer.vocab_size
-            tensors[EMBEDDING] = tensors[EMBEDDING][: tokenizer.vocab_size]
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token)
-            tokenizer.save_pretrained(folder)
-        for name in filter(_is_conv1d, tensors):
-            tensors[name] = tensors[name].T
-        dropout = shape.pop("dropout")
-        config = HUGGING_FACE | shape | dict.fromkeys(PDROPS, dropout) | ends
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            weights[EMBEDDING] = weights[EMBEDDING][: tokenizer.vocab_size]
+        write_model(Path(folder), shape, weights, tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder, dropout=0.0) -> "GPT":
@@ -191,46 +176,14 @@ class GPT(nn.Module):
 
         Raises FileNotFoundError, or ValueError for another kind of model or a damaged file.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from hugging_face import read_shape, read_weights
 
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            other = [k for k, v in HUGGING_FACE.items() if k in PLAIN and config.get(k, v) != v]
-            names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "dropout"]
-            shape = GPTConfig(**{name: operator.index(config[name]) for name in names})
-            shape.dropout = dropout
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder}/config.json is damaged: {error}") from None
-        if other:
-            raise ValueError(f"{folder} is no plain GPT-2: its {other[0]} is {config[other[0]]!r}")
-        try:
-            tensors = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/model.safetensors is damaged: {error}") from None
-        with torch.device("meta"):
+        shape = GPTConfig(**read_shape(Path(folder)), dropout=dropout)
+        with torch.device("meta"):  # no memory, nor time, for weights that are about to come
             model = cls(shape)
-        state = {}
-        for name, tensor in tensors.items():
-            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                state[name] = tensor.T.contiguous() if _is_conv1d(name) else tensor
-        expected = {name: p.shape for name, p in model.state_dict().items()}
-        for name in sorted(expected.keys() ^ state.keys()):
-            fault = "lacks" if name in expected else "has an unknown"
-            raise ValueError(f"{folder}/model.safetensors {fault} {name}: no GPT-2 of this shape")
-        for name, size in expected.items():
-            if state[name].shape != size or not state[name].is_floating_point():
-                found = f"{tuple(state[name].shape)}, {state[name].dtype}"
-                raise ValueError(
-                    f"{folder}/model.safetensors: {name} is {found}, not {tuple(size)} of floats"
-                )
-        state = {name: tensor.float() for name, tensor in state.items()}
-        model.load_state_dict(state, assign=True)
-        for p in model.parameters():
-            p.requires_grad_()
-        return model
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(read_weights(Path(folder), shapes), assign=True)
+        return model.requires_grad_()
 
     def flops_per_token(self, T: int) -> int:
         """Of training on windows of T tokens: 6 a parameter that is in a matrix product, and 12 a
@@ -286,11 +239,6 @@ class GPT(nn.Module):
             new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
-
-
-def _is_conv1d(name: str) -> bool:
-    """Whether Hugging Face's file has this matrix the other way round."""
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
 def head_loss(x, head, targets, reduction):

@@ -17,10 +17,9 @@ from pathlib import Path
 import corpora
 from common import folder_name, parse_flags, print_flags, run
 from describe import describe
-from download import download
 from pieces import engine
 from shards import prepare
-from tokenizer import copy_vocabulary, get_tokenizer, missing_files
+from tokenizer import copy_vocabulary, fetch_vocabulary, get_tokenizer, missing_files
 from verify import verify
 
 
@@ -129,21 +128,15 @@ def load(config, data_dir):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
     name = config.corpus or (name_of(config.input) if config.input else "tinyshakespeare")
     folder = data_dir / folder_name(name, "--corpus")
-    missing = missing_files(config.tokenizer or "gpt2")  # first: a wrong name costs no download
+    vocabulary = config.tokenizer or "gpt2"
+    missing_files(vocabulary)  # a wrong name costs no download
     corpus = corpora.load_corpus(name, folder, config.input, config.documents, config.text_field)
     if config.max_length and not corpus.documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
         )
-    for url, path, sha256 in missing:
-        try:
-            download([url], path, sha256=sha256)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"{error}; try again later, choose --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to "
-                f"a folder that has {path.name}"
-            ) from None
-    return corpus, get_tokenizer(config.tokenizer or "gpt2")
+    fetch_vocabulary(vocabulary)
+    return corpus, get_tokenizer(vocabulary)
 
 
 def name_of(inputs) -> str:

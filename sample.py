@@ -18,7 +18,7 @@ from common import parse_flags, run
 from device import choose_device
 from hugging_face import pretrained_folder
 from model import GPT
-from tokenizer import get_tokenizer
+from tokenizer import HuggingFaceTokenizer, fetch_vocabulary, get_tokenizer
 
 
 @dataclass
@@ -45,6 +45,8 @@ def main():
     check(config)
     model, tokenizer = load(config)
     if config.export:
+        if (Path(config.export) / "config.json").exists():  # a run has one, too
+            raise FileExistsError(f"{config.export} holds a model already: choose another folder")
         model.save_pretrained(config.export, tokenizer)
         return print(f"wrote {config.export}/: transformers' from_pretrained reads it")
     generator = torch.Generator(config.device).manual_seed(config.seed)
@@ -73,6 +75,8 @@ def check(config) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.init_from and config.run:
         raise ValueError("--run and --init_from both name a model: leave one out")
+    if config.prompt_file and config.prompt != Config.prompt:
+        raise ValueError("--prompt and --prompt_file both name a prompt: leave one out")
 
 
 def load(config):
@@ -81,8 +85,17 @@ def load(config):
     if config.init_from:
         folder = pretrained_folder(config.init_from, config.data_dir)
         model = GPT.from_pretrained(folder).to(config.device).eval()
-        its_own = folder / "tokenizer.json"
-        return model, get_tokenizer(str(its_own) if its_own.exists() else "gpt2")
+        if (folder / "tokenizer.json").exists():
+            tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
+        else:  # as where OpenAI's weights were downloaded to
+            fetch_vocabulary("gpt2")
+            tokenizer = get_tokenizer("gpt2")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"{folder} has {model.config.vocab_size:,} ids, too few for {tokenizer.name}'s "
+                f"{tokenizer.vocab_size:,}: put the tokenizer.json of its vocabulary there"
+            )
+        return model, tokenizer
     folder = Path(config.run) if config.run else newest_run(config.out_dir)
     checkpoint = best_checkpoint(folder)
     print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
@@ -91,10 +104,18 @@ def load(config):
 
 
 def read_prompt(config) -> str:
-    """Raises OSError, or ValueError for a file that is no text."""
+    """Raises OSError, or ValueError for bytes that are no text."""
     if config.prompt_file:
-        return Path(config.prompt_file).read_text(encoding="utf-8")
-    return sys.stdin.read() if config.prompt == "-" else config.prompt
+        data = Path(config.prompt_file).read_bytes()
+    elif config.prompt == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        return config.prompt
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        where = config.prompt_file or "standard input"
+        raise ValueError(f"{where} is no UTF-8 text: see its byte {error.start:,}") from None
 
 
 def write(config, model, tokenizer, generator, prompt) -> None:
@@ -110,8 +131,8 @@ def write(config, model, tokenizer, generator, prompt) -> None:
         for text in tokenizer.decode_stream(token.item() for token in new):
             print(text, end="", flush=True)
         return print("\n")
-    for sample in torch.stack(list(new), dim=1):
-        print(f"{prompt}{tokenizer.decode(sample.tolist())}\n---")
+    for sample in torch.stack(list(new), dim=1).tolist():
+        print(f"{prompt}{''.join(tokenizer.decode_stream(sample))}\n---")
 
 
 if __name__ == "__main__":

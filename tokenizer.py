@@ -12,7 +12,6 @@ import codecs
 import functools
 import hashlib
 import itertools
-import json
 import os
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from common import atomic_write
+from download import download
 
 _HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken builds it from
@@ -84,15 +84,6 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        from hugging_face import tokenizer_json  # it is needed here alone
-
-        (folder / "tokenizer.json").write_text(tokenizer_json(self), encoding="utf-8")
-        end = dict.fromkeys(("bos_token", "eos_token"), self.decode([self.eot_token]))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
     def decode_stream(self, ids):
         """An iterable of ids -> pieces of text, each cut between characters; one that the last id
@@ -237,6 +228,19 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
 def _kept_as(file: str) -> str:
     """The name that tiktoken looks for."""
     return hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
+
+
+def fetch_vocabulary(name: str) -> None:
+    """Downloads the vocabulary files of `name` that are missing. Raises ConnectionError, and what
+    missing_files raises."""
+    for url, path, sha256 in missing_files(name):
+        try:
+            download([url], path, sha256=sha256)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}; try again later, set TIKTOKEN_CACHE_DIR to a folder that has "
+                f"{path.name}, or prepare data with --tokenizer bytes"
+            ) from None
 
 
 def copy_vocabulary(name: str, folder: Path) -> None:

@@ -61,7 +61,8 @@ class Config:
 
 
 # What a size stands for where no flag says otherwise. tiny is two minutes of two CPU cores, small
-# some minutes of a GPU; the others are OpenAI's shapes, trained on ten billion tokens and fewer.
+# some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their own; the
+# others are OpenAI's shapes, trained on ten billion tokens and fewer.
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
@@ -71,6 +72,9 @@ SIZES = {
         n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,
         batch_size=64, train_flops=2e15, learning_rate=4e-3,
     ),
+    "pretrained": dict(
+        sequence_length=256, dropout=0.1, batch_size=8, train_flops=3e14, learning_rate=1e-4,
+    ),
 }  # fmt: skip
 for _name, _shape in GPT2_SIZES.items():
     SIZES[_name] = _shape | dict(
@@ -78,13 +82,6 @@ for _name, _shape in GPT2_SIZES.items():
         train_flops=8e18, learning_rate=2e-3,
     )  # fmt: skip
 
-SIZES["pretrained"] = dict(  # with --init_from, whose weights know their shape
-    sequence_length=256,
-    dropout=0.1,
-    batch_size=8,
-    train_flops=3e14,
-    learning_rate=1e-4,
-)
 # what --resume can't change, and the least that a number may be
 FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
 LEAST = {
@@ -125,6 +122,8 @@ def configure():
     config.dtype = choose_dtype(config.dtype, config.device)
     if config.init_from and config.size not in ("auto", "pretrained"):
         raise ValueError(f"--init_from {config.init_from} has a size of its own: leave out --size")
+    if config.size == "pretrained" and not config.init_from:
+        raise ValueError("size pretrained has no shape of its own: say --init_from, too")
     if config.init_from:
         config.size = "pretrained"
     if config.size == "auto":

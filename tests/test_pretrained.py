@@ -1,15 +1,24 @@
+import hashlib
 import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import regex
+import tiktoken
+import tiktoken_ext.openai_public as openai_public
 import torch
-from conftest import assert_one_line_error, make_corpus, run_script
+from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_script
 from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
 from checkpoint import load_checkpoint
-from hugging_face import pretrained_folder
+from hugging_face import pretrained_folder, tokenizer_json, write_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, vocabulary_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -55,21 +64,29 @@ def test_transformers_loads_ours(tmp_path, transformers):
     assert their_tokenizer.decode(text) == tokenizer.decode(ours[: len(text)])
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_we_load_theirs(tmp_path, transformers, prefix):
-    """Also as the hub has GPT-2: without a prefix, with buffers of the masks."""
-    shape = dict(vocab_size=60, n_positions=24, n_layer=2, n_head=2, n_embd=16)
+@pytest.mark.parametrize("as_on_the_hub", [False, True])
+def test_we_load_theirs(tmp_path, transformers, as_on_the_hub):
+    """Also as the hub has GPT-2s: without a prefix, with masks and a head beside the weights, in
+    half precision, the usual width inside the MLP spelt out."""
+    shape = dict(vocab_size=60, n_positions=24, n_layer=2, n_head=2, n_embd=16, n_inner=64)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    if as_on_the_hub:
+        theirs.half()
     theirs.save_pretrained(tmp_path)
-    if not prefix:
+    if as_on_the_hub:
         tensors = load_file(tmp_path / "model.safetensors")
         tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+        tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
         save_file(tensors, tmp_path / "model.safetensors")
     model = GPT.from_pretrained(tmp_path).eval()
     rows = torch.randint(0, 60, (3, 24))
-    torch.testing.assert_close(logits(model, rows), logits(theirs, rows), atol=1e-4, rtol=0)
-    assert all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(logits(model, rows), logits(theirs.float(), rows), atol=1e-4, rtol=0)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    ours = torch.stack(list(model.generate(rows[:, :4], 15, temperature=0)), dim=1)
+    text = theirs.generate(rows[:, :4], max_new_tokens=15, do_sample=False)[:, 4:]
+    assert text.tolist() == ours.tolist()
 
 
 def test_there_and_back_is_the_same_model(tmp_path):
@@ -79,6 +96,19 @@ def test_there_and_back_is_the_same_model(tmp_path):
     assert back.config == model.config
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, back.state_dict()[name]), name
+
+
+def test_a_folder_is_for_everyone_to_read_and_a_full_disk_one_line(tmp_path):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    mode = (tmp_path / "other").stat().st_mode  # as umask has it
+    assert (tmp_path / "model.safetensors").stat().st_mode == mode
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        small().save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="the model has 60 ids, too few for the 257 of bytes"):
+        small(60).save_pretrained(tmp_path / "x", get_tokenizer("bytes"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_padding_of_the_vocabulary_is_cut(tmp_path, transformers):
@@ -96,16 +126,74 @@ def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request, 
     if name == "gpt2":
         request.getfixturevalue("gpt2_tokenizer")
     ours = get_tokenizer(name)
-    ours.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    fast = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
     for text in [*HOSTILE, "a  b\n\n c \n", "trailing  ", "x" * 300, "\u00a0né 日本語 🙂\r\n\t."]:
         ids = ours.encode(text).tolist()
         assert theirs.encode(text, split_special_tokens=True) == ids, text
+        assert fast.encode(text, split_special_tokens=True) == ids, text
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eot_token
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
     again = get_tokenizer(str(tmp_path / "tokenizer.json"))  # and so do we
     assert again.encode("some text").tolist() == ours.encode("some text").tolist()
+
+
+_random = random.Random(0)
+TEXTS = [
+    *HOSTILE,
+    "don't  WE'LL 1234567 \n\n  x \x85y\u3000z  ",
+    "xyz xyz",
+    *("".join(_random.choices("ab'sdtl 12\n\t\ré日!?./", k=60)) for _ in range(300)),
+]
+
+
+def test_gpt2s_merges_and_ids_are_openais(gpt2_tokenizer):
+    """Its own two files, under the names that tiktoken keeps them by."""
+    model, folder = json.loads(tokenizer_json(gpt2_tokenizer))["model"], vocabulary_folder()
+    bpe = (folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").read_text(encoding="utf-8")
+    assert [" ".join(pair) for pair in model["merges"]] == bpe.split("\n")[1:-1]
+    ids = (folder / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").read_text(encoding="utf-8")
+    assert model["vocab"] == json.loads(ids)
+
+
+def test_a_vocabulary_with_gaps_and_pieces_that_no_merge_makes(tmp_path):
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {b"ab": 256, b"  ": 257, b"tab": 258, b"xyz": 260, "日".encode(): 261}
+    specials = {"<|endoftext|>": 263, "<|fim_prefix|>": 264}
+    encoding = tiktoken.Encoding(
+        "made", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials
+    )
+    ours = TiktokenTokenizer("made", encoding)
+    assert ours.encode("xyz xyz").tolist() == [260, 32, *b"xyz"]  # as a whole alone
+    write_tokenizer(tmp_path, ours)
+    theirs = HuggingFaceTokenizer("theirs", tmp_path / "tokenizer.json")
+    assert (theirs.vocab_size, theirs.eot_token) == (265, 263)
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert theirs.encode(text).tolist() == ids, text
+        assert theirs.decode(ids) == ours.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_a_text_is_cut_where_tiktoken_cuts_it(name, monkeypatch):
+    """By the expressions alone: the vocabularies need not be here."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+    pattern = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+    encoding = tiktoken.Encoding(
+        "made",
+        pat_str=pattern,
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+    written = json.loads(tokenizer_json(TiktokenTokenizer("made", encoding)))["pre_tokenizer"]
+    expression = written["pretokenizers"][0]["pattern"]["Regex"]
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
+    for text in TEXTS:
+        assert [part for part, _ in split.pre_tokenize_str(text)] == regex.findall(pattern, text)
 
 
 def damaged(folder, change):
@@ -119,6 +207,9 @@ FAULTS = {
     "has an unknown": lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}),
     "is (3,), torch.float32, not (16,)": lambda t: t.update(
         {"transformer.ln_f.bias": torch.zeros(3)}
+    ),
+    "lm_head.weight isn't the token embedding": lambda t: t.update(
+        {"lm_head.weight": torch.zeros(257, 16)}
     ),
     "torch.int64": lambda t: t.update({"transformer.ln_f.bias": torch.zeros(16).long()}),
 }
@@ -140,13 +231,20 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"no plain GPT-2: its {next(iter(change))}"):
             GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": "many"}))
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
-        GPT.from_pretrained(tmp_path)
+    for text in (json.dumps(config | {"n_embd": "many"}), '{"n_embd":', "3", "\ufffd", "{}"):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
+            GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 a pickle, say")
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
-        GPT.from_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for data in (b"\x80\x04 a pickle, say", whole[:-1], b""):
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+            GPT.from_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")  # which is no substitute
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no folder with config.json and model.safetensor"):
+        pretrained_folder(str(tmp_path), tmp_path)
 
 
 @pytest.fixture
@@ -184,6 +282,7 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned):
         (["--sequence_length", 25], ["sequence_length (25)", "24 positions of weights"]),
         (["--n_layer", 3], ["weights has n_layer 2: leave out --n_layer"]),
         (["--size", "tiny"], ["leave out --size"]),
+        (["--size", "pretrained", "--init_from", ""], ["say --init_from, too"]),
         (["--init_from", "nowhere"], ["nowhere is no folder with config.json", "gpt2-xl"]),
     ):
         result = run_script("train_gpt2.py", *tuned, *more, cwd=tmp_path)
@@ -194,15 +293,60 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_the_hubs_weights_are_downloaded_once(tmp_path, server, monkeypatch):
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The hub's address of GPT-2, with a small model there."""
     there = server.folder / "openai-community" / "gpt2" / "resolve" / "main"
     small().save_pretrained(there)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    for _ in range(2):
-        folder = pretrained_folder("gpt2", tmp_path / "data")
+    return there
+
+
+def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
+    """By two processes at once, as under torchrun, and then by a third."""
+    command = "import hugging_face; print(hugging_face.pretrained_folder('gpt2', 'data'))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command],
+            cwd=tmp_path,
+            env=os.environ | DEAD_PROXY | {"no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    folder = Path("data", "pretrained", "gpt2")
+    for process in processes:
+        assert process.communicate()[0] == f"{folder}\n"
+    folder = pretrained_folder("gpt2", tmp_path / "data")
     assert folder == tmp_path / "data" / "pretrained" / "gpt2"
     names = ["config.json", "model.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert [path.rsplit("/", 1)[1] for path in server.asked] == names
     weights = GPT.from_pretrained(folder).transformer.wte.weight
     assert torch.equal(weights, small().transformer.wte.weight)
+
+
+def test_the_hubs_sha256_is_checked(tmp_path, server, hub, monkeypatch):
+    """It stands in the answer that redirects to where the file is."""
+    sha256 = hashlib.sha256((hub / "model.safetensors").read_bytes()).hexdigest()
+    (server.folder / "cdn").mkdir()
+    (hub / "model.safetensors").rename(server.folder / "cdn" / "blob")
+    whole = server.RequestHandlerClass.func.do_GET
+
+    def redirect(handler):
+        if not handler.path.endswith("model.safetensors"):
+            return whole(handler)
+        handler.send_response(302)
+        handler.send_header("Location", f"{server.url}/cdn/blob")
+        handler.send_header("X-Linked-Etag", f'"{sha256}"')
+        handler.end_headers()
+
+    monkeypatch.setattr(server.RequestHandlerClass.func, "do_GET", redirect)
+    GPT.from_pretrained(pretrained_folder("gpt2", tmp_path / "whole"))
+    with open(server.folder / "cdn" / "blob", "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"!")
+    with pytest.raises(ConnectionError, match=f"sha256 .*, not {sha256[:16]}"):
+        pretrained_folder("gpt2", tmp_path / "damaged")
+    assert not list((tmp_path / "damaged").rglob("model*"))

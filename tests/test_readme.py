@@ -21,7 +21,7 @@ LINES = [
 ]
 for script in ("train_gpt2.py", "sample.py", "prepare_data.py"):  # and those at the top of a file
     docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8")))
-    LINES += re.findall(r"^    ((?:python|torchrun) .*)", docstring, re.MULTILINE)
+    LINES += re.findall(r"^ *((?:python|torchrun) .*)", docstring, re.MULTILINE)
 COMMANDS = [c.strip() for line in LINES for c in line.split("  #")[0].split("&&") if c.strip()]
 QUICK = "--max_steps 2 --device cpu --compile false"  # of flags given twice the last one counts
 TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 4 --micro_batch_size 2 --sequence_length 16"
@@ -33,6 +33,8 @@ def shortened(command: str) -> str | None:
         return None  # .ci/run has them; they made this copy
     if command.startswith(("source cluster/", "sbatch")):
         return None  # test_slurm.py has them
+    if "--init_from gpt2" in command:
+        return None  # test_pretrained.py has a hub for them
     if "train_gpt2.py" in command:
         return f"{command} {QUICK}" + (f" {TINY}" if "--resume" not in command else "")
     return command
