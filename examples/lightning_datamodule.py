@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from common import parse_flags, run
 from corpora import load_corpus
 from dataset import DocumentDataset, ShuffledBatches, pack_documents, pad_documents, read_metadata
-from download import download
 from pieces import engine
 from shards import prepare
-from tokenizer import get_tokenizer, missing_files
+from tokenizer import fetch_vocabulary, get_tokenizer
 
 
 class LLMDataModule(L.LightningDataModule):
@@ -46,8 +45,7 @@ class LLMDataModule(L.LightningDataModule):
 
     def prepare_data(self):  # once a node
         hp = self.hparams
-        for url, path, sha256 in missing_files(hp.tokenizer):
-            download([url], path, sha256=sha256)
+        fetch_vocabulary(hp.tokenizer)
         corpus = load_corpus(hp.corpus, self.folder, hp.inputs)
         with engine("processes") as run_tasks:
             prepare(corpus, get_tokenizer(hp.tokenizer), self.folder, run_tasks, seed=hp.seed)
