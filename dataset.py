@@ -26,13 +26,14 @@ from documents import (
     pad_documents,
 )
 from sampler import ShuffledBatches
-from streaming import StreamingTextDataset
+from streaming import StreamingTextDataset, tokenize
 from tokens import Tokens, newest_corpus, read_metadata
 
 __all__ = [
     "DocumentDataset", "PackedDocuments", "ShuffledBatches", "StreamingTextDataset", "TextDataset",
     "Tokens", "attention_mask", "create_dataloaders", "document_ids", "document_mask",
     "document_positions", "newest_corpus", "pack_documents", "pad_documents", "read_metadata",
+    "tokenize",
 ]  # fmt: skip
 
 

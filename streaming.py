@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from corpora import Corpus, find
 from reader import Bad, cut, read, where
+from tokens import Tokens
 
 SPAN_BYTES = 8 << 20  # of a file, read by one worker
 GROUP = 256  # documents of a generator that are tokenized together
@@ -136,3 +137,15 @@ class StreamingTextDataset(IterableDataset):
                     if type(text) is Bad:
                         raise ValueError(f"{where(span, position + text.offset)}: {text}")
                 yield (i, positions[0]), texts
+
+
+def tokenize(source, tokenizer, documents="", text_field="") -> Tokens:
+    """The ids of raw text, all in memory, for TextDataset and DocumentDataset: small data that is
+    not worth preparing. Arguments as StreamingTextDataset's; raises what it raises."""
+    data = StreamingTextDataset(
+        source, tokenizer, 1, documents=documents, text_field=text_field, rank=0, world_size=1
+    )
+    ids = [data.encode(texts) for _, texts in data.groups((0, 0), 0, 1)]
+    tokens = Tokens(np.concatenate(ids), eot_token=tokenizer.eot_token)
+    tokens.vocab_size = tokenizer.vocab_size
+    return tokens

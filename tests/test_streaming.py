@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import streaming
-from dataset import StreamingTextDataset, TextDataset
+from dataset import DocumentDataset, StreamingTextDataset, TextDataset, tokenize
 from tokenizer import get_tokenizer
 
 EOT = 256
@@ -119,6 +119,20 @@ def test_torchdatas_loader_goes_on_where_it_was(files):
     last = loader()
     last.load_state_dict(first.state_dict())
     assert used + [x.tolist() for x, _ in last] == whole
+
+
+def test_small_raw_text_in_memory(files, tmp_path):
+    tokens = tokenize(files, get_tokenizer("bytes"))
+    data = TextDataset(tokens, 32, stride=32)
+    assert [x.tolist() + y[-1:].tolist() for x, y in (data[i] for i in range(len(data)))] == blocks(
+        TEXTS, 32
+    )
+    documents = DocumentDataset(tokens)
+    assert [bytes(d.tolist()[:-1]).decode() for d in documents] == TEXTS
+    (tmp_path / "my.txt").write_text(" one \n\ntwo\nlines\n\n\nthree")
+    tokens = tokenize(tmp_path / "my.txt", get_tokenizer("bytes"), documents="blank-line")
+    found = [bytes(d.tolist()[:-1]).decode() for d in DocumentDataset(tokens)]
+    assert found == ["one", "two\nlines", "three"]
 
 
 def test_what_is_no_document_is_told(tmp_path):
