@@ -74,7 +74,9 @@ class Attention(nn.Module):
                 causal = False  # the one new token sees all that came before
             cache[:] = k, v
         if isinstance(mask, BlockMask):
-            y = compiled_flex_attention()(q, k, v, block_mask=mask)
+            whole = torch.compiler.is_compiling()  # flex_attention is compiled with all the rest
+            attend = flex_attention if whole else compiled_flex_attention()
+            y = attend(q, k, v, block_mask=mask)
         else:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)

@@ -1,8 +1,10 @@
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dataset import attention_mask, document_ids, document_positions
 from model import CHUNKED_LOSS, GPT, GPT2_SIZES, GPTConfig, head_loss, next_token_probs
@@ -252,8 +254,23 @@ def test_gradients_stay_in_a_document(packed):
     assert moved[:, 10:20].min() > 0 and moved[:, :10].max() == 0 and moved[:, 20:].max() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention needs a GPU")
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_flex_attention_is_the_dense_mask(packed):
+    """Where it also runs on a CPU, without gradients; alone, and in a model traced whole."""
+    model, row, ids = packed
+
+    def sees(b, _, i, j):
+        return (ids[b, i] == ids[b, j]) & (i >= j)
+
+    mask = create_block_mask(sees, 2, None, 32, 32, device="cpu")
+    for compiled in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        with torch.no_grad():
+            found = compiled(row, positions=document_positions(ids), mask=mask)[0]
+        torch.testing.assert_close(found, logits_of(model, row, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention trains on a GPU alone")
+def test_flex_attention_on_a_gpu_is_the_dense_mask(packed):
     model, row, ids = packed
     model, row, ids = model.cuda(), row.cuda(), ids.cuda()
     with torch.no_grad():
