@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
+from checkpoint import load_checkpoint
+from metrics import read_metrics
+
 pytestmark = pytest.mark.timeout(300)
 PIECES = 11
 FILES = ("train.bin", "val.bin", "metadata.json")
@@ -64,25 +67,35 @@ def files(raw) -> dict:
 
 
 @pytest.fixture
-def job(slurm, raw, tmp_path):
-    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
-    copy = tmp_path / "raw.jsonl"
-    shutil.copy(raw, copy)
+def sbatch(slurm, tmp_path):
+    """sbatch(OPTION..., SCRIPT, FLAG...): submits it; returns its id. Output goes to tmp_path."""
     ids = []
 
     def submit(*command, out="%j"):
-        sbatch = "source cluster/settings.sh && exec sbatch --parsable " + '"$@"'
+        script = "source cluster/settings.sh && exec sbatch --parsable " + '"$@"'
         result = subprocess.run(
-            ["bash", "-c", sbatch, "bash", "-o", tmp_path / out, *command, *flags(copy)],
+            ["bash", "-c", script, "bash", "-o", tmp_path / out, *map(str, command)],
             cwd=ROOT, env=slurm, capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         ids.append(result.stdout.strip())
         return ids[-1]
 
-    submit.raw = copy
     yield submit
     subprocess.run(["scancel", *ids], capture_output=True)
+
+
+@pytest.fixture
+def job(sbatch, raw, tmp_path):
+    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
+    copy = tmp_path / "raw.jsonl"
+    shutil.copy(raw, copy)
+
+    def submit(*command, out="%j"):
+        return sbatch(*command, *flags(copy), out=out)
+
+    submit.raw = copy
+    return submit
 
 
 def wait_for(condition, seconds=120):
@@ -150,6 +163,71 @@ def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
     told = (tmp_path / "again").read_text()
     assert f"going on: {len(done)} of {PIECES} pieces were done before" in told
     assert files(job.raw) == expected
+
+
+TRAINING = (
+    "--n_layer 1 --n_head 1 --n_embd 16 --sequence_length 16 --batch_size 4 --log_every 1 "
+    "--dropout 0.1 --device cpu --compile false"
+).split()
+
+
+def last_step(run) -> int:
+    """The last one in metrics.jsonl; 0 before the first."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def test_training_on_two_nodes_goes_on_exactly(sbatch, rhyme, tmp_path):
+    """After the signal before the time limit, which comes to the batch script alone, and after a
+    preemption; with the losses of two processes that nothing stopped, bit for bit."""
+    steps = ["--max_steps", "1200", "--eval_every", "500"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train_gpt2.py", *TRAINING, *steps, "--run_name", "whole"]
+    subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True, capture_output=True,
+    )  # fmt: skip
+    folders = ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
+    script = ["-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
+    job_id = sbatch(*script, *TRAINING, *steps, *folders, out="log")
+    run, log = tmp_path / "out" / f"job-{job_id}", tmp_path / "log"
+    wait_for(lambda: last_step(run) > 100)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True)
+    wait_for(lambda: "starts again" in log.read_text())
+    stopped = last_step(run)
+    wait_for(lambda: last_step(run) > stopped + 100)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
+    assert ended(job_id) == "COMPLETED 0:0", log.read_text()
+    told = log.read_text()
+    assert told.count("2 processes") == 3 and told.count("goes on\n") == 2, told
+    parts, whole = (
+        [
+            {name: value for name, value in line.items() if name != "tokens_per_second"}
+            for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (run, tmp_path / "out" / "whole")
+    )
+    assert len(whole) == 1200 + 3 and parts == whole
+
+
+def test_the_end_of_a_jobs_time_is_not_that_of_its_run(sbatch, rhyme, tmp_path):
+    """Slurm's own signal, which comes up to half a minute before it was asked for; and the same
+    line, submitted again, takes the run up where the other job has left it."""
+    script = ["--time=1", "--signal=B:USR1@5", "-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
+    more = ["--max_steps", "1000000", "--run_name", "mine"]
+    more += ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
+    job_id, run = sbatch(*script, *TRAINING, *more, out="log"), tmp_path / "out" / "mine"
+    wait_for(lambda: (tmp_path / "log").exists())
+    wait_for(lambda: f"job {job_id} starts again" in (tmp_path / "log").read_text())
+    stopped = last_step(run)
+    assert f"stopped at step {stopped}; " in (tmp_path / "log").read_text()
+    wait_for(lambda: last_step(run) > stopped)
+    subprocess.run(["scancel", job_id], check=True)
+    assert ended(job_id).startswith("CANCELLED")
+    stopped = load_checkpoint(run / "last.pt")["step"]
+    job_id = sbatch(*script, *TRAINING, *more, "--stop_at", stopped + 9, out="again")
+    assert ended(job_id) == "COMPLETED 0:0"
+    assert load_checkpoint(run / "last.pt")["step"] == last_step(run) == stopped + 9
 
 
 def test_settings_reach_sbatch(slurm, tmp_path):
