@@ -116,7 +116,8 @@ def new_run(config) -> Path:
     for name in [folder_name(config.run_name, "--run_name")] if config.run_name else numbered:
         folder = out_dir / name
         try:  # not looked up first: two runs may start at once
-            folder.mkdir()
+            # but a job of a scheduler may have been killed before its first checkpoint
+            folder.mkdir(exist_ok=config.resume == "auto")
             return folder
         except FileExistsError:
             continue

@@ -92,8 +92,9 @@ def join_processes(device: str):
 
 
 class StopSignal:
-    """Within its block, a SIGINT, SIGTERM or SIGUSR1 is only kept, in `signum`; a second one acts
-    as if there were no block."""
+    """Within its block, a SIGINT, SIGTERM or SIGUSR1 is only kept, in `signum`. A second SIGINT,
+    which a person sends, acts as if there were no block; schedulers and torchrun repeat theirs, to
+    the same process, and have SIGKILL for what is urgent."""
 
     def __enter__(self):
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -106,7 +107,10 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def keep(self, signum, frame):
+        again = b"; once more stops at once" if signum == signal.SIGINT else b""
+        if not self.signum and os.environ.get("RANK", "0") == "0":
+            # not print, which a signal may find in the middle of another print
+            os.write(2, b"\nstopping after this step" + again + b"\n")
+        if again:
+            signal.signal(signum, self.before[signum])
         self.signum = signum
-        # not print, which a signal may find in the middle of another print
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-        signal.signal(signum, self.before[signum])

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from common import atomic_write, optional
 
+EVERY = 60  # seconds between lines where there is no terminal for a bar
+
 
 class Metrics:
     """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows where the run is.
@@ -17,8 +19,9 @@ class Metrics:
     Each line of the file holds `step` (optimizer steps done) and what is known then: train_loss
     (nats per token, of that step's batch), learning_rate, tokens_per_second (of training alone) and
     mfu (the share of the device's peak, where that is known); or val_loss (nats per token) and
-    val_bpb (bits per byte of text). Lines beyond `step`, which a killed run leaves behind, are
-    dropped.
+    val_bpb (bits per byte of text, all of it: documents' first tokens, which nothing foretells and
+    val_loss leaves out, are counted as tokens like any other). Lines beyond `step`, which a killed
+    run leaves behind, are dropped.
     """
 
     def __init__(self, folder: Path, step: int, max_steps: int, tensorboard=False):
@@ -31,7 +34,8 @@ class Metrics:
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
             self.tensorboard = writer.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.start, self.status = time.perf_counter(), "training"
+        self.start = self.told = time.perf_counter()
+        self.status = "training"
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
         )
@@ -44,20 +48,21 @@ class Metrics:
             self.status += f", MFU {100 * mfu:.0f}%"
         self.bar.set_postfix_str(self.status, refresh=False)
         self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.perf_counter() - self.told >= EVERY:
+            self.tell(step)
 
     def validation(self, step: int, val_loss: float, val_bpb: float):
         self._write(step, val_loss=val_loss, val_bpb=val_bpb)
-        pace = (time.perf_counter() - self.start) / max(1, step - self.first)
-        left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
-        self.say(
-            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}: validation {val_loss:.4f} "
-            f"nats per token, {val_bpb:.4f} bits per byte; {self.status}; {left} left"
-        )
+        self.tell(step, f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; ")
 
-    def say(self, text: str) -> None:
+    def tell(self, step: int, text: str = "") -> None:
         """A line of its own, above the bar."""
+        self.told = time.perf_counter()
+        pace = (self.told - self.start) / max(1, step - self.first)
+        left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
+        number = f"{step:>{len(str(self.max_steps))}}/{self.max_steps}"
         with self.bar.external_write_mode():
-            print(text, flush=True)
+            print(f"step {number}: {text}{self.status}; {left} left", flush=True)
 
     def close(self) -> None:
         self.bar.close()

@@ -6,6 +6,9 @@
     torchrun --standalone --nproc_per_node 2 train_gpt2.py    # several processes
 
 Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, best.pt, sample.txt.
+
+Exit codes: 0 where the run is at its end (or at stop_at); 130, 138, 143 where a SIGINT, SIGUSR1 or
+SIGTERM ended it after a checkpoint, and --resume goes on; 1 for an error. torchrun makes all 1.
 """
 
 import math
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import SHAPE, load_checkpoint
-from common import parse_flags, run
+from common import folder_name, parse_flags, run
 from dataset import newest_corpus
 from device import choose_device, choose_dtype, join_processes
 from model import GPT2_SIZES
@@ -29,7 +32,7 @@ class Config:
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # of this run's folder in out_dir; "": corpus, size and a number
-    resume: str = ""  # folder of a run to go on with; its constants are kept
+    resume: str = ""  # folder of a run to go on with, its constants kept; auto: run_name's, if any
     init_from: str = ""  # gpt2, gpt2-medium, ..., or a folder with weights to start from
     size: str = "auto"  # tiny, small, gpt2, gpt2-medium, -large, -xl; auto: tiny on a CPU
     n_layer: int | None = None  # blocks; None, here and below: by size
@@ -45,7 +48,7 @@ class Config:
     train_flops: float | None = None  # FLOPs, at 6 a parameter and token
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C would; None: never
     eval_every: int | None = None  # steps between validations and checkpoints; None: max_steps / 5
-    save_every: int | None = None  # steps between checkpoints; None: those of validations alone
+    checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
     patience: int = 0  # validations without a new best after which the run ends; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
@@ -86,8 +89,8 @@ for _name, _shape in GPT2_SIZES.items():
 FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
 LEAST = {
     "sequence_length": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "train_flops": 1,
-    "stop_at": 1, "eval_every": 1, "save_every": 1, "log_every": 1, "patience": 0, "grad_clip": 0,
-    "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "seed": 0,
+    "stop_at": 1, "eval_every": 1, "checkpoint_minutes": 0, "log_every": 1, "patience": 0,
+    "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
 }  # fmt: skip
 
 
@@ -107,7 +110,11 @@ def configure():
     """The constants in use, with "auto" and sizes resolved, and the checkpoint to go on from, or
     None. Raises ValueError for a value that can't be used."""
     config, checkpoint = parse_flags(Config, __doc__), None
-    if config.resume:
+    if config.resume == "auto":  # a job that may have been started before
+        folder = Path(config.out_dir) / folder_name(config.run_name, "--run_name")
+        if (folder / "last.pt").exists():
+            config.resume = str(folder)
+    if config.resume not in ("", "auto"):
         folder = Path(config.resume)
         checkpoint = load_checkpoint(folder / "last.pt")
         saved = Config(**checkpoint["config"] | {"stop_at": None})

@@ -78,14 +78,18 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.parallel)
         bfloat16 = config.dtype == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        self.folder = None  # which rank 0 alone writes to
-        if rank == 0:
+        self.folder = Path(config.resume) if checkpoint else None
+        if rank == 0:  # which alone writes to it
             self.open_folder()
+        if world_size > 1:
+            folder = [self.folder]
+            dist.broadcast_object_list(folder, device=torch.device("cpu"))
+            self.folder = folder[0]
 
     def open_folder(self) -> None:
         """Makes the run's folder, or goes on in it, and shows what is about to happen."""
         config = self.config
-        self.folder = Path(config.resume) if config.resume else new_run(config)
+        self.folder = self.folder or new_run(config)
         config.run_name = self.folder.name
         with atomic_write(self.folder / "config.json") as f:
             f.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
@@ -107,14 +111,15 @@ class Trainer:
             metrics = Metrics(self.folder, self.step, config.max_steps, config.tensorboard)
         self.train_loader.batch_sampler.position = self.position
         batches = itertools.chain.from_iterable(itertools.repeat(self.train_loader))  # no end
-        tokens, since = 0, time.perf_counter()
+        tokens, since, self.saved, signum = 0, time.perf_counter(), time.monotonic(), 0
         with StopSignal() as stop:
             done = self.ended()
             while not done:
                 loss = self.train_step(*next(batches))
                 tokens += config.batch_size * config.sequence_length
                 last = self.step == config.max_steps
-                done = last or self.step == config.stop_at or self.any_rank(stop.signum)
+                signum = self.any_rank(stop.signum)
+                done = last or self.step == config.stop_at or signum > 0
                 if done or self.step % config.log_every == 0:
                     loss = self.finite(self.sum_over_ranks(loss))  # waits for the device
                     if metrics:
@@ -127,12 +132,13 @@ class Trainer:
                 if last or self.step % config.eval_every == 0:
                     self.validate(metrics)
                     tokens, since, done = 0, time.perf_counter(), done or self.ended()
-                elif done or (config.save_every and self.step % config.save_every == 0):
+                elif done or time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
                     self.save("last.pt")
+                    tokens, since = 0, time.perf_counter()
         if metrics:
             metrics.close()
             self.report()
-        return stop.signum
+        return signum
 
     def ended(self) -> bool:
         """Whether the run has come to max_steps, or has had `patience` validations in a row that
@@ -226,6 +232,7 @@ class Trainer:
         """Evaluates, and saves what the run has come to."""
         loss, split = self.evaluate(), self.metadata["splits"]["val"]
         if metrics:
+            # every byte has to be paid for: tokens that nothing foretells cost what others do
             bits_per_token = loss / math.log(2)
             metrics.validation(self.step, loss, bits_per_token * split["tokens"] / split["bytes"])
             plot_losses(self.folder)
@@ -250,6 +257,7 @@ class Trainer:
         if resumable:
             checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_checkpoint(self.folder / name, checkpoint)
+        self.saved = time.monotonic()
 
     def restore(self, checkpoint) -> None:
         """Takes over weights, optimizer states and step; constants stay as self.config has them."""
@@ -294,7 +302,7 @@ class Trainer:
     def finite(self, value, what="the loss") -> float:
         """A loss as a number. Raises ValueError for NaN or infinity, before anything is saved."""
         if not math.isfinite(value := float(value)):
-            good = self.folder and (self.folder / "last.pt").exists()
+            good = (self.folder / "last.pt").exists()
             raise ValueError(
                 f"{what} is {value} at step {self.step}: lower --learning_rate or --grad_clip, and "
                 + (f"go on from {self.folder}/last.pt, which is good" if good else "start anew")
@@ -306,6 +314,9 @@ class Trainer:
             dist.all_reduce(value)
         return value
 
-    def any_rank(self, flag: int) -> bool:
-        """Whether any process has seen a signal: all must stop at the same step."""
-        return bool(self.sum_over_ranks(torch.tensor(flag)))
+    def any_rank(self, signum: int) -> int:
+        """The signal that any process has seen: all must stop at the same step."""
+        signum = torch.tensor(signum)
+        if self.world_size > 1:
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return signum.item()

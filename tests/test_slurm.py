@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, make_corpus, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 
+from checkpoint import load_checkpoint
 from metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(300)
@@ -66,25 +67,35 @@ def files(raw) -> dict:
 
 
 @pytest.fixture
-def job(slurm, raw, tmp_path):
-    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
-    copy = tmp_path / "raw.jsonl"
-    shutil.copy(raw, copy)
+def sbatch(slurm, tmp_path):
+    """sbatch(OPTION..., SCRIPT, FLAG...): submits it; returns its id. Output goes to tmp_path."""
     ids = []
 
     def submit(*command, out="%j"):
-        sbatch = "source cluster/settings.sh && exec sbatch --parsable " + '"$@"'
+        script = "source cluster/settings.sh && exec sbatch --parsable " + '"$@"'
         result = subprocess.run(
-            ["bash", "-c", sbatch, "bash", "-o", tmp_path / out, *command, *flags(copy)],
+            ["bash", "-c", script, "bash", "-o", tmp_path / out, *map(str, command)],
             cwd=ROOT, env=slurm, capture_output=True, text=True,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         ids.append(result.stdout.strip())
         return ids[-1]
 
-    submit.raw = copy
     yield submit
     subprocess.run(["scancel", *ids], capture_output=True)
+
+
+@pytest.fixture
+def job(sbatch, raw, tmp_path):
+    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
+    copy = tmp_path / "raw.jsonl"
+    shutil.copy(raw, copy)
+
+    def submit(*command, out="%j"):
+        return sbatch(*command, *flags(copy), out=out)
+
+    submit.raw = copy
+    return submit
 
 
 def wait_for(condition, seconds=120):
@@ -154,6 +165,71 @@ def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
     assert files(job.raw) == expected
 
 
+TRAINING = [
+    "--n_layer", "1", "--n_head", "1", "--n_embd", "16", "--sequence_length", "16",
+    "--batch_size", "4", "--dropout", "0.1", "--log_every", "1", "--device", "cpu",
+]  # fmt: skip
+
+
+def last_step(run) -> int:
+    """The last one in metrics.jsonl; 0 before the first."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def test_training_on_two_nodes_goes_on_exactly(sbatch, rhyme, tmp_path):
+    """After the signal that comes before a time limit, and after a preemption; with the losses of
+    two processes that nothing stopped, bit for bit."""
+    steps = ["--max_steps", "600", "--eval_every", "250"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train_gpt2.py", *TRAINING, *steps, "--run_name", "whole"]
+    subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True, capture_output=True,
+    )  # fmt: skip
+    folders = ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
+    script = ["-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
+    job_id = sbatch(*script, *TRAINING, *steps, *folders, out="log")
+    run, log = tmp_path / "out" / f"job-{job_id}", tmp_path / "log"
+    wait_for(lambda: last_step(run) > 50)
+    subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
+    wait_for(lambda: "starts again" in log.read_text())
+    stopped = last_step(run)
+    wait_for(lambda: last_step(run) > stopped + 50)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
+    assert ended(job_id) == "COMPLETED 0:0", log.read_text()
+    told = log.read_text()
+    assert told.count("2 processes") == 3 and told.count("goes on\n") == 2, told
+    parts, whole = (
+        [
+            {name: value for name, value in line.items() if name != "tokens_per_second"}
+            for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (run, tmp_path / "out" / "whole")
+    )
+    assert len(whole) == 600 + 3 and parts == whole
+
+
+def test_the_end_of_a_jobs_time_is_not_that_of_its_run(sbatch, rhyme, tmp_path):
+    """Slurm's own signal, which comes up to half a minute before it was asked for; and the same
+    line, submitted again, takes the run up where the other job has left it."""
+    script = ["--time=1", "--signal=USR1@5", "-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
+    more = ["--max_steps", "1000000", "--run_name", "mine"]
+    more += ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
+    job_id, run = sbatch(*script, *TRAINING, *more, out="log"), tmp_path / "out" / "mine"
+    wait_for(lambda: (tmp_path / "log").exists())
+    wait_for(lambda: f"job {job_id} starts again" in (tmp_path / "log").read_text())
+    stopped = last_step(run)
+    assert f"stopped at step {stopped}; " in (tmp_path / "log").read_text()
+    wait_for(lambda: last_step(run) > stopped)
+    subprocess.run(["scancel", job_id], check=True)
+    assert ended(job_id).startswith("CANCELLED")
+    stopped = load_checkpoint(run / "last.pt")["step"]
+    job_id = sbatch(*script, *TRAINING, *more, "--stop_at", stopped + 9, out="again")
+    assert ended(job_id) == "COMPLETED 0:0"
+    assert load_checkpoint(run / "last.pt")["step"] == last_step(run) == stopped + 9
+
+
 def test_settings_reach_sbatch(slurm, tmp_path):
     text = (ROOT / "cluster" / "settings.sh").read_text()
     text = text.replace('partition=""', 'partition="nowhere"').replace(
@@ -204,55 +280,3 @@ def test_parts_one_after_another_in_place_of_an_older_corpus(tmp_path):
         metadata = json.loads((tmp_path / "data" / "c" / "metadata.json").read_text())
         assert sum(split["documents"] for split in metadata["splits"].values()) == 4000
         assert "is prepared already" in prepare(path, "--part", "0/3")
-
-
-@pytest.fixture
-def training(slurm, tmp_path):
-    """training(OPTION...): submits a run of 40 steps of a tiny model; returns its id."""
-    make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
-    shape = "--n_layer 2 --n_head 2 --n_embd 16 --sequence_length 16 --batch_size 4"
-    rest = "--corpus rhyme --warmup_steps 2 --eval_every 50 --log_every 1 --device cpu --dropout 0"
-    where = f"--data_dir {tmp_path}/data --out_dir {tmp_path}/out --run_name mine"
-    flags = f"{shape} {rest} {where}".split()
-    ids = []
-
-    def submit(*more):
-        command = ["sbatch", "--parsable", "-N", "2", "-o", tmp_path / "log"]
-        result = subprocess.run(
-            [*command, "cluster/train_gpt2.sbatch", *flags, *map(str, more)],
-            cwd=ROOT, env=slurm, capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        ids.append(result.stdout.strip())
-        return ids[-1]
-
-    submit.flags = flags
-    yield submit
-    subprocess.run(["scancel", *ids], capture_output=True)
-
-
-def losses(folder):
-    return {line["step"]: line["train_loss"] for line in read_metrics(folder / "metrics.jsonl")
-            if "train_loss" in line}  # fmt: skip
-
-
-def test_a_run_on_two_nodes_signalled_and_requeued_is_the_same_run(training, tmp_path):
-    """The signal that comes before a time limit: saved, requeued, gone on with by itself."""
-    flags = training.flags
-    one = run_script("train_gpt2.py", *flags, "--run_name", "one", "--max_steps", 250, cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    job_id, metrics = training("--max_steps", 250), tmp_path / "out/mine/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
-    subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
-    assert ended(job_id) == "COMPLETED 0:0", (tmp_path / "log").read_text()
-    log = (tmp_path / "log").read_text()
-    assert log.count("stopped at step") == 1 and log.count("best validation") == 1, log
-    assert losses(tmp_path / "out/mine") == pytest.approx(losses(tmp_path / "out/one"), abs=1e-4)
-
-
-def test_a_run_that_failed_goes_on_when_submitted_again(training, tmp_path):
-    assert ended(training("--max_steps", 40, "--stop_at", 25)) == "COMPLETED 0:0"
-    assert ended(training("--max_steps", 40)) == "COMPLETED 0:0", (tmp_path / "log").read_text()
-    assert sorted(losses(tmp_path / "out/mine")) == list(range(1, 41))
-    assert ended(training("--corpus", "nope")).startswith("FAILED 1:0")
-    assert "nope" in (tmp_path / "log").read_text()

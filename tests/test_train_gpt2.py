@@ -1,12 +1,19 @@
+import fcntl
+import functools
 import json
 import math
+import multiprocessing.forkserver
 import os
+import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +22,7 @@ from conftest import ROOT, assert_one_line_error, make_corpus, run_script
 
 import train_gpt2
 from checkpoint import load_checkpoint, load_model, newest_run
+from common import run
 from metrics import Metrics, read_metrics
 
 TINY = {
@@ -101,9 +109,11 @@ def test_micro_batches_add_up_to_the_batch(train):
         assert losses(train(max_steps=6, micro_batch_size=size)) == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(train, optimizer):
+@pytest.mark.parametrize("optimizer, corpus", [("muon", "documents"), ("adamw", "rhyme")])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(train, tmp_path, optimizer, corpus):
+    make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     options = {"max_steps": 30, "dropout": 0.2, "optimizer": optimizer, "micro_batch_size": 2}
+    options |= {"corpus": corpus, "replace": 0.1}
     before = signal.getsignal(signal.SIGTERM)
     whole = train(**options, run_name="whole")
     train(**options, run_name="parts", stop_at=11)
@@ -131,9 +141,27 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
             train(resume="out/rhyme-tiny-1", **{flag: value})
     with pytest.raises(ValueError, match="at step 1: stop_at lies behind"):
         train(resume="out/rhyme-tiny-1", stop_at=1)
+    path = tmp_path / "data" / "rhyme" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"tokenizer": {"name": "bytes", "sha256": "another"}}))
+    with pytest.raises(ValueError, match="rhyme was prepared anew"):
+        train(resume="out/rhyme-tiny-1")
     make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])
     with pytest.raises(ValueError, match="rhyme was prepared anew"):
         train(resume="out/rhyme-tiny-1")
+
+
+def test_a_job_that_is_started_again_goes_on(train):
+    """--resume auto: whatever its scheduler has done to it, the command is the same."""
+    command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}
+    (folder := Path("out/job")).mkdir(parents=True)  # killed before its first checkpoint
+    train(**command, stop_at=2)
+    assert train(**command).name == "job"
+    assert list(losses(folder)) == [1, 2, 3, 4]
+    train(**command)  # is at its end
+    assert load_checkpoint(folder / "last.pt")["step"] == 4
+    with pytest.raises(ValueError, match="--run_name NAME"):
+        train(**TINY, resume="auto")
 
 
 def test_the_order_goes_on_with_another_batch_size(train):
@@ -149,6 +177,32 @@ def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
     metrics.train(3, 10.0, train_loss=1.0, learning_rate=0.1)
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_without_a_terminal_there_is_a_plain_line_a_minute(tmp_path, capsys, monkeypatch):
+    for every, lines in ((60, 0), (0, 2)):
+        monkeypatch.setattr("metrics.EVERY", every)
+        metrics = Metrics(tmp_path, step=0, max_steps=10)
+        for step in (1, 2):
+            metrics.train(step, 8.0, mfu=0.5, train_loss=1.25, learning_rate=0.1)
+        metrics.close()
+        out, err = capsys.readouterr()
+        assert out.count("\n") == lines and not err
+    assert "step  2/10: train 1.2500, 8 tokens/s, MFU 50%; 0:00:00 left" in out
+
+
+def test_on_a_terminal_there_is_one_line(tmp_path, capsys, monkeypatch):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    monkeypatch.setattr(sys, "stderr", os.fdopen(end, "w"))
+    metrics = Metrics(tmp_path, step=0, max_steps=10)
+    for step in (1, 2):
+        metrics.train(step, 8.0, train_loss=1.25, learning_rate=0.1)
+    metrics.bar.refresh()  # as it does ten times a second
+    shown = os.read(terminal, 10_000).decode()
+    assert "| 2/10 " in shown and "train 1.2500, 8 tokens/s" in shown and "\n" not in shown
+    metrics.close()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_best_checkpoint_is_kept(train, tmp_path):
@@ -239,20 +293,49 @@ def flags(**changes):
     return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
 
 
+def script(folder, argv):
+    """python train_gpt2.py ARGV >out.txt 2>err.txt in `folder`."""
+    os.chdir(folder)
+    for number, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["train_gpt2.py", *argv]
+    run(train_gpt2.main)
+
+
+@functools.cache
+def forkserver():
+    """Makes processes that have imported all before they begin."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for them
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(folder, *argv):
+    process = forkserver().Process(target=script, args=(folder, argv))
+    process.start()
+    return process
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        alive = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+        assert alive and time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags(max_steps=100_000)]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start(tmp_path, *flags(max_steps=100_000))
     metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, err
+    wait_for(lambda: len(read_metrics(metrics)) > 3, process)
+    os.kill(process.pid, signum)
+    process.join()
+    out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
+    assert process.exitcode == 128 + signum, err
     assert "Traceback" not in err
     assert out.splitlines()[-1].endswith("python train_gpt2.py --resume out/rhyme-tiny-1 goes on")
     step = load_checkpoint(tmp_path / "out/rhyme-tiny-1/last.pt")["step"]
@@ -262,21 +345,21 @@ def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
 
 def torchrun(tmp_path, processes, *more):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command, str(ROOT / "train_gpt2.py"), *more],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_several_processes_give_the_curve_of_one(train, tmp_path):
     """Stopped in the middle, they go on as another number of processes, compiled and not."""
     one = train(max_steps=12)
-    out = torchrun(tmp_path, 2, *flags(max_steps=12), "--run_name", "some", "--micro_batch_size",
-                   "1", "--stop_at", "4")  # fmt: skip
-    assert out.count("parameters;") == 1  # rank 0 alone tells and writes
-    torchrun(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")
+    options = {"run_name": "some", "micro_batch_size": 1, "stop_at": 4}
+    out, err = torchrun(tmp_path, 2, *flags(max_steps=12, **options)).communicate()
+    assert out.count("parameters;") == 1, err  # rank 0 alone tells and writes
+    process = torchrun(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")
+    assert (process.communicate()[1], process.returncode) == ("", 0)
     compiled = "true" if shutil.which("c++") else "false"
     train(resume="out/some", micro_batch_size=4, stop_at=11, compile=compiled)
     train(resume="out/some", compile="false")
@@ -285,14 +368,28 @@ def test_several_processes_give_the_curve_of_one(train, tmp_path):
     assert losses(some, "val_loss") == pytest.approx(losses(one, "val_loss"), abs=1e-5)
 
 
+def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
+    """It hands the signal on. One process of two may have been a step ahead when it came."""
+    process = torchrun(tmp_path, 2, *flags(max_steps=100_000, run_name="some"))
+    run = tmp_path / "out" / "some"
+    wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.count("stopping after this step") == out.count("goes on\n") == 1, err
+    assert (
+        load_checkpoint(run / "last.pt")["step"] == read_metrics(run / "metrics.jsonl")[-1]["step"]
+    )
+
+
 def test_patience_ends_a_run_that_has_stopped_improving(train, tmp_path, capsys):
     make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])  # unlike what it learns
-    options = dict(max_steps=80, corpus="other", learning_rate=0.02, eval_every=2)
+    options = dict(max_steps=40, corpus="other", learning_rate=0.02, eval_every=2)
     curve = losses(train(**options, run_name="whole"), "val_loss")
     patient = train(**options, patience=3, run_name="patient")
     ended = losses(patient, "val_loss")
     last = max(ended)
-    assert last < 80 and ended == {step: loss for step, loss in curve.items() if step <= last}
+    assert last < 40 and ended == {step: loss for step, loss in curve.items() if step <= last}
     best = min(ended, key=ended.get)
     assert last - best == 3 * 2
     assert "no better validation for 6 steps" in capsys.readouterr().out
@@ -315,21 +412,15 @@ def test_tensorboard_has_the_same_numbers(train):
 
 def test_killed_at_any_moment_the_last_checkpoint_loads(rhyme, tmp_path):
     """Checkpoints every step, and kills that come at all moments of one."""
-    first = flags(max_steps=100_000, eval_every=1, log_every=10) + ["--run_name", "mine"]
-    command, last = [sys.executable, str(ROOT / "train_gpt2.py")], tmp_path / "out/mine/last.pt"
-    step = 0
-    for wait in (0.05, 0.12, 0.21):
-        process = subprocess.Popen(
-            command + (["--resume", "out/mine"] if step else first), cwd=tmp_path,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    last, step = tmp_path / "out/mine/last.pt", 0
+    job = flags(max_steps=100_000, eval_every=100_000, run_name="mine", resume="auto")
+    for wait in range(12):
         before = last.stat().st_mtime_ns if step else 0
-        while not (last.exists() and last.stat().st_mtime_ns > before):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.005)
-        time.sleep(wait)
+        process = start(tmp_path, *job, "--checkpoint_minutes", "0")
+        wait_for(lambda: last.exists() and last.stat().st_mtime_ns > before, process)  # noqa: B023
+        time.sleep(0.0037 * wait)
         process.kill()
-        process.communicate()
+        process.join()
         step, before = load_checkpoint(last)["step"], step
         assert step > before
 
@@ -380,17 +471,23 @@ def test_nothing_prepared(tmp_path):
     assert_one_line_error(result, "data has no prepared corpus", "python prepare_data.py")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(rhyme, tmp_path):
-    result = run_script(
-        "train_gpt2.py", *flags(max_steps=50, learning_rate=1e30, grad_clip=0), cwd=tmp_path
-    )
-    assert_one_line_error(result, "is nan at step", "lower --learning_rate", "start anew")
-    steps = ["--max_steps", 30, "--run_name", "mine"]
-    train = lambda *more: run_script("train_gpt2.py", *more, cwd=tmp_path)  # noqa: E731
-    train(*flags(), *steps, "--stop_at", 4)
-    result = train("--resume", "out/mine", "--learning_rate", 1e30, "--grad_clip", 0)
-    assert_one_line_error(result, "go on from out/mine/last.pt, which is good")
-    assert load_checkpoint(tmp_path / "out/mine/last.pt")["step"] == 4
+def test_a_loss_that_is_no_number_stops_the_run(train):
+    wild = {"learning_rate": 1e30, "grad_clip": 0, "run_name": "mine"}
+    with pytest.raises(ValueError, match=r"is nan at step \d+: lower --learning_rate .* anew"):
+        train(max_steps=50, **wild, resume="auto")
+    train(**TINY, max_steps=30, run_name="mine", resume="auto", stop_at=4)
+    with pytest.raises(ValueError, match=r"go on from out/mine/last\.pt, which is good"):
+        train(**wild, resume="out/mine")
+    assert load_checkpoint(Path("out/mine/last.pt"))["step"] == 4
+
+
+def test_out_of_memory_names_two_constants(train, monkeypatch):
+    def fit(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("trainer.Trainer.fit", fit)  # of a GPU, that is
+    with pytest.raises(ValueError, match="lower --micro_batch_size or --sequence_length"):
+        train(max_steps=1)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
