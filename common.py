@@ -37,9 +37,7 @@ def parse_flags(cls, doc: str, defaults=None):
             f"--{field.name}",
             **dict(action="store_true")
             if kind is bool
-            else dict(
-                type={int: _int, float: _float, str: str}[kind], metavar=kind.__name__.upper()
-            ),
+            else dict(type=_finite if kind is float else kind, metavar=kind.__name__.upper()),
             **dict(nargs="+") if several else {},
             default=default,
             help=f"{comments[field.name]} [{default!r}]".replace("%", "%%"),
@@ -108,7 +106,7 @@ def atomic_write(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # a failed write doesn't know it
+        error.filename = error.filename or str(path)  # a failed write doesn't know it
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -140,18 +138,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
 
 
-def _int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
     return value

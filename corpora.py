@@ -6,10 +6,12 @@
 Downloads are checked against a size and a sha256; see data/README.md for what comes of them.
 """
 
+import contextlib
 import glob
 import json
 import platform
 import re
+import shutil
 import tarfile
 import zipfile
 from dataclasses import dataclass, replace
@@ -110,20 +112,16 @@ def _own_copy(name, known, inputs) -> Corpus:
 
 def _fetch(known: Known, folder: Path) -> None:
     """Downloads and unpacks what isn't in `folder`."""
-    for part in known.downloads:
-        names = [name for _, name in part.members] or [_file_name(part, known)]
+    for part, source in zip(known.downloads, known.sources):
+        names = [name for _, name in part.members] or [source.path]
         if all((folder / name).exists() for name in names):
             continue  # written whole, once checked
-        path = folder / (part.urls[0].rsplit("/", 1)[1] if part.members else names[0])
-        if not (path.exists() and part.sha256 and sha256_of(path) == part.sha256):
-            download(part.urls, path, part.size, part.sha256 or None)
+        path = folder / (part.urls[0].rsplit("/", 1)[1] if part.members else source.path)
+        if not path.exists():
+            download(part.urls, path, part.size, part.sha256)
         if part.members:
             unpack(path, folder, dict(part.members))
             path.unlink()
-
-
-def _file_name(part, known):
-    return known.sources[known.downloads.index(part)].path
 
 
 def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
@@ -133,11 +131,11 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
     No name in the archive is ever used as a path, links and devices are no files, and what grows
     to more than a hundred times the archive is refused (ValueError).
     """
-    limit = 100 * archive.stat().st_size
-    with _open_archive(archive) as (names, open_member):
-        for target in dict.fromkeys(members.values()):
-            patterns = [pattern for pattern, name in members.items() if name == target]
-            chosen = [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
+    with _open_archive(archive) as (sizes, open_member):
+        if sum(sizes.values()) > 100 * archive.stat().st_size:
+            raise ValueError(f"{archive} grows beyond all measure")
+        for pattern, target in members.items():
+            chosen = [name for name in sizes if re.fullmatch(pattern, name)]
             if not chosen:
                 raise ValueError(
                     f"{archive} holds nothing for {target}: it isn't what it should be"
@@ -145,37 +143,24 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
             with atomic_write(folder / target) as out:
                 for name in chosen:
                     with open_member(name) as f:
-                        blocks = []
-                        while block := f.read(BLOCK):
-                            limit -= len(block)
-                            if limit < 0:
-                                raise ValueError(f"{archive} grows beyond all measure")
-                            if target.endswith(".jsonl"):
-                                blocks.append(block)
-                            else:
-                                out.write(block)
-                    if target.endswith(".jsonl"):
-                        text = b"".join(blocks).decode()
-                        out.write(json.dumps({"text": text, "file": name}).encode() + b"\n")
+                        if target.endswith(".jsonl"):
+                            row = {"text": f.read().decode(), "file": name}
+                            out.write(json.dumps(row).encode() + b"\n")
+                        else:
+                            shutil.copyfileobj(f, out, BLOCK)
 
 
-class _open_archive:
-    """names of the files in an archive, in its own order, and a function that opens one."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        if zipfile.is_zipfile(self.path):
-            self.archive = zipfile.ZipFile(self.path)
-            return self.archive.namelist(), self.archive.open
-        self.archive = tarfile.open(self.path)
-        files = [member for member in self.archive if member.isfile()]
-        by_name = {member.name: member for member in files}
-        return list(by_name), lambda name: self.archive.extractfile(by_name[name])
-
-    def __exit__(self, *_):
-        self.archive.close()
+@contextlib.contextmanager
+def _open_archive(path):
+    """Yields name -> size of each file in an archive, in its own order, and what opens one."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield {info.filename: info.file_size for info in archive.infolist()}, archive.open
+    else:
+        with tarfile.open(path) as archive:
+            files = {member.name: member for member in archive if member.isfile()}
+            sizes = {name: member.size for name, member in files.items()}
+            yield sizes, lambda name: archive.extractfile(files[name])
 
 
 def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
@@ -208,32 +193,23 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
 
 def _files(item, documents, text_field):
     path = Path(item)
-    if path.is_file():
-        paths, kinds = [path], FORMATS | {_suffix(path): FORMATS.get(_suffix(path), "text")}
-    elif path.is_dir():
-        paths = [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
-        kinds = FORMATS
-    else:
-        paths, kinds = sorted(map(Path, glob.glob(item, recursive=True))), FORMATS
+    pattern = f"{glob.escape(item)}/**" if path.is_dir() else item  # leaves hidden ones out
+    paths = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    if not paths:
+        raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
+    other = "text" if path.is_file() else None  # what a file is that was named, whatever its suffix
     sources = [
         Source(str(p), kind, documents if kind == "text" else "", text_field or "text")
         for p in paths
-        if (kind := kinds.get(_suffix(p)))
+        if p.is_file() and (kind := FORMATS.get(_suffix(p), other))
     ]
-    if not sources and not paths and not path.is_dir():
-        raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
     if not sources:
         raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (also .gz, .zst)")
     return sources
 
 
 def _suffix(path: Path) -> str:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return Path(name).suffix.lower() if path.is_file() else "a folder"
-
-
-def _hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
 
 
 def hugging_face(name: str, text_field: str) -> list[Source]:

@@ -54,7 +54,7 @@ def download(
 
 def _fetch(url, part, size, sha256, pause, tries) -> None:
     """Makes `part` whole and checked. Raises ConnectionError."""
-    failures, restarted = 0, False
+    failures = 0
     while True:
         done = part.stat().st_size if part.exists() else 0
         try:
@@ -63,13 +63,11 @@ def _fetch(url, part, size, sha256, pause, tries) -> None:
             if expected in (None, found):
                 return
             part.unlink()
-            if not done:  # one answer, and the wrong one
-                raise ConnectionError(
-                    f"{url} sent something else: sha256 {found[:16]}..., not {expected[:16]}..."
-                )
-            if restarted:
-                raise ConnectionError(f"{url} changes while it is being fetched")
-            restarted = True  # what a killed run left may be of another file: from the start
+            if done:  # what a killed run left may be of another file: from the start
+                raise _TryAgain("it changes while it is being fetched")
+            raise ConnectionError(
+                f"{url} sent something else: sha256 {found[:16]}..., not {expected[:16]}..."
+            )
         except _TryAgain as error:
             grown = part.exists() and part.stat().st_size > done
             failures = 1 if grown else failures + 1

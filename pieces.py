@@ -10,7 +10,6 @@ for any number of workers and either engine, and a piece that is done need not b
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -63,7 +62,7 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
     off by max_length), skipped (what was no document: where and why), seconds. Raises ValueError
     for what is no document, unless on_error is "skip".
     """
-    tokenizer = _tokenizer(job.tokenizer)
+    tokenizer = get_tokenizer(job.tokenizer)
     start = time.perf_counter()
     account = {"splits": {}, "dropped": 0, "skipped": []}
     path = Path(job.folder) / f"{number:06}"
@@ -105,11 +104,6 @@ def _complain(job, source, position, bad) -> str:
     raise ValueError(place + ("; --on_error skip leaves it out" if job.documents else ""))
 
 
-@functools.lru_cache(1)
-def _tokenizer(name):
-    return get_tokenizer(name)
-
-
 def _write(job, tokenizer, texts, file, totals) -> int:
     """Tokenizes texts into `file` and adds to `totals`; returns how many tokens were cut off."""
     dropped = 0
@@ -118,7 +112,7 @@ def _write(job, tokenizer, texts, file, totals) -> int:
     else:
         ids = np.concatenate([tokenizer.encode(text) for text in texts])
     totals["documents"] += len(texts)
-    totals["bytes"] += _bytes(texts)
+    totals["bytes"] += sum(len(encodable(text).encode()) for text in texts)
     if job.max_length:
         ends = np.flatnonzero(ids == tokenizer.eot_token)
         lengths = np.diff(ends, prepend=-1)  # with the end of text
@@ -132,14 +126,6 @@ def _write(job, tokenizer, texts, file, totals) -> int:
     file.write(ids.astype(tokenizer.dtype).tobytes())
     totals["tokens"] += len(ids)
     return dropped
-
-
-def _bytes(texts) -> int:
-    """Of the texts in UTF-8."""
-    try:
-        return len("".join(texts).encode())
-    except UnicodeEncodeError:  # surrogates: one by one, lest two texts' make a pair
-        return sum(len(encodable(text).encode()) for text in texts)
 
 
 def join_pieces(paths: list[str], shard: str) -> str:
@@ -184,11 +170,10 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
         if workers == 1 or len(tasks) <= 1:
             yield from ((i, function(*task)) for i, task in enumerate(tasks))
             return
-        start = lambda i: pool.submit(function, *tasks[i])  # noqa: E731
-        wait = lambda f: concurrent.futures.wait(f, return_when="FIRST_COMPLETED")[0]  # noqa: E731
+        futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
         try:
-            for i, future in _some_at_once(len(tasks), 2 * workers, start, wait):
-                yield i, future.result()
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
         except BrokenProcessPool:
             raise OSError(
                 "a worker process was killed, perhaps for want of memory: run this again, with "
@@ -232,16 +217,19 @@ def _ray(workers, address):
     except ConnectionError as error:
         raise ConnectionError(f"no Ray cluster at {address}: {error}") from None
     try:
-        everywhere = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
 
         def run(function, tasks):
             remote = ray.remote(num_cpus=1, max_retries=5)(function)
-            start = lambda i: remote.remote(*tasks[i])  # noqa: E731
-            wait = lambda futures: ray.wait(list(futures))[0]  # noqa: E731
-            at_once = everywhere if workers else 2 * everywhere
-            for i, future in _some_at_once(len(tasks), at_once, start, wait):
+            following, running = enumerate(tasks), {}
+            while True:
+                for i, task in itertools.islice(following, at_once - len(running)):
+                    running[remote.remote(*task)] = i
+                if not running:
+                    return
+                (future,), _ = ray.wait(list(running))
                 try:
-                    yield i, ray.get(future)
+                    yield running.pop(future), ray.get(future)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except ray.exceptions.RayError as error:
@@ -250,18 +238,3 @@ def _ray(workers, address):
         yield run
     finally:
         ray.shutdown()
-
-
-def _some_at_once(count, at_once, start, wait):
-    """Starts tasks 0 to count - 1, never more than `at_once` unfinished; yields each with its
-    index once it is finished."""
-    running, following = {}, iter(range(count))
-    while True:
-        for i in following:
-            running[start(i)] = i
-            if len(running) >= at_once:
-                break
-        if not running:
-            return
-        for future in list(wait(running)):
-            yield running.pop(future), future

@@ -93,12 +93,11 @@ def main():
             f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
             f"sample.py finds the vocabulary by TIKTOKEN_CACHE_DIR={data_dir}/tokenizers"
         )
-    options = {
-        name: getattr(config, name)
-        for name in ("train_split_ratio", "seed", "max_length", "on_error", "part")
-    }
     with engine(config.engine, config.workers, config.ray_address) as run_tasks:
-        prepare(corpus, tokenizer, data_dir / corpus.name, run_tasks, **options)
+        prepare(
+            corpus, tokenizer, data_dir / corpus.name, run_tasks, config.train_split_ratio,
+            config.seed, config.max_length, config.on_error, config.part,
+        )  # fmt: skip
 
 
 def check(config) -> None:
@@ -142,8 +141,8 @@ def load(config, data_dir):
 def name_of(inputs) -> str:
     """A corpus's name after its first input: my.jsonl.gz -> my, raw/*.txt -> raw, DIR:a -> DIR-a,
     hf:NAME/CONFIG -> NAME-CONFIG."""
-    name = inputs[0].removeprefix("hf:") if inputs[0].startswith("hf:") else inputs[0]
-    if inputs[0].startswith("hf:") and not Path(name).exists():
+    name = inputs[0].removeprefix("hf:")
+    if name != inputs[0] and not Path(name).exists():
         name = name.replace("/", "-")
     path = Path(name)
     while re.search(r"[*?[]", path.name):

@@ -14,6 +14,7 @@ import gzip
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -64,6 +65,11 @@ class Source:
     stop: int | None = None
 
     @property
+    def length(self) -> float:
+        """Bytes or rows, as far as is known; math.inf: to the end."""
+        return math.inf if self.stop is None else self.stop - self.start
+
+    @property
     def compressed(self) -> bool:
         return self.path.endswith((".gz", ".zst"))
 
@@ -102,30 +108,18 @@ def cut(source: Source, piece_bytes: int) -> list[tuple[Source, int]]:
     size = os.path.getsize(source.path)
     stop = size if source.stop is None else source.stop
     pattern = BOUNDARY.get("line" if source.format == "jsonl" else source.documents)
-    if source.compressed or pattern is None or stop - source.start <= piece_bytes:
+    if source.compressed:
+        return [(source, size)]
+    if pattern is None or stop - source.start <= piece_bytes:
         return [(source, stop - source.start)] if size else []
     parts, start = [], source.start
-    with open(source.path, "rb") as f:
+    with open(source.path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
         while start < stop:
-            end = _next_boundary(f, start + piece_bytes, stop, pattern)
+            match = pattern.search(text, start + piece_bytes, stop)
+            end = match.end() if match else stop
             parts.append((replace(source, start=start, stop=end), end - start))
             start = end
     return parts
-
-
-def _next_boundary(f, position, stop, pattern) -> int:
-    """The first place behind `position` where the text may be cut, `stop` if there is none."""
-    window = 1 << 12
-    while position + window < stop:
-        f.seek(position)
-        if match := pattern.search(f.read(window)):
-            return min(position + match.end(), stop)
-        window *= 4
-    if position < stop:
-        f.seek(position)
-        if match := pattern.search(f.read(stop - position)):
-            return position + match.end()
-    return stop
 
 
 def _cut_table(source, piece_bytes):
@@ -162,7 +156,7 @@ def _table(source):
                 shutil.copyfileobj(stack.enter_context(open_file(source.path)), file, BLOCK)
             parquet = optional("pyarrow.parquet", source.path)
             yield stack.enter_context(parquet.ParquetFile(file))
-    except (pyarrow.ArrowException, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (pyarrow.ArrowException, *damage(source.path)) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source.path}: a damaged .{source.format} file ({reason})") from None
     except OSError as error:  # pyarrow's own, without a number
@@ -199,8 +193,7 @@ def read(source: Source):
 
 def _lines(f, source):
     """Lines of about a block, without their ends; blank ones are left out."""
-    position, rest = source.start, b""
-    left = math.inf if source.stop is None else source.stop - position
+    position, rest, left = source.start, b"", source.length
     while left > 0:
         block = f.read1(min(max(BLOCK, len(rest)), left))  # more, where a line is longer
         left = left - len(block) if block else 0
@@ -216,11 +209,9 @@ def _lines(f, source):
 
 def _grouped(f, source):
     """Lines that belong together: between blank lines, or from one article's title to the next."""
-    lines, start, blank, position = [], source.start, True, source.start
-    while source.stop is None or position < source.stop:
-        line = f.readline()
-        if not line:
-            break
+    lines, start, blank, left = [], source.start, True, source.length
+    position = start
+    while position - source.start < left and (line := f.readline()):
         begins = blank and (source.documents == "blank-line" or TITLE.fullmatch(line))
         blank = line.isspace()
         if lines and begins and not blank:
@@ -236,18 +227,14 @@ def _grouped(f, source):
 
 
 def _whole(f, source):
-    size = -1 if source.stop is None else source.stop - source.start
-    yield [source.start], [f.read(size)]
+    yield [source.start], [f.read(-1 if source.stop is None else source.length)]
 
 
 def _stream(f, source):
     """A running text in parts of about a block, cut where no token is."""
-    start, rest, left = source.start, b"", source.stop and source.stop - source.start
-    while left is None or left > 0:
-        block = f.read(BLOCK if left is None else min(BLOCK, left))
-        if not block:
-            break
-        left = left and left - len(block)
+    start, rest, left = source.start, b"", source.length
+    while block := f.read(min(BLOCK, left)):
+        left -= len(block)
         searched = max(0, len(rest) - 8)  # no boundary lies further back: it was looked for
         rest += block
         ends = [m.end() for m in BOUNDARY[""].finditer(rest, max(searched, len(rest) - (1 << 14)))]
@@ -317,9 +304,6 @@ def _read_table(source):
         if field not in names:
             yield [source.start], [_field(dict.fromkeys(names), field)]
             return
-        if source.stop is None:
-            rows = len(table) if source.format == "arrow" else table.metadata.num_rows
-            source = replace(source, stop=rows)
         position = source.start
         for column in _columns(table, source):
             try:
@@ -340,13 +324,14 @@ def _value(value):
 def _columns(table, source):
     """Columns of up to 1,024 texts, of the rows from source.start to source.stop."""
     if source.format == "arrow":
-        column = table.data.column(source.field)
-        for row in range(source.start, source.stop, 1024):
-            yield column.slice(row, min(1024, source.stop - row))
+        length = None if source.stop is None else source.length
+        column = table.data.column(source.field).slice(source.start, length)
+        for row in range(0, len(column), 1024):
+            yield column.slice(row, 1024)
         return
     rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     starts = [0, *itertools.accumulate(rows)]
-    groups = [i for i in range(len(rows)) if source.start <= starts[i] < source.stop]
+    groups = [i for i in range(len(rows)) if 0 <= starts[i] - source.start < source.length]
     for batch in table.iter_batches(1024, row_groups=groups, columns=[source.field]):
         yield batch.column(0)
 

@@ -59,7 +59,6 @@ def prepare(
     }
     changed = [os.stat(source.path).st_mtime_ns for source in corpus.sources]
     if metadata := _finished(folder, header, changed):
-        print(f"{folder} is prepared already, from the same files in the same way")
         return metadata
     pieces = plan(corpus, train_split_ratio, tokenizer)
     _check_room(folder, tokenizer, pieces)
@@ -69,7 +68,6 @@ def prepare(
     )
     with _working_folder(work, key, len(pieces), shared=bool(part)) as alone:
         if metadata := _finished(folder, header, changed):  # by another part, in the meantime
-            print(f"{folder} is prepared already, from the same files in the same way")
             return metadata
         start, step = map(int, part.split("/")) if part else (0, 1)
         done = _accounts(work, len(pieces), on_error)
@@ -135,6 +133,7 @@ def _finished(folder, header, changed):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # none, or a damaged one
     os.utime(path)  # train_gpt2.py takes the corpus prepared last
+    print(f"{folder} is prepared already, from the same files in the same way")
     return metadata
 
 
@@ -190,8 +189,7 @@ def _check_room(folder, tokenizer, pieces) -> None:
     where the vocabulary has more than bytes; compressed text is taken for a fourth of its size;
     pieces and the shards that they are joined to lie there at the same time."""
     text = sum(
-        size * (4 if any(part.compressed or part.format == "parquet" for part in parts) else 1)
-        for parts, size in pieces
+        size * (4 if any(part.compressed for part in parts) else 1) for parts, size in pieces
     )
     per_byte = 1 if tokenizer.vocab_size < 1000 else 0.4
     needed = int(2 * text * per_byte * tokenizer.dtype.itemsize)
@@ -232,7 +230,7 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
         finally:
             done = len(list(work.glob("*.json")))
             if (done == 0 or (done == count and not stopped)) and alone():
-                shutil.rmtree(work)
+                shutil.rmtree(work, ignore_errors=True)  # another part may have been quicker
                 with contextlib.suppress(OSError):  # not empty: it stays
                     work.parent.rmdir()
                     work.parent.parent.rmdir()
@@ -330,9 +328,7 @@ def _report(folder, metadata, skipped, accounts, seconds) -> None:
         print(f"skipped: {place}")
     if len(skipped) > 10:
         print(f"skipped: {len(skipped) - 10:,} more, in {folder / 'skipped.txt'}")
-    totals = dict.fromkeys(("tokens", "documents", "bytes"), 0)
     for name, split in metadata["splits"].items():
-        totals = {field: totals[field] + split[field] for field in totals}
         line = f"{name:5} {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes of text"
         documents = f" {split['documents']:>12,} documents" if metadata["eot_per_document"] else ""
         print(line + documents)
@@ -341,7 +337,8 @@ def _report(folder, metadata, skipped, accounts, seconds) -> None:
             f"left out: {metadata['dropped']:,} tokens beyond max_length, "
             f"{len(skipped):,} documents skipped"
         )
-    speed = totals["bytes"] / 1e6 / max(1e-9, sum(account["seconds"] for account in accounts))
+    size = sum(split["bytes"] for split in metadata["splits"].values())
+    speed = size / 1e6 / max(1e-9, sum(account["seconds"] for account in accounts))
     print(
         f"{folder}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. Next: python train_gpt2.py"
     )

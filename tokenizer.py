@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
-from common import atomic_write
+from common import atomic_write, optional
 from download import download
 
 _HOST = "https://openaipublic.blob.core.windows.net"
@@ -111,12 +111,9 @@ class TiktokenTokenizer(Tokenizer):
         self.name, self.encoding = name, encoding
         self.vocab_size, self.eot_token = encoding.n_vocab, encoding.eot_token
         self.eot = encoding.decode([self.eot_token])
-        self.pieces = {}
-        for i in range(self.vocab_size):
-            try:  # noqa: SIM105, which costs as much as the rest
-                self.pieces[i] = encoding.decode_single_token_bytes(i)
-            except KeyError:  # a gap: cl100k_base has no id 100256
-                pass
+        special = {name.encode(): i for name, i in encoding._special_tokens.items()}
+        ids = (encoding._mergeable_ranks | special).items()
+        self.pieces = dict(sorted((i, piece) for piece, i in ids))
         lines = (b"%d %s\n" % (i, piece.hex().encode()) for i, piece in self.pieces.items())
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -145,10 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
     def __init__(self, name: str, path: Path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{path} needs a package: pip install tokenizers") from None
+        tokenizers = optional("tokenizers", path)
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower type
@@ -159,11 +153,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name, self.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
-        ends = [ids[end] for end in self.ENDS if end in ids]
-        if not ends:
+        end = next((end for end in self.ENDS if end in ids), None)
+        if end is None:
             raise ValueError(f"{path} has no end of text: none of {', '.join(self.ENDS)}")
-        self.eot_token = ends[0]
-        end = self.tokenizer.id_to_token(self.eot_token)
+        self.eot_token = ids[end]
         if self.eot_token in self.encode(end):
             raise ValueError(f"{path}: {end} is no special token there, so any text may hold it")
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reader
-from reader import BOUNDARY, Bad, Source, cut
+from common import atomic_write
+from reader import BOUNDARY, Bad, Source, cut, read
 
 TEXT = (
     "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
@@ -194,3 +195,41 @@ def test_a_running_text_gives_the_ids_of_the_whole(tmp_path, monkeypatch, tinysh
         assert len(parts) > 25
         ids = np.concatenate([encoding.encode_to_numpy(p) for p in parts])
         assert ids.tolist() == expected
+
+
+def test_a_damaged_packed_table_is_told(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    pytest.importorskip("backports.zstd", reason="needs backports.zstd")
+    path = tmp_path / "a.parquet.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd not what it says")
+    with pytest.raises(ValueError, match=r"a.parquet.zst: a damaged .parquet file"):
+        list(read(Source(str(path), "parquet")))
+
+
+def test_the_size_of_a_part_of_packed_text_is_the_files(tmp_path):
+    """Where its other end lies is known in the unpacked text alone."""
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some words " * 10_000))
+    size = path.stat().st_size
+    for part in (Source(str(path), stop=100_000), Source(str(path), start=100_000)):
+        assert cut(part, 1000) == [(part, size)]
+
+
+def test_what_fails_inside_a_write_is_named_by_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, atomic_write(tmp_path / "out.bin"):
+        open(tmp_path / "gone.jsonl")
+    assert error.value.filename == str(tmp_path / "gone.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_room_for_a_table_is_reckoned_by_its_unpacked_size(tmp_path):
+    """Parquet tells it: it isn't guessed from the file's, as for a .gz."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    texts = ["one for sorrow, two for mirth " * 100] * 1000
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
+    ((_, size),) = cut(Source(str(path), "parquet"), 1 << 30)
+    assert path.stat().st_size < size / 4  # packed well
+    assert abs(size - sum(map(len, texts))) < size / 50
