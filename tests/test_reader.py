@@ -225,11 +225,10 @@ def test_what_fails_inside_a_write_is_named_by_its_own_name(tmp_path):
 def test_the_room_for_a_table_is_reckoned_by_its_unpacked_size(tmp_path):
     """Parquet tells it: it isn't guessed from the file's, as for a .gz."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     path = tmp_path / "a.parquet"
     texts = ["one for sorrow, two for mirth " * 100] * 1000
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
+    parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
     ((_, size),) = cut(Source(str(path), "parquet"), 1 << 30)
     assert path.stat().st_size < size / 4  # packed well
     assert abs(size - sum(map(len, texts))) < size / 50
