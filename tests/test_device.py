@@ -1,7 +1,10 @@
+import os
+import signal
+
 import pytest
 import torch
 
-from device import choose_compile, choose_device, choose_dtype
+from device import StopSignal, choose_compile, choose_device, choose_dtype
 
 
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -23,3 +26,22 @@ def test_choices_by_flag_win():
     assert choose_dtype("float32", "cuda") == "float32"
     assert choose_compile("true", "cpu", 0) and not choose_compile("false", "cuda", 1e20)
     assert not choose_compile("auto", "cpu", 1e12)  # a short run doesn't repay it
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_is_kept_however_often_it_comes(signum):
+    before = signal.getsignal(signum)
+    with StopSignal() as stop:
+        assert stop.signum == 0
+        for _ in range(3):
+            os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+    assert signal.getsignal(signum) is before
+
+
+def test_a_persons_second_signal_acts_at_once(capfd):
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        assert "once more stops at once" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)

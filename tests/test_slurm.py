@@ -228,6 +228,8 @@ def test_the_end_of_a_jobs_time_is_not_that_of_its_run(sbatch, rhyme, tmp_path):
     job_id = sbatch(*script, *TRAINING, *more, "--stop_at", stopped + 9, out="again")
     assert ended(job_id) == "COMPLETED 0:0"
     assert load_checkpoint(run / "last.pt")["step"] == last_step(run) == stopped + 9
+    assert ended(sbatch(*script, *TRAINING, *more, "--seed", 1, out="wrong")) == "FAILED 1:0"
+    assert "can't change it to 1" in (tmp_path / "wrong").read_text()
 
 
 def test_settings_reach_sbatch(slurm, tmp_path):
