@@ -242,9 +242,10 @@ class Trainer:
         self.save("last.pt")
 
     def save(self, name: str, resumable=True) -> None:
+        self.saved = time.monotonic()
+        self.finite(sum(p.detach().abs().max() for p in self.model.parameters()), "a weight")
         if self.rank != 0:
             return
-        self.finite(sum(p.detach().abs().max() for p in self.model.parameters()), "a weight")
         checkpoint = {
             "step": self.step,
             "position": self.position,
@@ -257,7 +258,6 @@ class Trainer:
         if resumable:
             checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_checkpoint(self.folder / name, checkpoint)
-        self.saved = time.monotonic()
 
     def restore(self, checkpoint) -> None:
         """Takes over weights, optimizer states and step; constants stay as self.config has them."""
