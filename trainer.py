@@ -162,7 +162,7 @@ class Trainer:
         y = self.targets(x, y)
         # dropout is a function of the step, so that a resumed run draws the same
         torch.manual_seed((self.config.seed << 32) + self.step * self.world_size + self.rank)
-        targets = self.sum_over_ranks((y != -100).sum()).item()
+        targets = max(1, self.sum_over_ranks((y != -100).sum()).item())
         pieces = list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size)))
         total = torch.zeros((), device=self.device)
         for i, piece in enumerate(pieces):
