@@ -36,7 +36,9 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} isn't there: nothing was saved in {path.parent}, so train anew"
+            f"{path} isn't there: "
+            + ("nothing was saved" if path.parent.is_dir() else f"there is no folder {path.parent}")
+            + ", so name another run, or train anew"
         ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"

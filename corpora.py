@@ -114,10 +114,10 @@ def _fetch(known: Known, folder: Path) -> None:
     """Downloads and unpacks what isn't in `folder`."""
     for part, source in zip(known.downloads, known.sources):
         names = [name for _, name in part.members] or [source.path]
-        if all((folder / name).exists() for name in names):
+        if part.members and all((folder / name).exists() for name in names):
             continue  # written whole, once checked
         path = folder / (part.urls[0].rsplit("/", 1)[1] if part.members else source.path)
-        if not path.exists():
+        if not path.exists() or (part.size and path.stat().st_size != part.size):
             download(part.urls, path, part.size, part.sha256)
         if part.members:
             unpack(path, folder, dict(part.members))

@@ -182,6 +182,10 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
 
     try:
         yield run
+    except KeyboardInterrupt:  # a second one, while workers finish what they have, would hang us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\nstopping when the pieces at hand are done", file=sys.stderr)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

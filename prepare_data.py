@@ -19,7 +19,13 @@ from common import folder_name, parse_flags, print_flags, run
 from describe import describe
 from pieces import engine
 from shards import prepare
-from tokenizer import copy_vocabulary, fetch_vocabulary, get_tokenizer, missing_files
+from tokenizer import (
+    copy_vocabulary,
+    fetch_vocabulary,
+    get_tokenizer,
+    missing_files,
+    vocabularies_beside,
+)
 from verify import verify
 
 
@@ -67,8 +73,8 @@ def main():
     if config.prefetch:
         copy_vocabulary(config.tokenizer or "gpt2", vocabulary)  # what needn't be downloaded again
         os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
-    elif vocabulary.is_dir():
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(vocabulary))
+    else:
+        vocabularies_beside(data_dir)
     if config.verify:
         folder = data_dir / folder_name(config.verify, "--verify")
         return verify(folder)
@@ -91,7 +97,7 @@ def main():
             f"{data_dir} has all that {corpus.name} needs{missing}. Take it along, and there: "
             f"python prepare_data.py --data_dir {data_dir} "
             f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
-            f"sample.py finds the vocabulary by TIKTOKEN_CACHE_DIR={data_dir}/tokenizers"
+            f"train_gpt2.py and sample.py take --data_dir {data_dir}, too"
         )
     with engine(config.engine, config.workers, config.ray_address) as run_tasks:
         prepare(

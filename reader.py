@@ -97,7 +97,11 @@ def damage(path: str) -> tuple:
 
 
 def _zstd(path):
-    return optional("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", path)
+    return (
+        optional("compression.zstd", path)
+        if sys.version_info >= (3, 14)
+        else optional("backports.zstd", path, "backports.zstd")
+    )
 
 
 def cut(source: Source, piece_bytes: int) -> list[tuple[Source, int]]:

@@ -18,7 +18,12 @@ from common import parse_flags, run
 from device import choose_device
 from hugging_face import pretrained_folder
 from model import GPT
-from tokenizer import HuggingFaceTokenizer, fetch_vocabulary, get_tokenizer
+from tokenizer import (
+    HuggingFaceTokenizer,
+    fetch_vocabulary,
+    get_tokenizer,
+    vocabularies_beside,
+)
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Config:
     run: str = ""  # folder of the run; "": the newest
     out_dir: str = "out"  # folder of runs
     init_from: str = ""  # gpt2, gpt2-medium, ..., or a folder with such weights, instead of a run
-    data_dir: str = "data"  # folder in which those are kept
+    data_dir: str = "data"  # folder in which those, and prefetched vocabularies, are kept
     export: str = ""  # folder to write the model to, for transformers; no text then
     prompt: str = "\n"  # text to go on from; "-": standard input; "": a document's beginning
     prompt_file: str = ""  # file with the prompt
@@ -82,6 +87,7 @@ def check(config) -> None:
 def load(config):
     """The model, ready to generate, and its tokenizer."""
     config.device = choose_device(config.device)
+    vocabularies_beside(config.data_dir)
     if config.init_from:
         folder = pretrained_folder(config.init_from, config.data_dir)
         model = GPT.from_pretrained(folder).to(config.device).eval()

@@ -88,12 +88,17 @@ def prepare(
             return print(f"part {part} is done; {len(pieces) - len(done):,} pieces are left")
         accounts = [done[i] for i in range(len(pieces))]
         splits = _join(work, accounts, [size for _, size in pieces], run)
+        skipped = [place for account in accounts for place in account["skipped"]]
         for name in ("train", "val"):
             if not splits.get(name, {}).get("tokens"):
-                raise ValueError(f"{corpus.name} has too little text: nothing is left for {name}")
+                count = sum(split["documents"] for split in splits.values())
+                why = f"{count} documents" if corpus.documents else "running text"
+                why += f", {len(skipped):,} skipped, first {skipped[0]}" if skipped else ""
+                raise ValueError(
+                    f"{corpus.name} has too little text ({why}): nothing is left for {name}"
+                )
         for split in splits.values():
             split["documents"] = split["documents"] if corpus.documents else 1
-        skipped = [place for account in accounts for place in account["skipped"]]
         metadata = header | {
             "dropped": sum(account["dropped"] for account in accounts),
             "skipped": len(skipped),
@@ -213,6 +218,8 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
         if not told.exists() or told.read_text() != key:
             if not alone():
                 raise OSError(f"{work.parent} is being prepared by others, with other flags")
+            if done := len(list(work.glob("*.json"))):
+                print(f"{done:,} finished pieces are of other files or flags: they are thrown away")
             for path in work.iterdir():
                 if path.name != "lock":
                     path.unlink()
@@ -339,6 +346,8 @@ def _report(folder, metadata, skipped, accounts, seconds) -> None:
         )
     size = sum(split["bytes"] for split in metadata["splits"].values())
     speed = size / 1e6 / max(1e-9, sum(account["seconds"] for account in accounts))
+    where = "" if folder.parent == Path("data") else f" --data_dir {folder.parent}"
     print(
-        f"{folder}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. Next: python train_gpt2.py"
+        f"{folder}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. "
+        f"Next: python train_gpt2.py{where}"
     )

@@ -196,6 +196,13 @@ def vocabulary_folder() -> Path:
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
+def vocabularies_beside(data_dir) -> None:
+    """Lets vocabularies be found that were prefetched with the corpora of `data_dir`."""
+    folder = (Path(data_dir) / "tokenizers").resolve()
+    if folder.is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
+
+
 def missing_files(name: str) -> list[tuple[str, Path, str]]:
     """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged.
     Raises ValueError for an unknown name, FileNotFoundError for a path without a file."""

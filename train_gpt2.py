@@ -23,6 +23,7 @@ from common import folder_name, parse_flags, run
 from dataset import newest_corpus
 from device import choose_device, choose_dtype, join_processes
 from model import GPT2_SIZES
+from tokenizer import vocabularies_beside
 from trainer import Trainer
 
 
@@ -163,6 +164,7 @@ def configure():
     if checkpoint and (config.stop_at or math.inf) <= checkpoint["step"]:
         raise ValueError(f"{config.resume} is at step {checkpoint['step']}: stop_at lies behind it")
     config.corpus = config.corpus or newest_corpus(config.data_dir).name
+    vocabularies_beside(config.data_dir)
     return config, checkpoint
 
 

@@ -24,7 +24,7 @@ def verify(folder: Path) -> None:
     Raises ValueError that names the file and what to do.
     """
     metadata = read_metadata(folder)
-    again = "run python prepare_data.py again, with the flags it was made with"
+    again = "remove its metadata.json and run python prepare_data.py again, with the same flags"
     tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(f"{folder} was made with another vocabulary of {tokenizer.name}: {again}")
