@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import pty
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -199,7 +200,10 @@ def test_on_a_terminal_there_is_one_line(tmp_path, capsys, monkeypatch):
     for step in (1, 2):
         metrics.train(step, 8.0, train_loss=1.25, learning_rate=0.1)
     metrics.bar.refresh()  # as it does ten times a second
-    shown = os.read(terminal, 10_000).decode()
+    shown = ""
+    while "tokens/s" not in shown:  # a read takes what has arrived so far
+        assert select.select([terminal], [], [], 10)[0], shown
+        shown += os.read(terminal, 10_000).decode()
     assert "| 2/10 " in shown and "train 1.2500, 8 tokens/s" in shown and "\n" not in shown
     metrics.close()
     assert capsys.readouterr().out == ""
