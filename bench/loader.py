@@ -1,23 +1,25 @@
 """Batches of 32 x 256 tokens from a split of 20 million: ours beside the peers, in one run.
 
     python -m bench.loader --nanogpt ../nanoGPT --tatm ../tatm
-    python -m bench.loader --large true        # a split of 10^10 tokens, in a sparse file
 
-Each contestant gives batches for a second a round, in turn, after a check that what it gives is
-what ours gives from the same places. A peer without a checkout (nanoGPT, tatm) is left out.
-Needs bench/requirements.txt.
+Each contestant gives batches for a second a round, in turn, in a process of its own, after a check
+that what it gives is what ours gives from the same places. A peer without a checkout (nanoGPT,
+tatm) is left out. Needs bench/requirements.txt.
 """
 
 import ast
+import contextlib
 import functools
+import importlib.util
+import io
 import json
+import multiprocessing
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from bench.report import RESULTS, bars, contest, contest_table, private_mib, write
 from common import parse_flags, run
 from dataset import (
     DocumentDataset,
@@ -43,17 +46,35 @@ class Config:
     tokens: int = 20_000_000  # of the split
     nanogpt: str = ""  # checkout of nanoGPT
     tatm: str = ""  # checkout of tatm
-    rounds: int = 5  # of each contestant, alternating
+    rounds: int = 5  # of each contestant, in turn, after one that warms up
     seconds: float = 1.0  # a contestant and round
-    large: str = "false"  # true: measure a split of 10^10 tokens instead
+    results: str = RESULTS  # Markdown file to write into; "": none
 
 
 def main():
-    if len(sys.argv) > 1 and sys.argv[1] == "ready":
-        return ready(Path(sys.argv[2]))
     config = parse_flags(Config, __doc__)
+    groups, left_out, unit = {}, [], "million tokens/s"
     with tempfile.TemporaryDirectory() as folder:
-        (measure_large if config.large == "true" else compare)(config, Path(folder))
+        folder = Path(folder)
+        make(folder, config.tokens)
+        for group, (contestants, goals) in GROUPS.items():
+            measures = {}
+            for name, (contestant, needs) in contestants.items():
+                checkout = getattr(config, needs, "")
+                if checkout or importlib.util.find_spec(needs):
+                    measures[name] = functools.partial(rate, contestant, folder, checkout, config)
+                else:
+                    left_out.append(f"{name} ({needs} is not there)")
+            groups[group] = contest(measures, config.rounds, goals)
+    text = (
+        f"Batches of {B} x {T} from a split of {config.tokens:,} tokens in the page cache, each "
+        "contestant in a process of its own. Peers were held against ours first: the same tokens. "
+        "MiB: what isn't page cache, Python and torch included."
+        + "".join(f" Left out: {peer}." for peer in left_out)
+        + "\n\n"
+        + contest_table("what", unit, groups)
+    )
+    write(config.results, "Batches", text, bars(unit, groups))
 
 
 def make(folder: Path, tokens: int, sparse=False) -> None:
@@ -83,17 +104,22 @@ def endless(loader):
         yield from loader
 
 
-def ours(folder):
+def ours(folder, _=""):
     loader, _ = create_dataloaders(folder, T, B)
     return functools.partial(next, endless(loader))
 
 
-def ours_with_ids(folder):
+def ours_with_ids(folder, _):
     batch = ours(folder)
-    return lambda: document_ids(batch()[0], EOT)
+
+    def with_ids():
+        x, _ = batch()
+        return x, document_ids(x, EOT)
+
+    return with_ids
 
 
-def ours_padded(folder):
+def ours_padded(folder, _):
     data = DocumentDataset(folder / "train", max_length=T)
     order = ShuffledBatches(len(data), B)
     loader = DataLoader(data, batch_sampler=order, collate_fn=pad_documents)
@@ -135,7 +161,7 @@ def tatm(folder, checkout):
         return torch.stack([item.token_ids for item in items]), ids
 
     x, ids = batch(range(B))
-    same, _ = TextDataset(folder / "train", T, stride=T).__getitems__(range(B))
+    same = windows(folder, range(B))
     assert torch.equal(x, same) and torch.equal(ids, document_ids(same, EOT))
     return batch
 
@@ -157,83 +183,97 @@ def transformers(folder, _):
     return functools.partial(next, endless(loader))
 
 
-def rate(batch, seconds) -> float:
-    """Tokens a second: of x, or of rows without their padding."""
+def huggingface_blocks(folder, _):
+    """Blocks of T tokens from `datasets`, memory-mapped, as torch tensors."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int64)
+    blocks = ids[: len(ids) // T * T].reshape(-1, T)
+    if not (folder / "blocks").exists():
+        datasets.Dataset.from_dict({"input_ids": blocks}).save_to_disk(folder / "blocks")
+    data = datasets.load_from_disk(folder / "blocks").with_format("torch")
+    assert torch.equal(data[:B]["input_ids"], windows(folder, range(B)))
+    loader = DataLoader(data, B, shuffle=True)
+    return functools.partial(next, ([batch["input_ids"]] for batch in endless(loader)))
+
+
+def litdata(folder, _):
+    """Blocks of T tokens from its StreamingDataset, which shuffles them."""
+    from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+
+    ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int32)
+    parts = [torch.from_numpy(part) for part in np.array_split(ids[: len(ids) // T * T], 16)]
+    quiet = io.StringIO()
+    if not (folder / "litdata").exists():
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            optimize(
+                fn=_pass_on, inputs=parts, output_dir=str(folder / "litdata"), num_workers=1,
+                chunk_size=T * 4096, item_loader=TokensLoader(), start_method="fork",
+            )  # fmt: skip
+
+    def data(shuffle):
+        loader = TokensLoader(block_size=T)
+        return StreamingDataset(str(folder / "litdata"), item_loader=loader, shuffle=shuffle)
+
+    first = torch.stack([block for block, _ in zip(data(False), range(B))])
+    assert torch.equal(first.long(), windows(folder, range(B)))
+    loader = StreamingDataLoader(data(True), batch_size=B)
+    return functools.partial(next, ([batch.long()] for batch in endless(loader)))
+
+
+def _pass_on(tokens):
+    yield tokens
+
+
+def stateful(folder, _):
+    """Ours, through torchdata's StatefulDataLoader."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    data = TextDataset(folder / "train", T)
+    order = ShuffledBatches(len(data), B)
+    return functools.partial(next, endless(StatefulDataLoader(data, batch_sampler=order)))
+
+
+def windows(folder, indices):
+    return TextDataset(folder / "train", T, stride=T).__getitems__(indices)[0]
+
+
+GROUPS = {  # what is compared: {contestant: (its function, what it needs: a package or a
+    # checkout)}, ours first, and how many times faster ours should be
+    "windows": (
+        {
+            "ours": (ours, "torch"),
+            "ours, in torchdata's StatefulDataLoader": (stateful, "torchdata"),
+            "nanoGPT's get_batch": (nanogpt, "nanogpt"),
+            "litdata, blocks": (litdata, "litdata"),
+            "datasets, blocks": (huggingface_blocks, "datasets"),
+            "transformers' padding collator": (transformers, "transformers"),
+        },
+        {"nanoGPT's get_batch": 15, "transformers' padding collator": 50},
+    ),
+    "with document ids": ({"ours": (ours_with_ids, "torch"), "tatm": (tatm, "tatm")}, {"tatm": 20}),
+    "padded documents": (
+        {"ours": (ours_padded, "torch"), "transformers": (transformers, "transformers")},
+        {},
+    ),
+}
+
+
+def rate(contestant, folder, checkout, config) -> tuple[float, float]:
+    """(million tokens a second: of x, or of rows without their padding; MiB), in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_rate, contestant, folder, checkout, config.seconds).result()
+
+
+def _rate(contestant, folder, checkout, seconds):
+    batch = contestant(folder, checkout)
+    batch()  # whatever is made once
     tokens, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
         given = batch()
-        if isinstance(given, dict) or hasattr(given, "keys"):
-            tokens += int(given["attention_mask"].sum())
-        else:
-            tokens += (given if torch.is_tensor(given) else given[0]).numel()
-    return tokens / spent
-
-
-def compare(config, folder):
-    make(folder, config.tokens)
-    print(f"{config.tokens:,} tokens, batches of {B} x {T}, torch {torch.__version__}\n")
-    contests = [
-        ("windows", ours, [("nanoGPT's get_batch", nanogpt, config.nanogpt),
-                           ("transformers' padding collator", transformers, "installed")]),
-        ("with document ids", ours_with_ids, [("tatm", tatm, config.tatm)]),
-        ("padded documents", ours_padded, [("transformers", transformers, "installed")]),
-    ]  # fmt: skip
-    print("| | | million tokens/s (median) | least to most | ours is faster by |")
-    print("|---|---|---|---|---|")
-    for what, own, peers in contests:
-        contestants = {"ours": own(folder)}
-        for name, peer, checkout in peers:
-            if checkout:
-                contestants[name] = peer(folder, checkout)
-        rates = {name: [] for name in contestants}
-        for number in range(config.rounds + 1):
-            for name, batch in contestants.items():
-                measured = rate(batch, config.seconds)
-                if number:  # the first warms up
-                    rates[name].append(measured / 1e6)
-        for name, measured in rates.items():
-            median = statistics.median(measured)
-            faster = statistics.median(rates["ours"]) / median
-            spread = f"{min(measured):.2f} to {max(measured):.2f}"
-            print(f"| {what} | {name} | {median:.2f} | {spread} | {faster:.1f} |")
-        for name, _, checkout in peers:
-            if not checkout:
-                print(f"| {what} | {name} | left out: no checkout was given | | |")
-
-
-def ready(folder) -> None:
-    """In a process of its own: seconds to the first batch, and for each of a thousand later ones;
-    private memory in MiB (that of the page cache isn't)."""
-    start = time.perf_counter()
-    batch = ours(folder)
-    batch()
-    first = time.perf_counter() - start
-    for _ in range(1000):
-        batch()
-    status = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    private = sum(int(line.split()[1]) for line in status if line.startswith("Anonymous"))
-    start = time.perf_counter()
-    for _ in range(1000):
-        batch()
-    print(json.dumps([first, (time.perf_counter() - start) / 1000, private / 1024]))
-
-
-def measure_large(config, folder):
-    """10^10 tokens beside config.tokens, alternating."""
-    sizes, rows = {"small": config.tokens, "large": 10**10}, {"small": [], "large": []}
-    for name, tokens in sizes.items():
-        (folder / name).mkdir()
-        make(folder / name, tokens, sparse=True)
-    for _ in range(config.rounds):
-        for name in sizes:
-            command = [sys.executable, "-m", "bench.loader", "ready", str(folder / name)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rows[name].append(json.loads(output))
-    print("| tokens | first shuffled batch, s | a batch after it, ms | private memory, MiB |")
-    print("|---|---|---|---|")
-    for name, tokens in sizes.items():
-        first, later, private = (statistics.median(column) for column in zip(*rows[name]))
-        print(f"| {tokens:,} | {first:.3f} | {later * 1e3:.3f} | {private:.0f} |")
+        tokens += int(given["attention_mask"].sum()) if hasattr(given, "keys") else given[0].numel()
+    return tokens / spent / 1e6, private_mib()
 
 
 if __name__ == "__main__":

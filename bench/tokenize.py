@@ -1,60 +1,70 @@
 """From a .jsonl of short documents to finished shards: ours beside the peers, whole processes.
 
-    python -m bench.tokenize --text input.txt                  # 20 MB, 2 workers, three rounds
-    python -m bench.tokenize --text input.txt --memory true    # peak memory at 200 MB and 2 GB
+    python -m bench.tokenize --text data/tinyshakespeare/input.txt
 
 All see the same documents (seeded runs of the text's words, about 150 characters each) and must
 give the same ids, each document's followed by the end of text. Needs GPT-2's vocabulary in
 TIKTOKEN_CACHE_DIR, and bench/requirements.txt.
 """
 
+import functools
 import json
 import os
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
 from common import parse_flags, run
 
-ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256
 
 
 @dataclass
 class Config:
     text: str = ""  # file whose words the documents are made of; "": numbers
-    megabytes: int = 20  # of documents
+    megabytes: tuple[int, ...] = (20, 200)  # of documents
     workers: int = 2  # processes, or threads where that is all a contestant has
-    rounds: int = 3  # of each contestant, alternating
-    memory: str = "false"  # true: measure peak memory instead
+    rounds: int = 3  # of each contestant, in turn, after one that warms up
+    results: str = RESULTS  # Markdown file to write into; "": none
 
 
 def main():
     if len(sys.argv) > 1 and sys.argv[1] in PEERS:
         return PEERS[sys.argv[1]](sys.argv[2], sys.argv[3], int(sys.argv[4]))
     config = parse_flags(Config, __doc__)
-    with tempfile.TemporaryDirectory() as folder:
-        (measure_memory if config.memory == "true" else compare)(config, Path(folder))
+    groups, unit = {}, "MB/s"
+    for megabytes in config.megabytes:
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = Path(folder) / "corpus.jsonl"
+            count = make(corpus, megabytes, config.text)
+            groups[f"{megabytes} MB, {count:,} documents"] = compare(corpus, config)
+    text = (
+        f"Documents of about 150 bytes, GPT-2's vocabulary, from a .jsonl to finished shards, from "
+        f"the start of a process to its end; {config.workers} workers (tiktoken: threads) where "
+        "nothing else is said. All gave the same ids. MiB: the largest process at its peak.\n\n"
+        + contest_table("corpus", unit, groups)
+    )
+    write(config.results, "Tokenizing", text, bars(unit, groups))
 
 
-def make(path: Path, megabytes: int, text: str) -> None:
-    """Writes a .jsonl of documents of 27 words."""
+def make(path: Path, megabytes: int, text: str) -> int:
+    """Writes a .jsonl of documents of 27 words; returns how many."""
     words = (
         Path(text).read_text(encoding="utf-8").split() if text else [f"w{i}" for i in range(9999)]
     )
-    choose, size = random.Random(0), 0
+    choose, size, count = random.Random(0), 0, 0
     with open(path, "w") as f:
         while size < megabytes * 1e6:
             start = choose.randrange(len(words) - 27)
             line = json.dumps({"text": " ".join(words[start : start + 27])}) + "\n"
             size += f.write(line)
+            count += 1
+    return count
 
 
 # ---- contestants: (corpus, folder for the result, workers)
@@ -112,80 +122,40 @@ def gpt2_files(folder):
 
 
 PEERS = {"datasets.map": _datasets, "tiktoken.encode_ordinary_batch": _tiktoken}
+GOALS = {"ours, 1 worker": 1.7, "datasets.map": 6, "tiktoken.encode_ordinary_batch": 4}
 
 # ----
 
 
-def timed(name, corpus, workers):
-    """(seconds, ids of the documents in order of their first ids) of one whole process."""
+def tokenized(name, corpus, workers) -> tuple[float, float, np.ndarray]:
+    """(seconds, peak MiB, ids of the documents in order of their first ids)."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "bench.tokenize", name, str(corpus), out, str(workers)]
         if name == "ours":
             command = ours(str(corpus), out, workers)
-        env = os.environ | {
-            "HF_HOME": out,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True)
-        seconds = time.perf_counter() - start
+        env = os.environ | {"HF_HOME": out, "HF_HUB_OFFLINE": "1"}
+        env["TOKENIZERS_PARALLELISM"] = "false"
+        seconds, mib, _ = whole_process(command, cwd=ROOT, env=env)
         files = sorted(Path(out).rglob("*.bin"))
-        return seconds, np.concatenate([np.fromfile(file, "<u2") for file in files])
+        return seconds, mib, np.concatenate([np.fromfile(file, "<u2") for file in files])
 
 
-def documents(ids):
-    """A set of documents that doesn't depend on the split between train and val."""
-    return sorted(part.tobytes() for part in np.split(ids, np.flatnonzero(ids == EOT) + 1)[:-1])
+def compare(corpus, config) -> list[tuple]:
+    size, expected = corpus.stat().st_size / 1e6, []
 
+    def measure(name, workers):
+        seconds, mib, ids = tokenized(name, corpus, workers)
+        # as a set, which doesn't depend on the split between train and val
+        documents = np.split(ids, np.flatnonzero(ids == EOT) + 1)[:-1]
+        digest = sum(hash(document.tobytes()) for document in documents), len(documents)
+        expected[:] = expected or [digest]
+        assert expected == [digest], f"{name} gives other ids"
+        return size / seconds, mib
 
-def compare(config, folder):
-    corpus = folder / "corpus.jsonl"
-    make(corpus, config.megabytes, config.text)
-    contestants = [("ours", config.workers), ("ours", 1), *((p, config.workers) for p in PEERS)]
-    expected, seconds = None, {contestant: [] for contestant in contestants}
-    for number in range(config.rounds + 1):
-        for name, workers in contestants:
-            took, ids = timed(name, corpus, workers)
-            if number == 0:  # a warm-up, and the same work
-                found = documents(ids)
-                assert expected in (None, found), f"{name} gives other ids"
-                expected = found
-            else:
-                seconds[name, workers].append(took)
-    size = corpus.stat().st_size / 1e6
-    base = statistics.median(seconds["ours", config.workers])
-    print(f"{size:.0f} MB, {len(expected):,} documents, the same ids from all\n")
-    print("| | workers | seconds (median) | least to most | MB/s | ours is faster by |")
-    print("|---|---|---|---|---|---|")
-    for (name, workers), times in seconds.items():
-        median = statistics.median(times)
-        print(
-            f"| {name} | {workers} | {median:.2f} | {min(times):.2f} to {max(times):.2f} | "
-            f"{size / median:.1f} | {median / base:.2f} |"
-        )
-
-
-def measure_memory(config, folder):
-    """Peak memory of each process, by the kernel (VmHWM), at 200 MB and ten times that."""
-    peaks = []
-    for megabytes in (200, 2000):
-        corpus, peak = folder / "corpus.jsonl", {}
-        make(corpus, megabytes, config.text)
-        process = subprocess.Popen(ours(str(corpus), str(folder), config.workers), cwd=ROOT)
-        while process.poll() is None:
-            tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            for pid in [process.pid, *(tasks.read_text().split() if tasks.exists() else [])]:
-                status = Path(f"/proc/{pid}/status")
-                if status.exists() and "VmHWM" in (text := status.read_text()):
-                    peak[int(pid)] = int(text.split("VmHWM:")[1].split()[0]) / 1024
-            time.sleep(0.1)
-        assert process.returncode == 0
-        peaks.append(max(peak.values()))
-        print(
-            f"{megabytes} MB: {', '.join(f'{p:.0f}' for p in peak.values())} MiB at most a process"
-        )
-    print(f"ratio of the largest: {peaks[1] / peaks[0]:.3f}")
+    contestants = {"ours": functools.partial(measure, "ours", config.workers)}
+    contestants["ours, 1 worker"] = functools.partial(measure, "ours", 1)
+    contestants |= {peer: functools.partial(measure, peer, config.workers) for peer in PEERS}
+    return contest(contestants, config.rounds, GOALS)
 
 
 if __name__ == "__main__":
