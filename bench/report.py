@@ -25,19 +25,19 @@ RESULTS = "bench/RESULTS.md"
 PACKAGES = re.findall(r"^([a-z]+)==", (ROOT / "bench" / "requirements.txt").read_text(), re.M)
 
 
-def contest(contestants: dict, rounds: int, goals: dict | None = None) -> list[tuple]:
-    """Asks each contestant in turn, `rounds` times after one that warms up.
+def contest(contestants: dict, rounds: int, goals: dict | None = None, warm=1) -> list[tuple]:
+    """Asks each contestant in turn, `rounds` times after `warm` that only warm up.
 
     contestants: {name: function () -> (speed, peak memory in MiB)}, ours first; goals: {name: how
     many times faster ours should be}. Returns rows of (name, median speed, least, most, ours by it,
     goal, MiB).
     """
     speeds, memory = {name: [] for name in contestants}, dict.fromkeys(contestants, 0)
-    for lap in range(rounds + 1):
+    for lap in range(warm + rounds):
         for name, measure in contestants.items():
             speed, mib = measure()
             memory[name] = max(memory[name], mib)
-            if lap:
+            if lap >= warm:
                 speeds[name].append(speed)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     first = next(iter(medians.values()))

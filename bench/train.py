@@ -1,19 +1,21 @@
 """Training, tokens a second: ours beside nanoGPT, the same model, batch and threads, in one run.
 
-    python -m bench.train --text input.txt --nanogpt ../nanoGPT
+    python -m bench.train --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT
+    python -m bench.train --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT --device cuda
 
 Whole processes: train_gpt2.py with what it chooses by itself, and nanoGPT's own train.py, with the
-flags of its README for a CPU (not compiled, float32) and compiled, both on the folder that
-prepare_data.py wrote. First, both models must give the same loss with the same weights. A step's
-time is what each script says of itself, without evaluation, the first five left out.
+flags of its README for a CPU (float32, not compiled) and compiled, or for a GPU (bfloat16,
+compiled), on the folder that prepare_data.py wrote. First, both models must give the same loss with
+the same weights. The speed is that of the median step, as each script tells it, without evaluation
+and the first five.
 """
 
+import functools
 import json
 import os
 import pickle
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -21,127 +23,164 @@ from pathlib import Path
 
 import torch
 
+from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
 from common import parse_flags, run
+from device import peak_flops
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {  # layers, heads, channels, batch, window, tokenizer, steps a round
-    "6/6/384, 16 x 256, bytes": (6, 6, 384, 16, 256, "bytes", 20),
-    "4/4/128, 12 x 64, GPT-2's vocabulary": (4, 4, 128, 12, 64, "gpt2", 40),
-    "4/4/128, 12 x 64, bytes": (4, 4, 128, 12, 64, "bytes", 150),
+# layers/heads/channels/batch/window/vocabulary/steps: how many times nanoGPT's speed is the goal
+SHAPES = {
+    "cpu": {
+        "6/6/384/16/256/bytes/14": 2.5,
+        "4/4/128/12/64/gpt2/40": 3,
+        "4/4/128/12/64/bytes/150": 1,
+    },
+    "cuda": {"12/12/768/32/1024/gpt2/60": "", "6/6/384/64/256/bytes/200": ""},
 }
 VOCABULARY = {"bytes": 257, "gpt2": 50257}
+DOCUMENTS = "ours, documents apart"
+TITLES = {"cpu": "Training on a CPU", "cuda": "Training on a GPU"}
 
 
 @dataclass
 class Config:
     text: str = ""  # file to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
-    rounds: int = 3  # of each contestant, alternating
+    rounds: int = 3  # of each contestant, in turn
     device: str = "cpu"  # cpu, cuda
+    shapes: tuple[str, ...] = ()  # layers/heads/channels/batch/window/vocabulary/steps; (): goals'
+    results: str = RESULTS  # Markdown file to write into; "": none
 
 
 def main():
     config = parse_flags(Config, __doc__)
     if not config.text:
         raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
+    goals = SHAPES[config.device]
+    groups, unit, shares = {}, "tokens/s", []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for tokenizer, size in VOCABULARY.items():
-            flags = ["--input", Path(config.text).resolve(), "--corpus", tokenizer]
-            call("prepare_data.py", *flags, "--tokenizer", tokenizer, cwd=folder)
-            # where nanoGPT looks for the size of a vocabulary
-            (folder / "data" / tokenizer / "meta.pkl").write_bytes(
-                pickle.dumps({"vocab_size": size})
-            )
-        if config.nanogpt:
-            for file in Path(config.nanogpt).resolve().glob("*.py"):
-                (folder / file.name).symlink_to(file)
-        print("| model, batch | | tokens/s (median) | least to most | ours is faster by | MiB |")
-        print("|---|---|---|---|---|---|")
-        for name, shape in SHAPES.items():
-            compare(config, folder, name, shape)
+        prepare(folder, config)
+        for shape in config.shapes or goals:
+            *sizes, tokenizer, steps = shape.split("/")
+            sizes = Shape(*map(int, sizes), tokenizer, int(steps))
+            contestants = {"ours": ours, DOCUMENTS: documents_apart}
+            if config.nanogpt:
+                same_loss(config, sizes)
+                contestants["nanoGPT, compiled"] = functools.partial(nanogpt, compiled=True)
+                if config.device == "cpu":
+                    contestants["nanoGPT"] = nanogpt
+            measures = {
+                k: functools.partial(f, config, folder, sizes) for k, f in contestants.items()
+            }
+            goal = {"nanoGPT": goals.get(shape, "")}
+            groups[str(sizes)] = contest(measures, config.rounds, goal, warm=0)
+            if peak := peak_flops(config.device, "bfloat16"):
+                flops = sizes.model().flops_per_token(sizes.window)
+                for name, speed, *_ in groups[str(sizes)]:
+                    shares.append(f"{name} at {sizes}: {100 * speed * flops / peak:.1f}%")
+    text = (
+        "Layers/heads/channels, windows a step x tokens. Whole runs of train_gpt2.py, with the "
+        "optimizer it takes by itself (Muon; nanoGPT has AdamW), and of nanoGPT's train.py; both "
+        "models gave the same loss with the same weights. Documents apart: the text cut at its "
+        "blank lines, each attending to itself alone."
+        + (" Left out: nanoGPT (no --nanogpt was given)." if not config.nanogpt else "")
+        + (f" Share of the dense bfloat16 peak: {'; '.join(shares)}." if shares else "")
+        + "\n\n"
+        + contest_table("model, batch", unit, groups)
+    )
+    write(config.results, TITLES[config.device], text, bars(unit, groups))
 
 
-def compare(config, folder, name, shape) -> None:
-    contestants = {"ours": ours}
-    if config.nanogpt:
-        same_loss(config, shape)
-        contestants |= {"nanoGPT": nanogpt, "nanoGPT, compiled": compiled_nanogpt}
-    speeds, memory = {key: [] for key in contestants}, dict.fromkeys(contestants, 0)
-    for _ in range(config.rounds):
-        for key, contestant in contestants.items():
-            measured, peak = contestant(config, folder, shape)
-            speeds[key].append(statistics.median(measured[5:]))
-            memory[key] = max(memory[key], peak)
-    for key, measured in speeds.items():
-        median = statistics.median(measured)
-        faster = statistics.median(speeds["ours"]) / median
-        spread = f"{min(measured):,.0f} to {max(measured):,.0f}"
-        print(f"| {name} | {key} | {median:,.0f} | {spread} | {faster:.2f} | {memory[key]:.0f} |")
-    if not config.nanogpt:
-        print(f"| {name} | nanoGPT | left out: no --nanogpt was given | | | |")
+@dataclass
+class Shape:
+    layers: int
+    heads: int
+    channels: int
+    batch: int
+    window: int
+    tokenizer: str
+    steps: int
+
+    def __str__(self):
+        vocabulary = {"gpt2": "GPT-2's vocabulary"}.get(self.tokenizer, self.tokenizer)
+        sizes = f"{self.layers}/{self.heads}/{self.channels}"
+        return f"{sizes}, {self.batch} x {self.window}, {vocabulary}"
+
+    def model(self) -> GPT:
+        sizes = dict(n_layer=self.layers, n_head=self.heads, n_embd=self.channels)
+        return GPT(GPTConfig(VOCABULARY[self.tokenizer], self.window, **sizes))
 
 
-def call(script, *flags, cwd) -> tuple[str, float]:
-    """(what it printed, its peak memory in MiB)."""
-    path = script if script == "train.py" else str(ROOT / script)
-    with open(Path(cwd) / "printed", "w+") as printed:
-        command = [sys.executable, path, *map(str, flags)]
-        process = subprocess.Popen(command, cwd=cwd, stdout=printed, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        printed.seek(0)
-        if process.returncode:
-            raise ValueError(f"{script} failed: {printed.read()[-1000:]}")
-        return printed.read(), usage.ru_maxrss / 1024
+def prepare(folder: Path, config) -> None:
+    """The text in both vocabularies, as one text and as documents; and where nanoGPT looks."""
+    for tokenizer, size in VOCABULARY.items():
+        for corpus, documents in ((tokenizer, []), (f"{tokenizer}-apart", ["blank-line"])):
+            flags = [
+                "--input",
+                Path(config.text).resolve(),
+                "--corpus",
+                corpus,
+                "--tokenizer",
+                tokenizer,
+            ]
+            flags += [part for mode in documents for part in ("--documents", mode)]
+            whole_process([sys.executable, ROOT / "prepare_data.py", *flags], cwd=folder)
+        (folder / "data" / tokenizer / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": size}))
+    for file in Path(config.nanogpt).resolve().glob("*.py") if config.nanogpt else ():
+        (folder / file.name).symlink_to(file)
 
 
-def ours(config, folder, shape):
-    """(tokens/s of each step, MiB)"""
-    layers, heads, channels, batch, window, tokenizer, steps = shape
+# ---- contestants: (tokens/s of the median step, peak memory in MiB)
+
+
+def ours(config, folder, shape, corpus=None):
     flags = dict(
-        corpus=tokenizer, n_layer=layers, n_head=heads, n_embd=channels, batch_size=batch,
-        sequence_length=window, max_steps=100_000, stop_at=steps, log_every=1, dropout=0,
-        device=config.device,
+        corpus=corpus or shape.tokenizer, n_layer=shape.layers, n_head=shape.heads, dropout=0,
+        n_embd=shape.channels, batch_size=shape.batch, sequence_length=shape.window,
+        max_steps=100_000, stop_at=shape.steps, log_every=1, device=config.device,
     )  # fmt: skip
     flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    _, peak = call("train_gpt2.py", *flags, cwd=folder)
+    _, mib, _ = whole_process([sys.executable, ROOT / "train_gpt2.py", *flags], cwd=folder)
     newest = max(folder.glob("out/*/metrics.jsonl"), key=os.path.getmtime)
     lines = map(json.loads, newest.read_text().splitlines())
-    return [line["tokens_per_second"] for line in lines if "tokens_per_second" in line], peak
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return statistics.median(speeds[5:]), mib
+
+
+def documents_apart(config, folder, shape):
+    return ours(config, folder, shape, corpus=f"{shape.tokenizer}-apart")
 
 
 def nanogpt(config, folder, shape, compiled=False):
-    """(tokens/s of each step, MiB)"""
-    layers, heads, channels, batch, window, tokenizer, steps = shape
     flags = dict(
-        dataset=tokenizer, device=config.device, compile=compiled, n_layer=layers, n_head=heads,
-        n_embd=channels, batch_size=batch, block_size=window, max_iters=steps, dropout=0.0,
-        bias=True, gradient_accumulation_steps=1, eval_iters=1, eval_interval=10**6, log_interval=1,
+        dataset=shape.tokenizer, device=config.device, compile=compiled, n_layer=shape.layers,
+        n_head=shape.heads, n_embd=shape.channels, batch_size=shape.batch, block_size=shape.window,
+        max_iters=shape.steps, dropout=0.0, bias=True, gradient_accumulation_steps=1, eval_iters=1,
+        eval_interval=10**6, log_interval=1,
     )  # fmt: skip
-    printed, peak = call("train.py", *(f"--{k}={v}" for k, v in flags.items()), cwd=folder)
+    command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in flags.items())]
+    _, mib, printed = whole_process(command, cwd=folder)
     times = [float(ms) for ms in re.findall(r"time ([\d.]+)ms", printed)]
-    return [batch * window / (ms / 1e3) for ms in times], peak
+    return shape.batch * shape.window / statistics.median(times[5:]) * 1e3, mib
 
 
-def compiled_nanogpt(config, folder, shape):
-    return nanogpt(config, folder, shape, compiled=True)
+# ----
 
 
 def same_loss(config, shape) -> None:
     """Asserts that nanoGPT's model with our weights has our loss on one batch."""
-    layers, heads, channels, batch, window, tokenizer, _ = shape
-    code = (Path(config.nanogpt) / "model.py").read_text()
     theirs_module = {"__name__": "nanogpt"}
     sys.modules.setdefault("nanogpt", type(sys)("nanogpt"))  # their dataclass looks itself up
-    exec(compile(code, "nanoGPT's model.py", "exec"), theirs_module)
-    sizes = dict(n_layer=layers, n_head=heads, n_embd=channels, vocab_size=VOCABULARY[tokenizer])
-    model = GPT(GPTConfig(n_positions=window, **sizes))
-    theirs = theirs_module["GPT"](theirs_module["GPTConfig"](block_size=window, **sizes))
+    exec((Path(config.nanogpt) / "model.py").read_text(), theirs_module)
+    model = shape.model()
+    sizes = dict(n_layer=shape.layers, n_head=shape.heads, n_embd=shape.channels)
+    vocabulary = VOCABULARY[shape.tokenizer]
+    their_config = theirs_module["GPTConfig"](shape.window, vocabulary, dropout=0.0, **sizes)
+    theirs = theirs_module["GPT"](their_config)
     missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}  # which is the embedding
-    x, y = torch.randint(0, VOCABULARY[tokenizer], (2, batch, window))
+    x, y = torch.randint(0, vocabulary, (2, min(shape.batch, 4), shape.window))
     with torch.no_grad():
         losses = [m(x, y)[1].item() for m in (model, theirs)]
     assert abs(losses[0] - losses[1]) < 1e-4, losses
