@@ -2,6 +2,8 @@
 
 import torch
 
+STEPS = 4  # of Newton and Schulz; a fifth, which torch takes, changes no loss here
+
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024), stepping all matrices of one shape as one stack.
@@ -36,16 +38,31 @@ class Muon(torch.optim.Muon):
                     p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=5):
+def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=STEPS):
     """(N, rows, columns) matrices, rows <= columns -> the nearest semi-orthogonal ones, roughly
     (singular values between 0.7 and 1.2), by a quintic Newton-Schulz iteration."""
     a, b, c = coefficients
     x = g.bfloat16() if g.is_cuda else g
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(g.dtype)
+
+    def polynomial(gram):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        return p
+
+    if g.is_cuda:
+        for _ in range(steps):
+            x = polynomial(x @ x.mT) @ x
+        return x.to(g.dtype)
+    # Each step multiplies x by a polynomial of x x^T. To multiply these with each other, rows by
+    # rows, and only the last by x, is half the work; bfloat16 has too few digits for it.
+    gram = x @ x.mT
+    product = factor = polynomial(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        product = factor @ product
+    return product @ x
 
 
 def create_optimizers(model, name: str, learning_rate: float, weight_decay: float):
@@ -62,7 +79,7 @@ def create_optimizers(model, name: str, learning_rate: float, weight_decay: floa
     adamw = dict(lr=learning_rate, betas=(0.9, 0.99), fused=fused)
     if name == "muon":
         return [
-            Muon(matrices, lr=learning_rate, weight_decay=weight_decay),
+            Muon(matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=STEPS),
             torch.optim.AdamW(others, weight_decay=0.0, **adamw),
         ]
     if name == "adamw":

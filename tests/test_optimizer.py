@@ -18,6 +18,19 @@ def test_orthogonalize_brings_singular_values_near_one(rows, columns):
         assert (mixed.diag()[s > 0.05 * s.max()] > 0.6).all() and (mixed.diag() < 1.3).all()
 
 
+@pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (32, 33)])
+def test_orthogonalize_is_newton_schulz(rows, columns):
+    """The iteration as it is written, in float64, for matrices of full and of low rank."""
+    torch.manual_seed(0)
+    low = torch.randn(2, rows, 3) @ torch.randn(2, 3, columns)
+    for g in (torch.randn(2, rows, columns), low):
+        x = g.double() / g.double().norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(orthogonalize(g, steps=5), x.float(), atol=1e-4, rtol=0)
+
+
 def test_muon_is_torchs_muon():
     """Up to the bfloat16 that torch's iteration rounds to."""
     torch.manual_seed(0)
