@@ -212,7 +212,7 @@ def _ray(workers, address):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
-            address=address or None,
+            address=address or "local",  # not whatever cluster this machine may have already
             num_cpus=None if address else workers or cores(),
             runtime_env={"env_vars": variables},
             logging_level="ERROR",

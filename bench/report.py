@@ -120,7 +120,7 @@ def write(path: str, title: str, text: str, figure: Figure | None = None) -> Non
         with atomic_write(picture) as f:
             figure.savefig(f, dpi=110, format="png")
         text += f"\n![{title}](results/{picture.name})\n"
-    before = path.read_text() if path.exists() else "# Results\n"
+    before = path.read_text() if path.exists() else f"# {path.stem.title()}\n"
     section = f"## {title}\n\n{text}\n"
     old = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.M | re.S)
     found = old.search(before)
@@ -149,11 +149,12 @@ def machine() -> str:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {name}")
-    return "; ".join(
-        [str(datetime.date.today()), f"commit {commit or 'unknown'}",
-         f"{cpu[1] if cpu else platform.processor()}, {len(os.sched_getaffinity(0))} cores, "
-         f"{widest[0] if widest else 'no avx2'}, {memory:.0f} GiB", *gpu, ", ".join(versions)]
-    )  # fmt: skip
+    processor = (
+        f"{cpu[1] if cpu else platform.processor()} ({widest[0] if widest else 'no avx2'}), "
+        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    )
+    what = [str(datetime.date.today()), f"commit {commit or 'unknown'}", processor, *gpu]
+    return "; ".join([*what, ", ".join(versions)])
 
 
 # a process of its own, since a peak is handed down from who starts a program

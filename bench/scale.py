@@ -127,7 +127,7 @@ def open_split(folder: Path) -> None:
 def training_step(config) -> None:
     """4 layers, one thing changed at a time."""
     dtype = choose_dtype("auto", config.device)
-    peak = product_peak(config.device, getattr(torch, dtype))
+    peak = product_peak(config, getattr(torch, dtype))
     base = dict(channels=128, window=64, batch=12, vocab_size=257)
     panels, rows = {}, []
     for name, values in (
@@ -165,14 +165,14 @@ def clock(function, seconds: float, device: str) -> float:
     return min(times)
 
 
-def product_peak(device: str, dtype) -> float:
+def product_peak(config, dtype) -> float:
     """FLOP/s of the best square matrix product."""
 
     def rate(n):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        return 2 * n**3 / clock(lambda: a @ b, 1.0, device)
+        a, b = torch.randn(2, n, n, device=config.device).to(dtype)
+        return 2 * n**3 / clock(lambda: a @ b, config.seconds, config.device)
 
-    return max(map(rate, (1024, 2048, 4096) if device == "cpu" else (4096, 8192, 16384)))
+    return max(map(rate, (1024, 2048) if config.device == "cpu" else (4096, 8192, 16384)))
 
 
 def step(config, dtype, channels, window, batch, vocab_size) -> tuple[float, float]:

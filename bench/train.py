@@ -38,7 +38,6 @@ SHAPES = {
     "cuda": {"12/12/768/32/1024/gpt2/60": "", "6/6/384/64/256/bytes/200": ""},
 }
 VOCABULARY = {"bytes": 257, "gpt2": 50257}
-DOCUMENTS = "ours, documents apart"
 TITLES = {"cpu": "Training on a CPU", "cuda": "Training on a GPU"}
 
 
@@ -60,11 +59,14 @@ def main():
     groups, unit, shares = {}, "tokens/s", []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepare(folder, config)
-        for shape in config.shapes or goals:
-            *sizes, tokenizer, steps = shape.split("/")
-            sizes = Shape(*map(int, sizes), tokenizer, int(steps))
-            contestants = {"ours": ours, DOCUMENTS: documents_apart}
+        shapes = {text: parse_shape(text) for text in config.shapes or goals}
+        prepare(folder, config, {shape.tokenizer for shape in shapes.values()})
+        for text, sizes in shapes.items():
+            contestants = {
+                "ours": ours,
+                "ours, AdamW": functools.partial(ours, optimizer="adamw"),
+                "ours, documents apart": functools.partial(ours, corpus=f"{sizes.tokenizer}-apart"),
+            }
             if config.nanogpt:
                 same_loss(config, sizes)
                 contestants["nanoGPT, compiled"] = functools.partial(nanogpt, compiled=True)
@@ -73,15 +75,15 @@ def main():
             measures = {
                 k: functools.partial(f, config, folder, sizes) for k, f in contestants.items()
             }
-            goal = {"nanoGPT": goals.get(shape, "")}
+            goal = {"nanoGPT": goals.get(text, "")}
             groups[str(sizes)] = contest(measures, config.rounds, goal, warm=0)
             if peak := peak_flops(config.device, "bfloat16"):
                 flops = sizes.model().flops_per_token(sizes.window)
                 for name, speed, *_ in groups[str(sizes)]:
                     shares.append(f"{name} at {sizes}: {100 * speed * flops / peak:.1f}%")
     text = (
-        "Layers/heads/channels, windows a step x tokens. Whole runs of train_gpt2.py, with the "
-        "optimizer it takes by itself (Muon; nanoGPT has AdamW), and of nanoGPT's train.py; both "
+        "Layers/heads/channels, windows a step x tokens. Whole runs of train_gpt2.py, with Muon, "
+        "which it takes by itself, or AdamW, and of nanoGPT's train.py, which has AdamW; both "
         "models gave the same loss with the same weights. Documents apart: the text cut at its "
         "blank lines, each attending to itself alone."
         + (" Left out: nanoGPT (no --nanogpt was given)." if not config.nanogpt else "")
@@ -112,21 +114,23 @@ class Shape:
         return GPT(GPTConfig(VOCABULARY[self.tokenizer], self.window, **sizes))
 
 
-def prepare(folder: Path, config) -> None:
-    """The text in both vocabularies, as one text and as documents; and where nanoGPT looks."""
-    for tokenizer, size in VOCABULARY.items():
-        for corpus, documents in ((tokenizer, []), (f"{tokenizer}-apart", ["blank-line"])):
-            flags = [
-                "--input",
-                Path(config.text).resolve(),
-                "--corpus",
-                corpus,
-                "--tokenizer",
-                tokenizer,
-            ]
-            flags += [part for mode in documents for part in ("--documents", mode)]
-            whole_process([sys.executable, ROOT / "prepare_data.py", *flags], cwd=folder)
-        (folder / "data" / tokenizer / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": size}))
+def parse_shape(text: str) -> Shape:
+    """Raises ValueError for one that isn't layers/heads/channels/batch/window/vocabulary/steps."""
+    match text.split("/"):
+        case [*sizes, tokenizer, steps] if len(sizes) == 5 and tokenizer in VOCABULARY:
+            return Shape(*map(int, sizes), tokenizer, int(steps))
+    raise ValueError(f"{text} is not layers/heads/channels/batch/window/vocabulary/steps")
+
+
+def prepare(folder: Path, config, vocabularies) -> None:
+    """The text as one text and as documents; and where nanoGPT looks."""
+    for name in vocabularies:
+        for corpus, flags in ((name, []), (f"{name}-apart", ["--documents", "blank-line"])):
+            flags = [*flags, "--input", Path(config.text).resolve(), "--tokenizer", name]
+            command = [sys.executable, ROOT / "prepare_data.py", "--corpus", corpus, *flags]
+            whole_process(command, cwd=folder)
+        size = pickle.dumps({"vocab_size": VOCABULARY[name]})
+        (folder / "data" / name / "meta.pkl").write_bytes(size)
     for file in Path(config.nanogpt).resolve().glob("*.py") if config.nanogpt else ():
         (folder / file.name).symlink_to(file)
 
@@ -134,22 +138,18 @@ def prepare(folder: Path, config) -> None:
 # ---- contestants: (tokens/s of the median step, peak memory in MiB)
 
 
-def ours(config, folder, shape, corpus=None):
+def ours(config, folder, shape, **extra):
     flags = dict(
-        corpus=corpus or shape.tokenizer, n_layer=shape.layers, n_head=shape.heads, dropout=0,
+        corpus=shape.tokenizer, n_layer=shape.layers, n_head=shape.heads, dropout=0,
         n_embd=shape.channels, batch_size=shape.batch, sequence_length=shape.window,
         max_steps=100_000, stop_at=shape.steps, log_every=1, device=config.device,
-    )  # fmt: skip
+    ) | extra  # fmt: skip
     flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
     _, mib, _ = whole_process([sys.executable, ROOT / "train_gpt2.py", *flags], cwd=folder)
     newest = max(folder.glob("out/*/metrics.jsonl"), key=os.path.getmtime)
     lines = map(json.loads, newest.read_text().splitlines())
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return statistics.median(speeds[5:]), mib
-
-
-def documents_apart(config, folder, shape):
-    return ours(config, folder, shape, corpus=f"{shape.tokenizer}-apart")
 
 
 def nanogpt(config, folder, shape, compiled=False):

@@ -1,0 +1,163 @@
+"""What is learnt in how many seconds: nanoGPT's own README run beside ours, and RECIPES.md.
+
+    python -m bench.learn --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT
+    python -m bench.learn --text data/tinyshakespeare/input.txt --recipes
+
+The first runs nanoGPT's train.py with the flags of its README on our bytes, then train_gpt2.py for
+as many steps as a share of those seconds pays for, and as all of them do, three seeds each. Whole
+processes; every model is judged by one full pass over the validation text. The second runs the
+default run with other constants, three seeds each, and writes what they came to.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.report import RESULTS, ROOT, table, whole_process, write
+from bench.train import prepare
+from common import parse_flags, run
+from model import GPT, GPTConfig
+
+RECIPES = "bench/RECIPES.md"
+TITLES = {"bytes": "Byte by byte", "gpt2": "GPT-2's vocabulary"}
+THEIRS = {  # nanoGPT's README, by device
+    "cpu": "--compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
+    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0",
+    "cuda": "",
+}
+GOALS = {  # nats a character: in so small a share of nanoGPT's seconds, and in as many
+    "cpu": (1 / 5, 1.8857, 1.58),
+    "cuda": (1 / 4, 1.4697, 1.40),
+}
+TRIED = {  # flags of train_gpt2.py, by vocabulary; the first of each are the defaults
+    "bytes": ["", "--batch_size 8", "--batch_size 16", "--sequence_length 128 --batch_size 8",
+              "--learning_rate 0.005", "--learning_rate 0.02", "--optimizer adamw",
+              "--dropout 0.1", "--n_layer 6 --n_head 6 --n_embd 192"],
+    "gpt2": ["", "--batch_size 4", "--batch_size 8", "--batch_size 16", "--learning_rate 0.005",
+             "--learning_rate 0.02", "--optimizer adamw", "--n_embd 64", "--dropout 0.1"],
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    text: str = ""  # file to train on
+    nanogpt: str = ""  # checkout of nanoGPT; "": left out
+    recipes: bool = False  # write RECIPES.md instead: an hour and more on two cores
+    vocabularies: tuple[str, ...] = tuple(TRIED)  # of recipes
+    seeds: int = 3  # runs of each
+    seconds: float = 60.0  # for ours where no nanoGPT says how many
+    flags: str = ""  # of train_gpt2.py, for all runs of ours, say "--train_flops 1e12"
+    device: str = "cpu"  # cpu, cuda
+    results: str = ""  # Markdown file to write into; "": RESULTS.md, or RECIPES.md
+
+
+def main():
+    config = parse_flags(Config, __doc__)
+    if not config.text:
+        raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        prepare(folder, config, config.vocabularies if config.recipes else ["bytes"])
+        (recipes if config.recipes else race)(config, folder)
+
+
+def race(config, folder) -> None:
+    share, fast, good = GOALS[config.device]
+    rows, budget = [], config.seconds
+    if config.nanogpt:
+        seconds, loss = nanogpt(config, folder)
+        budget = seconds
+        rows.append(("nanoGPT, its README's run", "", seconds, loss, ""))
+    # a short run: what a step costs, and what everything else does
+    seconds, _, _, step = ours(config, folder, 0, "--max_steps 50 --eval_every 25")
+    start = max(0, seconds - 50 * step)
+    for name, part, goal in (("a share of its seconds", share, fast), ("its seconds", 1, good)):
+        steps = max(20, int((0.97 * part * budget - start) / step))
+        for seed in range(config.seeds):
+            flags = f"--max_steps {steps} --eval_every {max(1, steps // 2)}"
+            seconds, loss, _, _ = ours(config, folder, seed, flags)
+            rows.append((f"ours, {name}, seed {seed}", steps, seconds, loss, goal))
+    left_out = "" if config.nanogpt else f" Left out: nanoGPT (no --nanogpt); {budget:.0f} s taken."
+    text = (
+        "TinyShakespeare byte by byte, whole processes from start to sample, nats per character "
+        "by a full pass over the validation text, of the best checkpoint."
+        f"{left_out}\n\n"
+        + table(["", "steps", "seconds", "nats per character", "goal"], rows)
+    )  # fmt: skip
+    title = "Learning" + (" on a GPU" if config.device == "cuda" else "")
+    write(config.results or RESULTS, title, text)
+
+
+def nanogpt(config, folder) -> tuple[float, float]:
+    """(seconds, nats per token of the validation split)"""
+    flags = f"--dataset=bytes --out_dir=theirs --device={config.device} {THEIRS[config.device]}"
+    settings = Path(config.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
+    command = [sys.executable, "train.py", settings, *flags.split()]
+    seconds, _, _ = whole_process(command, cwd=folder)
+    saved = torch.load(folder / "theirs" / "ckpt.pt", map_location="cpu", weights_only=True)
+    sizes = {
+        name: saved["model_args"][name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")
+    }
+    model = GPT(GPTConfig(n_positions=saved["model_args"]["block_size"], **sizes))
+    weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)  # ours start with zeros
+    assert unexpected == ["lm_head.weight"] and all(name.endswith(".bias") for name in missing)
+    return seconds, full_pass(model.eval(), np.fromfile(folder / "data/bytes/val.bin", "<u2"))
+
+
+@torch.no_grad()
+def full_pass(model, tokens) -> float:
+    """Nats per token, of all but the first, each seen in a window with those before it."""
+    tokens, T = torch.from_numpy(tokens.astype(np.int64)), model.config.n_positions
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, T):
+        part = tokens[start : start + T + 1]
+        nats += model(part[None, :-1], part[None, 1:], reduction="sum")[1].item()
+    return nats / (len(tokens) - 1)
+
+
+def ours(
+    config, folder, seed, flags, tokenizer="bytes", threads=None
+) -> tuple[float, float, float]:
+    """(seconds, lowest nats per token and bits per byte of the validation split)"""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        command = [sys.executable, ROOT / "train_gpt2.py", "--out_dir", out, "--corpus", tokenizer]
+        command += ["--seed", seed, "--device", config.device]
+        command += shlex.split(config.flags) + shlex.split(flags)
+        seconds, _, _ = whole_process(command, cwd=folder)
+        (folder,) = Path(out).iterdir()
+        lines = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+        used = json.loads((folder / "config.json").read_text())
+    best = min((line for line in lines if "val_loss" in line), key=lambda line: line["val_loss"])
+    speed = statistics.median(n["tokens_per_second"] for n in lines if "train_loss" in n)
+    step = used["batch_size"] * used["sequence_length"] / speed
+    return seconds, best["val_loss"], best["val_bpb"], step
+
+
+def recipes(config, folder) -> None:
+    for vocabulary in config.vocabularies:
+        rows = []
+        for flags in TRIED[vocabulary]:
+            runs = [ours(config, folder, seed, flags, vocabulary) for seed in range(config.seeds)]
+            seconds, nats, bits, _ = zip(*runs)
+            each = ", ".join(f"{value:.3f}" for value in nats)
+            means = [f"{statistics.mean(values):.3f}" for values in (nats, bits)]
+            rows.append((f"`{flags}`" if flags else "none", *means, each, statistics.mean(seconds)))
+            head = ["flags", "nats per token", "bits per byte", "nats of each seed", "seconds"]
+            text = (
+                "The default run on TinyShakespeare with these flags of train_gpt2.py: the lowest "
+                "validation by a full pass, the mean of the seeds.\n\n"
+                + table(head, sorted(rows, key=lambda row: row[1]))
+            )
+            write(config.results or RECIPES, TITLES[vocabulary], text)  # what is known so far
+
+
+if __name__ == "__main__":
+    run(main)

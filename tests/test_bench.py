@@ -1,0 +1,143 @@
+"""The scripts of bench/ at toy size: they run, write their sections, and the README shows them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from bench import learn
+from bench.report import RESULTS, contest, contest_table, number, update_readme, write
+
+
+def bench(script, *flags):
+    command = [sys.executable, "-m", f"bench.{script}", *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("to be, or not to be:\n\nthat is the question\n" * 200)
+    return path
+
+
+def test_contestants_take_turns_and_the_first_laps_only_warm_up():
+    asked, speeds = [], {"ours": iter([1, 10, 30, 20]), "theirs": iter([99, 5, 4, 6])}
+
+    def measure(name):
+        asked.append(name)
+        return next(speeds[name]), len(asked)
+
+    contestants = {name: lambda name=name: measure(name) for name in speeds}
+    rows = contest(contestants, 3, {"theirs": 2})
+    assert asked == ["ours", "theirs"] * 4
+    assert rows == [("ours", 20, 10, 30, 1.0, "", 7), ("theirs", 5, 4, 6, 4.0, 2, 8)]
+    assert contest_table("what", "MB/s", {"this": rows}).splitlines()[-1] == (
+        "| this | theirs | 5 | 4 to 6 | 4 | 2 | 8 |"
+    )
+
+
+def test_numbers_are_short_but_not_wrong():
+    shown = {
+        1234567.8: "1,234,568",
+        99.96: "100",
+        12.345: "12.3",
+        0.01234: "0.0123",
+        3: "3",
+        "a": "a",
+    }
+    assert {value: number(value) for value in shown} == shown
+
+
+def test_a_section_takes_the_place_of_the_one_before(tmp_path, capsys):
+    results = tmp_path / "RESULTS.md"
+    for title, text in (("A", "| one |\n| two |"), ("B", "bee"), ("A", "| three |\n| four |")):
+        write(results, title, text)
+    written = results.read_text()
+    assert re.findall("^#+ .*", written, re.M) == ["# Results", "## A", "## B"]
+    assert "| three |" in written and "| one |" not in written and "bee" in written
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- from bench/RESULTS.md: A -->\nold\n<!-- to here -->\nb\n")
+    update_readme(readme, results)
+    assert readme.read_text() == (
+        "a\n<!-- from bench/RESULTS.md: A -->\n| three |\n| four |\n<!-- to here -->\nb\n"
+    )
+
+
+def test_the_readmes_tables_are_those_of_the_results(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    update_readme(copy, ROOT / RESULTS)
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+    assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 3
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary")
+def test_tokenize(text, tmp_path):
+    results = tmp_path / "RESULTS.md"
+    printed = bench(
+        "tokenize", "--text", text, "--megabytes", 1, "--rounds", 1, "--results", results
+    )
+    for peer in ("ours, 1 worker", "datasets.map", "tiktoken.encode_ordinary_batch"):
+        assert f"| {peer} |" in printed and f"| {peer} |" in results.read_text()
+    assert (tmp_path / "results" / "tokenizing.png").stat().st_size > 1000
+
+
+def test_loader(tmp_path):
+    """Peers that need a checkout, or a package that isn't there, are left out with a line."""
+    printed = bench(
+        "loader", "--tokens", 100_000, "--seconds", 0.05, "--rounds", 1, "--results", ""
+    )
+    assert "nanoGPT's get_batch (nanogpt is not there)" in printed
+    assert (
+        "| with document ids | ours |" in printed
+        and "| padded documents | transformers |" in printed
+    )
+
+
+def test_train(text, tmp_path):
+    results = tmp_path / "RESULTS.md"
+    shape = ["--shapes", "1/1/8/2/8/bytes/7", "--rounds", 1]
+    printed = bench("train", "--text", text, *shape, "--results", results)
+    for contestant in ("ours", "ours, AdamW", "ours, documents apart"):
+        assert f"| 1/1/8, 2 x 8, bytes | {contestant} |" in printed
+    assert "Left out: nanoGPT" in results.read_text()
+
+
+@pytest.mark.parametrize("recipes", [[], ["--recipes", "--vocabularies", "bytes"]])
+def test_learn(text, tmp_path, recipes, monkeypatch, capsys):
+    monkeypatch.setattr("bench.learn.TRIED", {"bytes": ["", "--n_embd 16"]})
+    tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
+    flags = [
+        "--text",
+        text,
+        "--seeds",
+        1,
+        "--seconds",
+        1,
+        "--flags",
+        tiny,
+        "--results",
+        tmp_path / "R.md",
+    ]
+    monkeypatch.setattr("sys.argv", ["learn", *map(str, flags), *recipes])
+    learn.main()
+    printed = capsys.readouterr().out
+    if recipes:
+        assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
+    else:
+        assert re.search(r"\| ours, its seconds, seed 0 \| \d+ \|", printed)
+
+
+def test_scale(text, tmp_path):
+    small = ["--megabytes", 1, "--tokens", 10**5, 10**10, "--channels", 32, "--windows", 8]
+    small += ["--batches", 1, "--seconds", 0.01, "--rounds", 1]
+    printed = bench("scale", "--text", text, *small, "--results", tmp_path / "RESULTS.md")
+    for row in ("| 1 MB | 2 on Ray |", "| 10,000,000,000 |", "| 32 | 12 x 64 | 50,257 |"):
+        assert row in printed
+    assert len(list((tmp_path / "results").iterdir())) == 3
