@@ -131,7 +131,7 @@ def test_learn(text, tmp_path, recipes, monkeypatch, capsys):
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
     else:
-        assert re.search(r"\| ours, its seconds, seed 0 \| \d+ \|", printed)
+        assert re.search(r"\| ours, its seconds, seed 0 \| --max_steps \d+", printed)
 
 
 def test_scale(text, tmp_path):

@@ -33,6 +33,8 @@ def shortened(command: str) -> str | None:
         return None  # .ci/run has them; they made this copy
     if command.startswith(("source cluster/", "sbatch")):
         return None  # test_slurm.py has them
+    if command.startswith("python -m bench."):
+        return None  # test_bench.py has them
     if "--init_from gpt2" in command:
         return None  # test_pretrained.py has a hub for them
     if "train_gpt2.py" in command:
