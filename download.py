@@ -11,6 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+TIMEOUT = 10, 30  # seconds: to connect, and without a byte
+LONGEST_PAUSE = 60  # seconds that a busy server may ask for
+
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
@@ -21,7 +24,11 @@ def sha256_of(path: Path) -> str:
 
 
 class _TryAgain(Exception):
-    """A fault that may pass: of the line, or of a busy server."""
+    """A fault that may pass: of the line, or of a busy server. pause: seconds that it asks for."""
+
+    def __init__(self, reason, pause=0):
+        super().__init__(reason)
+        self.pause = pause
 
 
 def download(
@@ -30,7 +37,8 @@ def download(
     """Fetches a file from the first of `urls` that has it; `path` appears whole and checked.
 
     A fault that may pass is tried again after `pause` seconds, then twice as long, up to `tries`
-    times without a new byte, going on where it broke off. Raises ConnectionError where no address
+    times without a new byte, going on where it broke off; what came in several parts is kept only
+    where a sha256 tells that they belong together. Raises ConnectionError where no address
     works, OSError where `path` can't be written. Leaves nothing but `path`.
     """
     part = path.with_name(path.name + ".part")  # left by a killed run: gone on with
@@ -54,7 +62,7 @@ def download(
 
 def _fetch(url, part, size, sha256, pause, tries) -> None:
     """Makes `part` whole and checked. Raises ConnectionError."""
-    failures = 0
+    failures = most = 0
     while True:
         done = part.stat().st_size if part.exists() else 0
         try:
@@ -69,11 +77,11 @@ def _fetch(url, part, size, sha256, pause, tries) -> None:
                 f"{url} sent something else: sha256 {found[:16]}..., not {expected[:16]}..."
             )
         except _TryAgain as error:
-            grown = part.exists() and part.stat().st_size > done
-            failures = 1 if grown else failures + 1
+            here = part.stat().st_size if part.exists() else 0
+            failures, most = 1 if here > most else failures + 1, max(here, most)
             if failures == tries:
                 raise ConnectionError(f"{url}: {error}") from None
-            time.sleep(pause * 2 ** (failures - 1))
+            time.sleep(max(error.pause, pause * 2 ** (failures - 1)))
 
 
 def _fetch_rest(url, part, done, size, sha256) -> str | None:
@@ -88,24 +96,36 @@ def _fetch_rest(url, part, done, size, sha256) -> str | None:
     if done:
         headers["Range"] = f"bytes={done}-"
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
-            if response.status_code == 416:  # nothing lies beyond `done`: it is whole, or not it
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            status, reason = response.status_code, f"{response.status_code} {response.reason}"
+            if status in (408, 429) or status >= 500:
+                asked = _number(response, "Retry-After")
+                if asked > LONGEST_PAUSE:
+                    raise ConnectionError(f"{url}: {reason}, try again in {asked:,} s")
+                raise _TryAgain(reason, asked)
+            if done and status == 416:  # nothing lies beyond `done`: it is whole, or not it
                 part.unlink()
                 raise _TryAgain("the server refused to go on where the file broke off")
-            if response.status_code in (408, 429) or response.status_code >= 500:
-                raise _TryAgain(f"{response.status_code} {response.reason}")
-            if not response.ok:
-                raise ConnectionError(f"{url}: {response.status_code} {response.reason}")
-            if response.status_code != 206:
-                done = 0
-            length = int(response.headers.get("Content-Length", 0))
+            if status != 200 and not (done and status == 206):
+                raise ConnectionError(f"{url}: {reason}")
+            # the hub names a large file's sha256 in the answer that redirects to it
+            tags = [r.headers.get("X-Linked-Etag", "") for r in (*response.history, response)]
+            told = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
+            sha256 = sha256 or (told[0] if told else None)
+            if status == 206 and not sha256:
+                part.unlink()
+                raise _TryAgain("it broke off, and no sha256 tells if the rest is of the same file")
+            done = done if status == 206 else 0
+            length = _number(response, "Content-Length")
             total = done + length if length else size
-            if size and total != size:
-                kind = response.headers.get("Content-Type", "something else")
+            kind = response.headers.get("Content-Type", "something else")
+            if (size and total != size) or kind.startswith("text/html"):
+                expected = f" of {total:,} bytes where {size:,} were expected" if size else ""
                 raise ConnectionError(
-                    f"{url} sent {total:,} bytes ({kind}) where {size:,} were expected: a login "
-                    f"page of this network, perhaps"
+                    f"{url} sent {kind}{expected}: a login page of this network, perhaps"
                 )
+            if not (total or sha256 or "Transfer-Encoding" in response.headers):
+                raise ConnectionError(f"{url} tells no length: all of it may not have come")
             part.parent.mkdir(parents=True, exist_ok=True)
             with (
                 open(part, "ab" if done else "wb") as f,
@@ -130,14 +150,17 @@ def _fetch_rest(url, part, done, size, sha256) -> str | None:
                 os.fsync(f.fileno())
             if total and done < total:
                 raise _TryAgain(f"the connection broke after {done:,} of {total:,} bytes")
-            # the hub names a large file's sha256 in the answer that redirects to it
-            tags = [r.headers.get("X-Linked-Etag", "") for r in (*response.history, response)]
-            told = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
-            return sha256 or (told[0] if told else None)
+            return sha256
     except requests.TooManyRedirects:
         raise ConnectionError(f"{url}: redirected in a circle") from None
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # a redirection may be no address
         raise _TryAgain(_reason(error)) from None
+
+
+def _number(response, header) -> int:
+    """0 where the header is missing, or no number."""
+    value = response.headers.get(header, "")
+    return int(value) if re.fullmatch("[0-9]{1,18}", value) else 0
 
 
 def _reason(error) -> str:
