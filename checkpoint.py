@@ -7,7 +7,6 @@ step, best (its step and val_loss), model (weights), model_config, metadata (of 
 
 import itertools
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -40,7 +39,9 @@ def load_checkpoint(path: Path) -> dict:
             + ("nothing was saved" if path.parent.is_dir() else f"there is no folder {path.parent}")
             + ", so name another run, or train anew"
         ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever its reader stumbles on
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(
             f"{path} is no readable checkpoint ({reason[:60]}): take another, or train anew"
@@ -48,9 +49,26 @@ def load_checkpoint(path: Path) -> dict:
     needed = {"step", "best", "model", "model_config", "metadata", "config"}
     if path.name == "last.pt":
         needed |= {"position", "optimizers"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys() and _whole(checkpoint)):
         raise ValueError(f"{path} is no checkpoint of train_gpt2.py, or of another version")
     return checkpoint
+
+
+def _whole(checkpoint) -> bool:
+    """Whether it has the weights of the shape that it tells, and all their memory."""
+    try:
+        with torch.device("meta"):  # no memory yet: the shape may be anything
+            shapes = GPT(GPTConfig(**checkpoint["model_config"])).state_dict()
+        weights, vocab_size = checkpoint["model"], checkpoint["metadata"]["vocab_size"]
+        return (
+            weights.keys() == shapes.keys()
+            and all(
+                p.shape == shapes[name].shape and p.is_contiguous() for name, p in weights.items()
+            )
+            and 0 < vocab_size <= len(weights[EMBEDDING])
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        return False
 
 
 def best_checkpoint(run: Path) -> dict:

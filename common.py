@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -100,7 +101,8 @@ def atomic_write(path: Path):
     """A binary file to write to; `path` changes once all of it is on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as f:
+        temporary.unlink(missing_ok=True)  # in a stranger's folder, it may lead out of it
+        with open(temporary, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -110,6 +112,17 @@ def atomic_write(path: Path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path):
+    """What a JSON file holds. Raises OSError, or ValueError that says what is wrong with it."""
+    if path.exists() and not path.is_file():  # a pipe, say, would keep us waiting
+        raise ValueError(f"{path} is no file")
+    data = path.read_bytes()
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def optional(module: str, what: str, package: str = ""):

@@ -7,8 +7,11 @@ Downloads are checked against a size and a sha256; see data/README.md for what c
 """
 
 import contextlib
+import errno
 import glob
+import gzip
 import json
+import lzma
 import platform
 import re
 import shutil
@@ -21,9 +24,10 @@ from common import atomic_write, optional
 from describe import described, folder_of
 from download import download, sha256_of
 from known import KNOWN, Known
-from reader import BLOCK, Source
+from reader import BLOCK, Source, damage
 
 BUILT_IN = "python-docs"
+GROWTH = 100  # times its size that an archive may grow to
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
@@ -131,11 +135,11 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
     """Writes the members of a zip or tar archive whose names match a pattern into `folder`, under
     the name that goes with the pattern; many small ones become the lines of a .jsonl file.
 
-    No name in the archive is ever used as a path, links and devices are no files, and what grows
-    to more than a hundred times the archive is refused (ValueError).
+    No name in the archive is ever used as a path, links and devices are no files, and what is
+    damaged or grows to more than a hundred times the archive is refused (ValueError).
     """
     with _open_archive(archive) as (sizes, open_member):
-        if sum(sizes.values()) > 100 * archive.stat().st_size:
+        if sum(sizes.values()) > GROWTH * archive.stat().st_size:
             raise ValueError(f"{archive} grows beyond all measure")
         for pattern, target in members.items():
             chosen = [name for name in sizes if re.fullmatch(pattern, name)]
@@ -156,14 +160,27 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
 @contextlib.contextmanager
 def _open_archive(path):
     """Yields name -> size of each file in an archive, in its own order, and what opens one."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield {info.filename: info.file_size for info in archive.infolist()}, archive.open
-    else:
-        with tarfile.open(path) as archive:
-            files = {member.name: member for member in archive if member.isfile()}
-            sizes = {name: member.size for name, member in files.items()}
-            yield sizes, lambda name: archive.extractfile(files[name])
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield {info.filename: info.file_size for info in archive.infolist()}, archive.open
+            return
+        with gzip.open(path) as unpacked:
+            most = GROWTH * path.stat().st_size
+            if unpacked.seek(most + 1) > most:  # before a header says how much to read at once
+                raise ValueError(f"{path} grows beyond all measure")
+            unpacked.seek(0)
+            with tarfile.open(fileobj=unpacked) as archive:
+                files = {member.name: member for member in archive if member.isfile()}
+                sizes = {name: member.size for name, member in files.items()}
+                yield sizes, lambda name: archive.extractfile(files[name])
+    except (
+        zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, UnicodeDecodeError, RuntimeError,
+        OSError, *damage(""),
+    ) as error:  # fmt: skip
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # where it says to seek
+            raise  # of the disk
+        raise ValueError(f"{path} is a damaged archive: {' '.join(str(error).split())}") from None
 
 
 def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
@@ -180,8 +197,7 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
         corpora = [corpus] if corpus else told["corpuses"]
         if told["configs"]:
             root = str(told["root"])
-            names = [f"{root}/{name}" for name in corpora] or [root]
-            found = [hugging_face(name, text_field) for name in names]
+            found = [hugging_face(root, text_field, config) for config in corpora or [None]]
         else:
             folders = [folder_of(told, name) for name in corpora] or [told["root"]]
             found = [_files(str(path), documents, text_field) for path in folders]
@@ -215,12 +231,14 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
 
 
-def hugging_face(name: str, text_field: str) -> list[Source]:
+def hugging_face(name: str, text_field: str, config: str | None = None) -> list[Source]:
     """The Arrow files that the `datasets` library makes of NAME or NAME/CONFIG, on the hub or in a
     local folder; its splits validation and test are val and test here."""
     datasets = optional("datasets", f"--input hf:{name}")
-    folder, _, config = name.rpartition("/")
-    attempts = [(name, None)] + [(folder, config)] * bool(folder and not Path(name).exists())
+    folder, _, last = name.rpartition("/")
+    attempts = [(name, config)]
+    if config is None and folder and not Path(name).exists():
+        attempts.append((folder, last))
     if Path(folder or name).exists() or name.count("/") == 2:
         attempts.reverse()  # FOLDER/CONFIG, ORGANISATION/NAME/CONFIG: the likelier one first
     reasons = []

@@ -5,9 +5,10 @@ python prepare_data.py --describe raw/pile      # asks, and writes raw/pile/meta
 
 import datetime
 import json
+import re
 from pathlib import Path
 
-from common import atomic_write, optional
+from common import atomic_write, optional, read_json
 
 
 def describe(folder: Path, answers: dict) -> Path:
@@ -67,35 +68,53 @@ def described(folder: Path) -> dict | None:
             break
     else:
         return None
-    yaml = optional("yaml", str(path), "pyyaml") if path.suffix == ".yaml" else None
-    damage = (yaml.YAMLError,) if yaml else ()
-    try:
-        text = path.read_text(encoding="utf-8")
-        told = yaml.safe_load(text) if yaml else json.loads(text)
-    except (ValueError, RecursionError, *damage) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged: {reason}") from None
+    told = _read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(told, dict) or not {"name", "data_content"} <= told.keys():
         return None  # somebody else's metadata
     corpuses, parent = told.get("corpuses") or [], told.get("corpus_data_dir_parent") or "."
     names = [told.get("dataset_path") or ".", told.get("content_field") or "text", parent]
-    if not isinstance(corpuses, list) or not all(isinstance(n, str) for n in names + corpuses):
-        raise ValueError(f"{path}: dataset_path, content_field and corpuses aren't all text")
-    if told["data_content"] != "text":
-        raise ValueError(f"{path} describes {told['data_content']}, not text")
+    content, configs = told["data_content"], told.get("corpus_separation_strategy") == "configs"
+    if not isinstance(corpuses, list) or any(
+        type(n) is not str for n in [content, *names, *corpuses]
+    ):
+        raise ValueError(
+            f"{path}: data_content, dataset_path, content_field and corpuses aren't all text"
+        )
+    if content != "text":
+        raise ValueError(f"{path} describes {content!r:.60}, not text")
     root = folder / names[0]
+    if root.is_dir() and not root.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path}: dataset_path {names[0]!r} leads out of {folder}; say '.'")
+    if configs and (odd := [name for name in corpuses if not re.fullmatch(r"\w[\w.-]*", name)]):
+        raise ValueError(f"{path}: {odd[0]!r} is no name of a config")
     return {
         "root": root if root.is_dir() else folder,
         "field": names[1],
         "corpuses": corpuses,
         "parent": parent,
-        "configs": told.get("corpus_separation_strategy") == "configs",
+        "configs": configs,
     }
+
+
+def _read_yaml(path):
+    yaml, data = optional("yaml", str(path), "pyyaml"), path.read_bytes()
+    try:
+        depth = 0
+        for token in yaml.scan(data):
+            depth += (kind := type(token).__name__).endswith("StartToken")
+            depth -= kind.endswith("EndToken")
+            # ten aliases of ten aliases of ten ... take a few bytes to write and all memory to read
+            if depth > 20 or kind == "AliasToken":
+                raise ValueError("it has an alias (*), or nests too deeply")
+        return yaml.safe_load(data)
+    except Exception as error:  # what a tag such as !!bool makes of its value fails in its own way
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged: {reason}") from None
 
 
 def folder_of(told: dict, corpus: str) -> Path:
     """Where a sub-corpus lies. Raises ValueError where that isn't inside the described folder."""
     path = told["root"] / told["parent"] / corpus
-    if told["root"].resolve() not in path.resolve().parents or not path.is_dir():
+    if not path.is_dir() or told["root"].resolve() not in path.resolve().parents:
         raise ValueError(f"{told['root']} has no folder for its sub-corpus {corpus!r}")
     return path

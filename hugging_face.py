@@ -16,9 +16,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common import atomic_write
+from common import atomic_write, read_json
 from download import download
-from model import EMBEDDING, GPT2_SIZES
+from model import EMBEDDING, GPT2_SIZES, GPTConfig
 
 try:
     import fcntl
@@ -71,18 +71,20 @@ def read_shape(folder: Path) -> dict[str, int]:
     """The SHAPE that folder/config.json tells. Raises FileNotFoundError, and ValueError for a
     damaged file or another kind of model."""
     path = folder / "config.json"
-    try:
-        config = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: {config!r:.60} is no model's configuration")
+    inner = 4 * config["n_embd"] if type(config.get("n_embd")) is int else None
     for name, known in PLAIN.items():
         found = config.get(name, known[0])
-        if found not in known and (name != "n_inner" or found != 4 * (config.get("n_embd") or 0)):
-            raise ValueError(f"{folder} is no plain GPT-2: its {name} is {found!r}")
-    for name in SHAPE:
-        if type(config.get(name)) is not int:
-            raise ValueError(f"{path} is damaged: its {name} is {config.get(name)!r}")
-    return {name: config[name] for name in SHAPE}
+        if found not in known and (name, found) != ("n_inner", inner):
+            raise ValueError(f"{folder} is no plain GPT-2: its {name} is {found!r:.60}")
+    shape = {name: config.get(name) for name in SHAPE}
+    try:
+        GPTConfig(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return shape
 
 
 def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:

@@ -48,8 +48,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value, most = getattr(self, name), 1000 if name == "n_layer" else 1 << 20
+            if type(value) is not int or not 1 <= value <= most:  # it may be a stranger's
+                raise ValueError(f"{name} must be a number from 1 to {most:,}, not {value!r:.60}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:

@@ -152,7 +152,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.name, self.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
+        self.vocab_size = max(ids.values(), default=0) + 1
+        if self.vocab_size > 2 * len(ids) + 1:
+            raise ValueError(f"{path} is no vocabulary: most of its ids have no piece")
         end = next((end for end in self.ENDS if end in ids), None)
         if end is None:
             raise ValueError(f"{path} has no end of text: none of {', '.join(self.ENDS)}")
@@ -160,13 +162,18 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.eot_token in self.encode(end):
             raise ValueError(f"{path}: {end} is no special token there, so any text may hold it")
 
+    def _encode(self, texts):
+        try:
+            texts = [encodable(text) for text in texts]
+            return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the package raises no narrower type
+            raise ValueError(f"{self.name} can't encode every text: {error}") from None
+
     def encode(self, text):
-        ids = self.tokenizer.encode(encodable(text), add_special_tokens=False).ids
-        return np.array(ids, np.uint32)
+        return np.array(self._encode([text])[0].ids, np.uint32)
 
     def encode_documents(self, texts):
-        texts = [encodable(text) for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encode(texts)
         return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
 
     def decode_bytes(self, ids):

@@ -4,13 +4,14 @@ tokens = Tokens("data/tinyshakespeare/train")
 tokens.read([0, 100], length=65)        # (2, 65) int64
 """
 
-import json
 import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+
+from common import folder_name, read_json
 
 BLOCK = 1 << 20  # tokens looked at together
 LARGE = 1 << 30  # bytes of a file that may not stay in memory
@@ -127,17 +128,8 @@ def read_metadata(corpus_dir) -> dict:
     """
     path = Path(corpus_dir) / "metadata.json"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        files = [file for split in metadata["splits"].values() for file in split["files"]]
-        sound = (
-            metadata["format_version"] == 1
-            and metadata["dtype"] in ("uint16", "uint32")
-            and metadata["vocab_size"] > 0
-            and {"name", "sha256"} <= metadata["tokenizer"].keys()
-            and all(split["files"] and split["tokens"] > 0 for split in metadata["splits"].values())
-            and all(split["bytes"] > 0 for split in metadata["splits"].values())
-            and all(Path(f["name"]).name == f["name"] and f["tokens"] >= 0 for f in files)
-        )
+        metadata = read_json(path)
+        sound = _sound(metadata)
     except FileNotFoundError:
         prepared = sorted(path.parent.parent.glob("*/metadata.json"))
         there = [other.parent.name for other in prepared]
@@ -145,7 +137,7 @@ def read_metadata(corpus_dir) -> dict:
             f"{path.parent} is no prepared corpus: run python prepare_data.py, or choose "
             f"another (there: {', '.join(there) or 'none'})"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(
@@ -153,6 +145,28 @@ def read_metadata(corpus_dir) -> dict:
             f"flags it was made with"
         )
     return metadata
+
+
+def _sound(metadata) -> bool:
+    """Whether it is what prepare_data.py writes; it may be damaged, or a stranger's."""
+    splits, tokenizer = list(metadata["splits"].values()), metadata["tokenizer"]
+    files = [file for split in splits for file in split["files"]]
+    for name in (tokenizer["name"], *(file["name"] for file in files)):
+        folder_name(name, "")  # or it would lead out of its folder
+    vocab_size, eot = metadata["vocab_size"], metadata.get("eot_token", 0)
+    sizes = [vocab_size, *(split[name] for split in splits for name in ("tokens", "bytes"))]
+    counts = [eot, *(metadata.get(name, 0) for name in ("seed", "max_length"))]
+    counts += [file["tokens"] for file in files] + [split.get("documents", 0) for split in splits]
+    return (
+        metadata["format_version"] == 1
+        and metadata["dtype"] in ("uint16", "uint32")
+        and type(tokenizer["sha256"]) is str
+        and type(metadata.get("eot_per_document", True)) is bool
+        and all(split["files"] for split in splits)
+        and all(type(n) is int and n >= 0 for n in sizes + counts)
+        and min(sizes) > 0
+        and eot < vocab_size
+    )
 
 
 def newest_corpus(data_dir) -> Path:

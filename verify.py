@@ -14,6 +14,8 @@ from shards import split_text
 from tokenizer import get_tokenizer
 from tokens import open_tokens, read_metadata
 
+FORMATS = "text", "jsonl", "parquet", "arrow"
+DOCUMENTS = "", "line", "blank-line", "file", "article"
 SAMPLE = 1000  # documents that are compared with the source, about
 
 
@@ -48,17 +50,27 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{folder} {name}: {ends:,} ends of text: {again}")
         print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
     files = metadata["source"].get("files", [])
-    sources = [
-        Source(**{k: v for k, v in file.items() if k != "bytes"} | {"path": str(path)})
-        for file in files
-        if (path := folder / file["path"]).is_file() and path.stat().st_size == file["bytes"]
-    ]
+    sources = [source for file in files if (source := _source(folder, file))]
     if not sources or len(sources) < len(files):
         print("the source isn't there any more, or has changed: nothing was compared with it")
         return
     compare = _compare_documents if metadata["eot_per_document"] else _compare_text
     count = compare(folder, metadata, tokenizer, sources)
     print(f"{count} compared with the source: the same")
+
+
+def _source(folder, file) -> Source | None:
+    """What metadata.json lists as a source, where it is still as it was."""
+    try:
+        path = folder / file["path"]
+        names = [file[name] for name in ("format", "documents", "field", "split")]
+        sound = names[0] in FORMATS and names[1] in DOCUMENTS and {*map(type, names)} == {str}
+        if sound and type(file["number"]) is int and file["number"] >= 0:
+            there = path.is_file() and path.stat().st_size == file["bytes"]
+            return Source(str(path), *names, file["number"]) if there else None
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f"{folder / 'metadata.json'} is damaged: one of its sources is none")
 
 
 def _differs(folder, name, where):

@@ -661,7 +661,7 @@ def test_a_sub_corpus_outside_its_folder_is_refused(tmp_path, name):
         ("metadata.json", "{", r"metadata\.json is damaged"),
         ("metadata.yaml", "name: [", r"metadata\.yaml is damaged"),
         ("metadata.yaml", "name: \xff\nx: {{}}: y", r"metadata\.yaml is damaged"),
-        ("metadata.json", json.dumps(ALL | {"data_content": "images"}), "images, not text"),
+        ("metadata.json", json.dumps(ALL | {"data_content": "images"}), "'images', not text"),
         ("metadata.json", json.dumps(ALL | {"data_content": "text", "corpuses": [1]}), "all text"),
     ],
 )

@@ -146,7 +146,7 @@ def test_dropout_is_there_in_training_alone():
 def test_wrong_shapes_are_refused():
     for wrong, words in [
         ({"n_embd": 30}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
-        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"n_layer": 0}, "n_layer must be a number from 1 to 1,000"),
         ({"dropout": 1.0}, "dropout"),
     ]:
         with pytest.raises(ValueError, match=words):
