@@ -231,7 +231,8 @@ def _grouped(f, source):
 
 
 def _whole(f, source):
-    yield [source.start], [f.read(-1 if source.stop is None else source.length)]
+    if data := f.read(-1 if source.stop is None else source.length):  # an empty .gz is empty, too
+        yield [source.start], [data]
 
 
 def _stream(f, source):
