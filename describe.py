@@ -62,7 +62,8 @@ def describe(folder: Path, answers: dict) -> Path:
 
 def described(folder: Path) -> dict | None:
     """The description of a folder: root (Path), field, corpuses, strategy and parent of their
-    folders; None where it has none. Raises ValueError for a damaged one."""
+    folders; None where it has none. Raises ValueError for one that is damaged, or leads out of its
+    folder."""
     for path in (folder / "metadata.json", folder / "metadata.yaml"):
         if path.is_file():
             break

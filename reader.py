@@ -160,7 +160,7 @@ def _table(source):
                 shutil.copyfileobj(stack.enter_context(open_file(source.path)), file, BLOCK)
             parquet = optional("pyarrow.parquet", source.path)
             yield stack.enter_context(parquet.ParquetFile(file))
-    except (pyarrow.ArrowException, *damage(source.path)) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, *damage(source.path)) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source.path}: a damaged .{source.format} file ({reason})") from None
     except OSError as error:  # pyarrow's own, without a number
@@ -313,7 +313,7 @@ def _read_table(source):
         for column in _columns(table, source):
             try:
                 values = column.to_pylist()
-            except UnicodeDecodeError:  # in one of them
+            except (ValueError, OverflowError):  # in one of them
                 values = [_value(value) for value in column]
             yield range(position, position + len(values)), [_text_or_bad(v, field) for v in values]
             position += len(values)
@@ -322,8 +322,8 @@ def _read_table(source):
 def _value(value):
     try:
         return value.as_py()
-    except UnicodeDecodeError as error:
-        return Bad(f"not UTF-8 ({error.reason})")
+    except (ValueError, OverflowError) as error:  # not UTF-8, or a date that Python hasn't got
+        return Bad(f"a {value.type} that can't be read ({error})")
 
 
 def _columns(table, source):

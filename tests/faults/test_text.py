@@ -311,6 +311,37 @@ def test_parquet(folder, table, group, suffix, piece):
     check(folder, source, expected, 1 << 20, piece)
 
 
+def test_a_column_of_what_python_has_not(folder):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
+    import pyarrow.parquet as pq
+
+    days = pa.array([1 << 30], pa.int32()).view(pa.date32())
+    for column in days, pa.array([1 << 60]).view(pa.timestamp("us")):
+        pq.write_table(pa.table({"text": column}), folder / "a.parquet")
+        check(folder, Source(str(folder / "a.parquet"), "parquet"), [0], 1 << 20, 1 << 20)
+
+
+@fuzzed(0.3)
+@given(st.data())
+def test_a_table_with_other_bytes(folder, data):
+    """Parquet has no checksums here: whether the texts are right is not to be told."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.table({"n": range(20), "text": ["some words"] * 20}), file, row_group_size=9)
+    mutant = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        mutant[data.draw(st.integers(0, len(mutant) - 1))] = data.draw(st.integers(0, 255))
+    source = Source(write(folder, "a.parquet", bytes(mutant), ""), "parquet")
+    try:
+        prepared(folder, source, 1 << 20, 100)
+    except ValueError as error:
+        assert str(error).startswith((source.path, "fuzz has too little text"))
+    except OSError as error:  # by what it says of its size
+        assert "GB free: make room there" in str(error)
+
+
 @fuzzed(0.1)
 @given(st.data(), st.sampled_from([".gz", ".zst"]), BLOCKS)
 def test_a_compressed_file_with_other_bytes(folder, data, suffix, block):
