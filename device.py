@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -72,6 +73,28 @@ def peak_flops(device: str, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+def memory(device: str) -> float:
+    """Bytes of it, taken and free; math.inf where that can't be asked for."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        return math.inf
+
+
+@contextlib.contextmanager
+def memory_errors(flags: str):
+    """Around a function: to run out of memory is a ValueError that names the flags to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not told and "can't allocate memory" not in str(error):  # the CPU's has no type
+            raise
+        raise ValueError(f"out of memory: lower {flags}") from None
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import parse_flags
+from common import check, parse_flags
 from dataset import TextDataset
+from device import memory_errors
 from documents import DocumentDataset, document_ids, pack_documents, pad_documents
 from sampler import ShuffledBatches
 from tokenizer import get_tokenizer
@@ -37,10 +38,16 @@ class Config:
     seed: int = 0  # of the order
 
 
+CHOICES = {"split": ("train", "val", "test")}
+LIMITS = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
+
+
+@memory_errors("--batch_size or --sequence_length")
 def main():
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--corpus")
     config = parse_flags(Config, __doc__)
+    check(config, CHOICES, LIMITS)
     name = config.corpus or newest_corpus(config.data_dir).name
     folder = Path(config.data_dir) / name
     metadata = read_metadata(folder)

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, loss.png."""
 
 import datetime
+import itertools
 import json
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import atomic_write, optional
+from common import atomic_write, lock, optional
 
 EVERY = 60  # seconds between lines where there is no terminal for a bar
 
@@ -21,15 +22,21 @@ class Metrics:
     mfu (the share of the device's peak, where that is known); or val_loss (nats per token) and
     val_bpb (bits per byte of text, all of it: documents' first tokens, which nothing foretells and
     val_loss leaves out, are counted as tokens like any other). Lines beyond `step`, which a killed
-    run leaves behind, are dropped.
+    run leaves behind, are dropped. The file is locked, so that no two processes train one run:
+    raises BlockingIOError (OSError) where another does.
     """
 
     def __init__(self, folder: Path, step: int, max_steps: int, tensorboard=False):
         self.path, self.first, self.max_steps = folder / "metrics.jsonl", step, max_steps
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        with atomic_write(self.path) as f:
-            f.writelines(json.dumps(line).encode() + b"\n" for line in kept)
         self.file = open(self.path, "a", buffering=1)  # a line at a time
+        if not lock(self.file):
+            raise BlockingIOError(
+                f"{folder} is being trained by another process: wait for it, or choose another "
+                f"--run_name"
+            )
+        with open(self.path, "rb") as f:
+            known = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step  # noqa: E731
+            self.file.truncate(sum(map(len, itertools.takewhile(known, f))))
         self.tensorboard = None
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
@@ -37,8 +44,9 @@ class Metrics:
         self.start = self.told = time.perf_counter()
         self.status = "training"
         self.bar = tqdm(
-            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False
-        )
+            total=max_steps, initial=step, unit="step", leave=False,
+            disable=not sys.stderr.isatty(), delay=1e-9,  # not before the first step is done
+        )  # fmt: skip
 
     def train(self, step: int, tokens_per_second: float, mfu: float | None = None, **values):
         known = {} if mfu is None else {"mfu": round(mfu, 4)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import corpora
-from common import folder_name, parse_flags, print_flags, run
+from common import check, folder_name, parse_flags, print_flags, run
 from describe import describe
 from pieces import engine
 from shards import prepare
@@ -31,32 +31,52 @@ from verify import verify
 
 @dataclass
 class Config:
-    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of what --input names
+    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or after what --input names
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
-    text_field: str = ""  # that holds the text of a .jsonl or .parquet row; "": text
-    documents: str = ""  # in a .txt: blank-line, file or line makes one; "": it is a running text
-    max_length: int = 0  # tokens a document keeps; 0: all
+    text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
+    documents: str = ""  # what ends a document of a .txt: blank-line, file, line; "": nothing does
+    max_length: int = 0  # tokens that are kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
     train_split_ratio: float = 0.9  # share for training, where the corpus isn't split already
-    seed: int = 0  # of the split, where the corpus has documents
+    seed: int = 0  # which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
-    engine: str = "processes"  # of this machine; or ray
-    workers: int = 0  # pieces at once; 0: one a core
-    ray_address: str = ""  # of a running cluster (auto: this node's); "": starts one here
+    engine: str = "processes"  # what does the work: processes (of this machine) or ray
+    workers: int = 0  # pieces that are worked on at once; 0: one a core
+    ray_address: str = ""  # of a running Ray cluster (auto: this node's); "": starts one here
     part: str = ""  # I/N: only every N-th piece, from the I-th; whoever ends last joins them
-    on_error: str = "stop"  # at what is no document; or skip: count it, list it, go on
-    list: bool = False  # the corpora known by name, and nothing else
-    describe: str = ""  # folder of raw text to write a description into, and nothing else
-    description: str = ""  # for --describe: what the text is
-    source: str = ""  # for --describe: where it came from
-    sub_corpora: str = ""  # for --describe: its folders, separated by commas
-    prefetch: str = ""  # folder to download corpus and vocabulary into, and nothing else
-    verify: str = ""  # prepared corpus to check against its checksums and source, and nothing else
+    on_error: str = "stop"  # what is no document: stop there, or skip it, counted and listed
+    list: bool = False  # show the corpora that are known by name, and do nothing else
+    describe: str = ""  # write a description into this folder of raw text, and do nothing else
+    description: str = ""  # what the text is, for --describe
+    source: str = ""  # where the text came from, for --describe
+    sub_corpora: str = ""  # its folders, separated by commas, for --describe; -: it has none
+    prefetch: str = ""  # download corpus and vocabulary into this folder, and do nothing else
+    verify: str = ""  # check this prepared corpus against checksums and source, and nothing else
+
+
+CHOICES = {
+    "documents": ("", "blank-line", "file", "line"),
+    "engine": ("processes", "ray"),
+    "on_error": ("stop", "skip"),
+}
+LIMITS = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
+MODES = {  # that do nothing else -> the flags that they take
+    "list": (),
+    "describe": ("corpus", "text_field", "description", "source", "sub_corpora"),
+    "prefetch": ("corpus", "input", "text_field", "documents", "tokenizer"),
+    "verify": ("data_dir",),
+}
+WITHOUT = {mode: Config.__annotations__.keys() - {mode, *takes} for mode, takes in MODES.items()}
+NEEDS = dict.fromkeys(("description", "source", "sub_corpora"), "describe")
+NEEDS["ray_address"] = "engine ray"
 
 
 def main():
     config = parse_flags(Config, __doc__)
-    check(config)
+    check(config, CHOICES, LIMITS, WITHOUT, NEEDS)
+    part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", config.part)
+    if config.part and not (part and int(part[1]) < int(part[2])):
+        raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
     if config.list:
         return print(corpora.list_corpora())
     if config.describe:
@@ -106,29 +126,6 @@ def main():
         )  # fmt: skip
 
 
-def check(config) -> None:
-    """Raises ValueError for a value that can't be used."""
-    if not 0 < config.train_split_ratio < 1:
-        raise ValueError(
-            f"train_split_ratio must lie between 0 and 1, not {config.train_split_ratio}"
-        )
-    for name, values in {
-        "documents": ("", "blank-line", "file", "line"),
-        "engine": ("processes", "ray"),
-        "on_error": ("stop", "skip"),
-    }.items():
-        if getattr(config, name) not in values:
-            known = ", ".join(value or '""' for value in values)
-            raise ValueError(f"{name} is one of {known}, not {getattr(config, name)!r}")
-    for name in ("max_length", "workers"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
-    if config.part:
-        match = re.fullmatch(r"(\d+)/(\d+)", config.part)
-        if not match or not 0 <= int(match[1]) < int(match[2]):
-            raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
-
-
 def load(config, data_dir):
     """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
     name = config.corpus or (name_of(config.input) if config.input else "tinyshakespeare")
@@ -140,6 +137,11 @@ def load(config, data_dir):
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
         )
+    if config.documents and all(s.documents != config.documents for s in corpus.sources):
+        raise ValueError(f"--documents has no effect on {name}: it is for .txt files of yours")
+    fields = {s.field for s in corpus.sources if s.format != "text"}
+    if config.text_field and config.text_field not in fields:
+        raise ValueError(f"--text_field has no effect on {name}: it is for rows of files of yours")
     fetch_vocabulary(vocabulary)
     return corpus, get_tokenizer(vocabulary)
 
@@ -151,7 +153,7 @@ def name_of(inputs) -> str:
     if name != inputs[0] and not Path(name).exists():
         name = name.replace("/", "-")
     path = Path(name)
-    while re.search(r"[*?[]", path.name):
+    while re.search(r"[*?[]", path.name) and not path.exists():
         path = path.parent
     return (
         re.sub(r"\.(txt|jsonl|parquet)?(\.gz|\.zst)?$", "", path.name).replace(":", "-")

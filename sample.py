@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import best_checkpoint, load_model, newest_run
-from common import parse_flags, run
-from device import choose_device
+from common import check, parse_flags, run
+from device import choose_device, memory_errors
 from hugging_face import pretrained_folder
 from model import GPT
 from tokenizer import (
@@ -45,9 +45,21 @@ class Config:
     device: str = "auto"  # cpu, cuda, mps; auto: cuda when there, else cpu
 
 
+LIMITS = {"max_new_tokens": (1, 2**31 - 1), "num_samples": (1, 10_000), "top_p": (1e-6, 1)}
+SAMPLING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")
+WITHOUT = {
+    "init_from": ("run", "out_dir"),
+    "run": ("out_dir",),
+    "prompt_file": ("prompt",),
+    "interactive": ("prompt", "prompt_file"),
+    "export": ("prompt", "prompt_file", "interactive", *SAMPLING),
+}
+
+
+@memory_errors("--num_samples")
 def main():
     config = parse_flags(Config, __doc__)
-    check(config)
+    check(config, limits=LIMITS, without=WITHOUT)
     model, tokenizer = load(config)
     if config.export:
         if (Path(config.export) / "config.json").exists():  # a run has one, too
@@ -66,22 +78,6 @@ def main():
             write(config, model, tokenizer, generator, prompt)
         except KeyboardInterrupt:  # of this text, not of the loop
             print()
-
-
-def check(config) -> None:
-    """Raises ValueError for a value that can't be used."""
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
-        raise ValueError(
-            f"temperature ({config.temperature}) and top_k ({config.top_k}) start at 0, and top_p "
-            f"({config.top_p}) lies above 0 and up to 1"
-        )
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.init_from and config.run:
-        raise ValueError("--run and --init_from both name a model: leave one out")
-    if config.prompt_file and config.prompt != Config.prompt:
-        raise ValueError("--prompt and --prompt_file both name a prompt: leave one out")
 
 
 def load(config):

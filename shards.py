@@ -17,12 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: there, two at once aren't kept apart
-    fcntl = None
-
-from common import atomic_write
+from common import atomic_write, fcntl, lock
 from corpora import Corpus
 from pieces import Job, join_pieces, tokenize_piece
 from reader import BLOCK, Source, cut, damage, open_file
@@ -250,17 +245,7 @@ def _lock(path: Path, shared: bool):
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open(path, "w"))
-
-            def alone(file=file):
-                if fcntl is None:
-                    return True
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return True
-                except BlockingIOError:
-                    return False
-
-            if not alone():
+            if not lock(file):
                 if not shared:
                     raise BlockingIOError(
                         f"{path.parent.parent} is being prepared by another process: wait for it, "
@@ -271,7 +256,7 @@ def _lock(path: Path, shared: bool):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break  # else whoever had it has removed it since
             path.parent.mkdir(parents=True, exist_ok=True)
-        yield alone, lambda: fcntl and fcntl.flock(file, fcntl.LOCK_SH)
+        yield lambda: lock(file), lambda: fcntl and fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def _accounts(work, count, on_error):

@@ -16,12 +16,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from checkpoint import SHAPE, load_checkpoint
-from common import folder_name, parse_flags, run
+from common import check, folder_name, parse_flags, run
 from dataset import newest_corpus
-from device import choose_device, choose_dtype, join_processes
+from device import choose_device, choose_dtype, join_processes, memory_errors
 from model import GPT2_SIZES
 from tokenizer import vocabularies_beside
 from trainer import Trainer
@@ -86,24 +84,29 @@ for _name, _shape in GPT2_SIZES.items():
         train_flops=8e18, learning_rate=2e-3,
     )  # fmt: skip
 
-# what --resume can't change, and the least that a number may be
-FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
-LEAST = {
-    "sequence_length": 1, "batch_size": 1, "micro_batch_size": 1, "max_steps": 1, "train_flops": 1,
-    "stop_at": 1, "eval_every": 1, "checkpoint_minutes": 0, "log_every": 1, "patience": 0,
-    "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
+FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")  # --resume
+CHOICES = {
+    "size": ("auto", *SIZES),
+    "optimizer": ("muon", "adamw"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "compile": ("auto", "true", "false"),
+    "document_mask": ("auto", "true", "false"),
+}
+AT_LEAST_1 = (
+    *SHAPE, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
+    "eval_every", "log_every",
+)  # fmt: skip
+LIMITS = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
+    "dropout": (0, 0.999), "replace": (0, 1), "train_flops": (1, math.inf),
 }  # fmt: skip
+WITHOUT = {"max_steps": ("train_flops",), "init_from": ("size", *SHAPE)}
 
 
+@memory_errors("--micro_batch_size or --sequence_length")
 def main() -> int:
     config, checkpoint = configure()
-    try:
-        with join_processes(config.device) as (rank, world_size):
-            signum = Trainer(config, checkpoint, rank, world_size).fit()
-    except torch.OutOfMemoryError:
-        raise ValueError(
-            f"{config.device} is out of memory: lower --micro_batch_size or --sequence_length"
-        ) from None
+    with join_processes(config.device) as (rank, world_size):
+        signum = Trainer(config, checkpoint, rank, world_size).fit()
     return 128 + signum if signum else 0  # as a shell reports a signal
 
 
@@ -111,15 +114,19 @@ def configure():
     """The constants in use, with "auto" and sizes resolved, and the checkpoint to go on from, or
     None. Raises ValueError for a value that can't be used."""
     config, checkpoint = parse_flags(Config, __doc__), None
+    check(config, CHOICES, LIMITS, WITHOUT)
     if config.resume == "auto":  # a job that may have been started before
         folder = Path(config.out_dir) / folder_name(config.run_name, "--run_name")
         if (folder / "last.pt").exists():
             config.resume = str(folder)
+    elif config.resume and config.run_name:
+        raise ValueError("--run_name has no effect beside --resume FOLDER: leave one out")
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
         checkpoint = load_checkpoint(folder / "last.pt")
         saved = Config(**checkpoint["config"] | {"stop_at": None})
         config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
+        check(config, CHOICES, LIMITS)
         for name in FIXED:
             now, then = getattr(config, name), getattr(saved, name)
             if now != then:
@@ -136,15 +143,6 @@ def configure():
         config.size = "pretrained"
     if config.size == "auto":
         config.size = "tiny" if config.device == "cpu" else "small"
-    for name, values in {
-        "size": SIZES,
-        "optimizer": ("muon", "adamw"),
-        "dtype": ("float32", "bfloat16"),
-        "compile": ("auto", "true", "false"),
-        "document_mask": ("auto", "true", "false"),
-    }.items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"{name} is one of {', '.join(values)}, not {getattr(config, name)}")
     size = dict(SIZES[config.size])
     if config.optimizer == "adamw":
         size["learning_rate"] /= 3
@@ -155,12 +153,6 @@ def configure():
     for name, value in size.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
-    if config.seed >= 2**31:
-        raise ValueError(f"seed must be below 2**31, not {config.seed}")
     if checkpoint and (config.stop_at or math.inf) <= checkpoint["step"]:
         raise ValueError(f"{config.resume} is at step {checkpoint['step']}: stop_at lies behind it")
     config.corpus = config.corpus or newest_corpus(config.data_dir).name

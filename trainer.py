@@ -1,12 +1,12 @@
 """The training loop: one run, from its constants to its last checkpoint."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import shlex
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from dataset import (
     document_positions,
     read_metadata,
 )
-from device import StopSignal, choose_compile, peak_flops
+from device import StopSignal, choose_compile, memory, peak_flops
 from metrics import Metrics, plot_losses
 from optimizer import create_optimizers
 from tokenizer import get_tokenizer
@@ -51,6 +51,15 @@ class Trainer:
                 f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size}) times the number of processes ({world_size})"
             )
+        L, C = config.n_layer or 0, config.n_embd or 0  # not known yet with init_from
+        weights = 12 * L * C * C + (self.metadata["vocab_size"] + window) * C
+        # at the least: weights, gradients and optimizer states; ids; 8 activations in bfloat16
+        needed = 16 * (weights + window * share + window * self.micro_batch_size * L * C)
+        if needed > (there := memory(config.device)):
+            raise ValueError(
+                f"this run needs at least {needed / 1e9:,.0f} GB of memory, of which there are "
+                f"{there / 1e9:,.0f}: lower batch_size, n_layer or n_embd"
+            )
         documents = self.metadata["eot_per_document"]
         if config.document_mask == "true" and not documents:
             raise ValueError(f"{config.corpus} is one running text: there is no document to mask")
@@ -78,7 +87,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.parallel)
         bfloat16 = config.dtype == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        self.folder = Path(config.resume) if checkpoint else None
+        self.folder, self.metrics = Path(config.resume) if checkpoint else None, None
         if rank == 0:  # which alone writes to it
             self.open_folder()
         if world_size > 1:
@@ -91,6 +100,7 @@ class Trainer:
         config = self.config
         self.folder = self.folder or new_run(config)
         config.run_name = self.folder.name
+        self.metrics = Metrics(self.folder, self.step, config.max_steps, config.tensorboard)
         with atomic_write(self.folder / "config.json") as f:
             f.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
         print_flags(config)
@@ -105,14 +115,11 @@ class Trainer:
 
     def fit(self) -> int:
         """Trains until max_steps, stop_at or a signal, whose number it returns (otherwise 0)."""
-        config = self.config
-        metrics = None
-        if self.rank == 0:
-            metrics = Metrics(self.folder, self.step, config.max_steps, config.tensorboard)
+        config, metrics = self.config, self.metrics
         self.train_loader.batch_sampler.position = self.position
         batches = itertools.chain.from_iterable(itertools.repeat(self.train_loader))  # no end
         tokens, since, self.saved, signum = 0, time.perf_counter(), time.monotonic(), 0
-        with StopSignal() as stop:
+        with StopSignal() as stop, closing(metrics) if metrics else nullcontext():
             done = self.ended()
             while not done:
                 loss = self.train_step(*next(batches))
@@ -135,8 +142,7 @@ class Trainer:
                 elif done or time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
                     self.save("last.pt")
                     tokens, since = 0, time.perf_counter()
-        if metrics:
-            metrics.close()
+        if self.rank == 0:
             self.report()
         return signum
 
@@ -167,7 +173,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, piece in enumerate(pieces):
             add_only = self.world_size > 1 and i < len(pieces) - 1  # the last piece averages
-            with self.parallel.no_sync() if add_only else contextlib.nullcontext():
+            with self.parallel.no_sync() if add_only else nullcontext():
                 loss = self.loss(self.parallel, *piece) / targets
                 (loss * self.world_size).backward()  # times: an average over processes is a sum
             total += loss.detach()

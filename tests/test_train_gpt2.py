@@ -441,7 +441,7 @@ WRONG = {
     "cold": ({"warmup_steps": -1}, ["warmup_steps must be at least 0"]),
     "uphill": ({"grad_clip": -1}, ["grad_clip must be at least 0"]),
     "seed": ({"seed": -1}, ["seed must be at least 0"]),
-    "seeds": ({"seed": 2**31}, ["seed must be below"]),
+    "seeds": ({"seed": 2**31}, ["seed must be at most"]),
     "outside": ({"run_name": "../x"}, ["'../x'", "--run_name NAME"]),
     "accumulation": ({"micro_batch_size": 3}, ["batch_size (4)", "micro_batch_size (3)"]),
     "not a number": ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
