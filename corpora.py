@@ -11,6 +11,7 @@ import errno
 import glob
 import gzip
 import json
+import logging
 import lzma
 import platform
 import re
@@ -20,7 +21,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import atomic_write, optional
+from common import atomic_write, near, optional
 from describe import described, folder_of
 from download import download, sha256_of
 from known import KNOWN, Known
@@ -29,6 +30,7 @@ from reader import BLOCK, Source, damage
 BUILT_IN = "python-docs"
 GROWTH = 100  # times its size that an archive may grow to
 FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+NO_TEXT = (".json", ".csv", ".tsv")  # though a file that is named may have any other suffix
 
 
 @dataclass
@@ -82,6 +84,7 @@ def load_corpus(name: str, folder: Path, inputs=(), documents="", text_field="")
         names = ", ".join([*KNOWN, BUILT_IN])
         raise ValueError(
             f"no corpus is called {name!r}; there are {names}, and --input for files of yours"
+            + near(name, [*KNOWN, BUILT_IN])
         )
     try:
         _fetch(known, folder)
@@ -214,8 +217,14 @@ def _files(item, documents, text_field):
     path = Path(item)
     pattern = f"{glob.escape(item)}/**" if path.is_dir() else item  # leaves hidden ones out
     paths = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not paths:
-        raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
+    if not item or not paths:
+        raise FileNotFoundError(
+            f"{item or '--input'}: no such file or folder, and no glob that finds one"
+        )
+    if path.is_file() and _suffix(path) in NO_TEXT:
+        raise ValueError(
+            f"{item} is a table, not plain text: make it .jsonl, an object a line, or .parquet"
+        )
     other = "text" if path.is_file() else None  # what a file is that was named, whatever its suffix
     sources = [
         Source(str(p), kind, documents if kind == "text" else "", text_field or "text")
@@ -235,6 +244,7 @@ def hugging_face(name: str, text_field: str, config: str | None = None) -> list[
     """The Arrow files that the `datasets` library makes of NAME or NAME/CONFIG, on the hub or in a
     local folder; its splits validation and test are val and test here."""
     datasets = optional("datasets", f"--input hf:{name}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each attempt
     folder, _, last = name.rpartition("/")
     attempts = [(name, config)]
     if config is None and folder and not Path(name).exists():
@@ -247,7 +257,8 @@ def hugging_face(name: str, text_field: str, config: str | None = None) -> list[
             splits = datasets.load_dataset(path, config)
             break
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            reasons.append(" ".join(str(error.__cause__ or error).split()))
+            lost = "; is there a network?" if isinstance(error, ConnectionError) else ""
+            reasons.append(" ".join(str(error.__cause__ or error).split()) + lost)
     else:
         raise ValueError(f"--input hf:{name}: {reasons[0]}")
     known = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}

@@ -15,19 +15,21 @@ def describe(folder: Path, answers: dict) -> Path:
     """Asks on standard input for what `answers` hasn't got and writes the description.
 
     answers: name, download_source, description, content_field, corpuses (separated by commas).
-    Raises ValueError where `folder` is none, or standard input ends too early.
+    Raises ValueError where `folder` or a sub-corpus is none, or standard input ends too early,
+    FileExistsError where there is a description.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: --describe takes one that holds raw text")
-    if (folder / "metadata.json").exists() and not described(folder):
-        raise ValueError(f"{folder / 'metadata.json'} is no description, but of something else")
+    for old in (folder / "metadata.json", folder / "metadata.yaml"):
+        if old.exists():
+            raise FileExistsError(f"{old} is there already: edit it, or remove it first")
     folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     questions = {
+        "corpuses": ("sub-corpora, separated by commas; - for none", ",".join(folders) or "-"),
         "name": ("name", folder.resolve().name),
         "download_source": ("where it came from", ""),
         "description": ("what it is", ""),
         "content_field": ("field that holds the text", "text"),
-        "corpuses": ("sub-corpora, separated by commas; - for none", ",".join(folders) or "-"),
     }
     if not folders:
         answers = {"corpuses": "-"} | {k: v for k, v in answers.items() if v}
@@ -39,10 +41,11 @@ def describe(folder: Path, answers: dict) -> Path:
                 raise ValueError(
                     f"standard input ended before the answer to {question!r}"
                 ) from None
-    corpuses = [name.strip() for name in answers["corpuses"].split(",") if name.strip(" -")]
-    missing = [name for name in corpuses if name not in folders]
-    if missing:
-        raise ValueError(f"{folder} has no folder for the sub-corpus {missing[0]!r}")
+        if field == "corpuses":  # before anything else is asked
+            names = [name.strip() for name in answers[field].split(",")]
+            corpuses = [name for name in names if name.strip("-")]
+            if missing := [name for name in corpuses if name not in folders]:
+                raise ValueError(f"{folder} has no folder for the sub-corpus {missing[0]!r}")
     text = {
         "name": answers["name"],
         "dataset_path": ".",

@@ -15,7 +15,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -205,6 +207,11 @@ def _worker(parent: int) -> None:
 def _ray(workers, address):
     """A Ray task a piece; all nodes see the same files."""
     ray = optional("ray", "--engine ray")
+    if there := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        try:  # Ray itself would try for minutes
+            socket.create_connection(there.groups(), 10).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
     here = str(Path(__file__).resolve().parent)
     variables = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
     if "TIKTOKEN_CACHE_DIR" in os.environ:
@@ -218,8 +225,8 @@ def _ray(workers, address):
             logging_level="ERROR",
             log_to_driver=False,
         )
-    except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster at {address}: {error}") from None
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster at {address or 'work'}: {error}") from None
     try:
         at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
 

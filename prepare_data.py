@@ -99,10 +99,13 @@ def main():
         folder = data_dir / folder_name(config.verify, "--verify")
         return verify(folder)
     print_flags(config)
-    named = config.corpus or config.input or config.tokenizer or config.prefetch
+    named = config.corpus or config.input or config.tokenizer
     try:
         corpus, tokenizer = load(config, data_dir)
     except ConnectionError as error:
+        if config.prefetch:
+            missing = str(error).partition(";")[0]
+            raise ConnectionError(f"{missing}; --prefetch is for where there is one") from None
         if named:  # asked for by name: no substitute
             raise
         print(

@@ -35,8 +35,8 @@ def prepare(
 
     run: of pieces.engine. part: "I/N" does every N-th piece only. Finished pieces are kept in
     folder/.work, and the next call goes on from there. Raises ValueError where a document is none
-    or a split would be empty, OSError where another process prepares the same corpus, or the disk
-    hasn't room.
+    or a split would be empty, OSError where another process prepares the same corpus, it was
+    prepared from other files, or the disk hasn't room.
     """
     began, work = time.perf_counter(), folder / ".work"
     header = {
@@ -52,6 +52,7 @@ def prepare(
         "seed": seed,
         "max_length": max_length,
     }
+    _refuse_others(folder, header["source"])
     changed = [os.stat(source.path).st_mtime_ns for source in corpus.sources]
     if metadata := _finished(folder, header, changed):
         return metadata
@@ -114,6 +115,21 @@ def _listed(source, folder):
     """A source for metadata.json: relative to the corpus's folder, with its size."""
     path = os.path.relpath(source.path, folder)
     return asdict(replace(source, path=path)) | {"bytes": os.path.getsize(source.path)}
+
+
+def _refuse_others(folder, source) -> None:
+    """Raises FileExistsError where `folder` holds a corpus of none of these files."""
+    try:
+        old = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["source"]
+        was, now = ({file["path"] for file in of["files"]} for of in (old, source))
+        same = was & now or not was or (old.get("url") and old["url"] == source.get("url"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or a damaged one
+    if not same:
+        raise FileExistsError(
+            f"{folder} was made of other files ({min(was)}): choose another --corpus NAME, or "
+            f"remove its metadata.json"
+        )
 
 
 def _finished(folder, header, changed):

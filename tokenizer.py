@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
-from common import atomic_write, optional
+from common import atomic_write, near, optional
 from download import download
 
 _HOST = "https://openaipublic.blob.core.windows.net"
@@ -222,7 +222,7 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
     if name not in known:
         raise ValueError(
             f"no tokenizer is called {name!r}; there are {', '.join(known)}, and the path of a "
-            f"tokenizer.json or a .tiktoken file"
+            f"tokenizer.json or a .tiktoken file" + near(name, known)
         )
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from common import folder_name, read_json
+from common import folder_name, near, read_json
 
 BLOCK = 1 << 20  # tokens looked at together
 LARGE = 1 << 30  # bytes of a file that may not stay in memory
@@ -135,7 +135,7 @@ def read_metadata(corpus_dir) -> dict:
         there = [other.parent.name for other in prepared]
         raise FileNotFoundError(
             f"{path.parent} is no prepared corpus: run python prepare_data.py, or choose "
-            f"another (there: {', '.join(there) or 'none'})"
+            f"another (there: {', '.join(there) or 'none'}){near(path.parent.name, there)}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False

@@ -125,7 +125,7 @@ def _compare_documents(folder, metadata, tokenizer, sources) -> str:
     for name, rest in prepared.items():
         if next(rest, None) is not None:
             raise _differs(folder, f"the number of documents of {name}", sources[0].path)
-    return f"{compared:,} documents were"
+    return f"{compared:,} of {sum(seen.values()):,} documents were"
 
 
 def _split_of_each(job, source):

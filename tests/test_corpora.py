@@ -578,6 +578,7 @@ def test_described_by_flags_and_taken_back(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="no sub-corpus 'drafts'; there are arxiv, books"):
         find(f"{folder}:drafts")
     monkeypatch.chdir(tmp_path)
+    Path("pile/metadata.json").unlink()
     main(capsys, monkeypatch, *flags, "--sub_corpora", "-")  # none: the folder is one corpus
     assert documents(find("pile")) == {"": ["arxiv", "books", "drafts"]}
     with pytest.raises(ValueError, match="no sub-corpus 'arxiv'; there are none"):
@@ -586,15 +587,18 @@ def test_described_by_flags_and_taken_back(tmp_path, capsys, monkeypatch):
 
 def test_described_by_standard_input(tmp_path):
     folder = make_pile(tmp_path / "pile")
-    answers = "\nhttp://example.com\nwhat it is\nbody\narxiv\n"
+    answers = "arxiv\n\nhttp://example.com\nwhat it is\nbody\n"
     result = run_script("prepare_data.py", "--describe", folder, cwd=tmp_path, input=answers)
     assert result.returncode == 0, result.stderr
     told = json.loads((folder / "metadata.json").read_text())
     assert [told["name"], told["corpuses"]] == ["pile", ["arxiv"]]
     assert "wrote" in result.stdout and "arxiv,books,drafts" in result.stdout
     assert documents(find(str(folder))) == {"": ["arxiv"]}
+    result = run_script("prepare_data.py", "--describe", folder, cwd=tmp_path)
+    assert_one_line_error(result, "pile/metadata.json is there already: edit it, or remove it")
+    (folder / "metadata.json").unlink()
     result = run_script("prepare_data.py", "--describe", folder, cwd=tmp_path, input="\n\n")
-    assert_one_line_error(result, "standard input ended", "what it is")
+    assert_one_line_error(result, "standard input ended", "where it came from")
     result = run_script("prepare_data.py", "--describe", "nope", cwd=tmp_path)
     assert_one_line_error(result, "nope is no folder")
 
@@ -606,13 +610,14 @@ def test_a_folder_without_folders_is_not_asked_for_sub_corpora(tmp_path, monkeyp
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked {question}"))
     describe(tmp_path, ALL | {"corpuses": ""})
     assert described(tmp_path)["corpuses"] == []
+    (tmp_path / "metadata.json").unlink()
     with pytest.raises(ValueError, match="no folder for the sub-corpus 'a'"):
         describe(tmp_path, ALL | {"corpuses": "a"})
 
 
 def test_describing_leaves_other_metadata_alone(tmp_path):
     (tmp_path / "metadata.json").write_text('{"format_version": 1}')  # of a prepared corpus, say
-    with pytest.raises(ValueError, match=r"metadata\.json is no description"):
+    with pytest.raises(FileExistsError, match=r"metadata\.json is there already"):
         describe(tmp_path, dict(ALL))
     assert (tmp_path / "metadata.json").read_text() == '{"format_version": 1}'
 
@@ -763,7 +768,7 @@ def test_a_good_corpus_is_verified(tmp_path, capsys, kind):
 def test_a_table_is_verified(tmp_path, capsys):
     (tmp_path / "a.parquet").write_bytes(parquet_of([f"document {i}" for i in range(50)]))
     verify(prepare(tmp_path / "c", tmp_path / "a.parquet"))
-    assert "50 documents were compared" in capsys.readouterr().out
+    assert "50 of 50 documents were compared" in capsys.readouterr().out
 
 
 def flip(path: Path, position: int, value=None) -> None:
