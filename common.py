@@ -40,7 +40,7 @@ def parse_flags(cls, doc: str, defaults=None):
         default, kind = getattr(defaults, field.name), types[field.name]
         several = get_origin(kind) is tuple
         kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # "int | None": int
-        shown = "" if default in ("", (), None, False) else f" [{default!r}]"
+        shown = "" if default in ("", (), None) or default is False else f" [{default!r}]"
         parser.add_argument(
             f"--{field.name}",
             **dict(action="store_true")

@@ -31,11 +31,11 @@ SAMPLE = 100_000_000  # tokens whose documents are looked at
 class Config:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
-    split: str = "train"  # train, val, test
+    split: str = "train"  # part of the corpus: train, val or test
     sequence_length: int = 64  # tokens a row
-    batch_size: int = 8  # rows
-    rows: int = 3  # shown
-    seed: int = 0  # of the order
+    batch_size: int = 8  # rows of a batch
+    rows: int = 3  # how many of them are shown as text
+    seed: int = 0  # of the random order of the rows
 
 
 CHOICES = {"split": ("train", "val", "test")}

@@ -28,20 +28,20 @@ from tokenizer import (
 
 @dataclass
 class Config:
-    run: str = ""  # folder of the run; "": the newest
+    run: str = ""  # folder of the run; "": the one saved last
     out_dir: str = "out"  # folder of runs
-    init_from: str = ""  # gpt2, gpt2-medium, ..., or a folder with such weights, instead of a run
-    data_dir: str = "data"  # folder in which those, and prefetched vocabularies, are kept
-    export: str = ""  # folder to write the model to, for transformers; no text then
-    prompt: str = "\n"  # text to go on from; "-": standard input; "": a document's beginning
-    prompt_file: str = ""  # file with the prompt
+    init_from: str = ""  # no run, but gpt2, gpt2-medium, -large, -xl, or a folder with weights
+    data_dir: str = "data"  # folder in which those, and vocabularies, are kept
+    export: str = ""  # write the model, for transformers, to this folder, and no text
+    prompt: str = "\n"  # text to go on from; "-": standard input; "": as a document begins
+    prompt_file: str = ""  # file to read the prompt from
     interactive: bool = False  # ask for one prompt after another; Ctrl-D ends
-    max_new_tokens: int = 300  # tokens a sample
-    num_samples: int = 1  # samples, made at once
+    max_new_tokens: int = 300  # tokens that are added to the prompt
+    num_samples: int = 1  # texts that are made at once
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own probabilities
-    top_k: int = 50  # choose among that many likeliest tokens; 0: all
-    top_p: float = 1.0  # choose among the likeliest tokens that hold this much probability
-    seed: int = 0  # of the choices
+    top_k: int = 50  # choose among so many of the likeliest tokens; 0: among all
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
+    seed: int = 0  # of the choices: the same seed gives the same text
     device: str = "auto"  # cpu, cuda, mps; auto: cuda when there, else cpu
 
 
