@@ -129,6 +129,7 @@ def run(main) -> None:
         sys.stdout.flush()
     except OSError:  # Python would try again, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # one of several, without taking Python down in order: gloo's threads may hold the last
         # tensors, and abort when they let them go (pytorch/pytorch#179291)

@@ -214,13 +214,13 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
 
 
 def _files(item, documents, text_field):
+    if not item:
+        raise ValueError("--input is empty: name a file, a folder or a glob")
     path = Path(item)
     pattern = f"{glob.escape(item)}/**" if path.is_dir() else item  # leaves hidden ones out
     paths = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not item or not paths:
-        raise FileNotFoundError(
-            f"{item or '--input'}: no such file or folder, and no glob that finds one"
-        )
+    if not paths:
+        raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
     if path.is_file() and _suffix(path) in NO_TEXT:
         raise ValueError(
             f"{item} is a table, not plain text: make it .jsonl, an object a line, or .parquet"

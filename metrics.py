@@ -3,6 +3,8 @@
 import datetime
 import itertools
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -96,6 +98,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def plot_losses(folder: Path) -> None:
     """metrics.jsonl -> loss.png: both losses against steps, the best validation marked."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home it can't write to
     from matplotlib.figure import Figure  # no pyplot: no window, no state
 
     lines = read_metrics(folder / "metrics.jsonl")
@@ -115,7 +118,9 @@ def plot_losses(folder: Path) -> None:
             color="black",
             label=f"best: {best[1]:.4f} at step {best[0]}",
         )
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=folder.name)
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+    name = os.fsencode(folder.name).decode(errors="replace")  # a name may be any bytes
+    axes.set_title(name, parse_math=False)
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()

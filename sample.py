@@ -60,6 +60,7 @@ WITHOUT = {
 def main():
     config = parse_flags(Config, __doc__)
     check(config, limits=LIMITS, without=WITHOUT)
+    prompt = read_prompt(config)
     model, tokenizer = load(config)
     if config.export:
         if (Path(config.export) / "config.json").exists():  # a run has one, too
@@ -68,7 +69,7 @@ def main():
         return print(f"wrote {config.export}/: transformers' from_pretrained reads it")
     generator = torch.Generator(config.device).manual_seed(config.seed)
     if not config.interactive:
-        return write(config, model, tokenizer, generator, read_prompt(config))
+        return write(config, model, tokenizer, generator, prompt)
     while True:
         try:
             prompt = input("> ")

@@ -325,7 +325,7 @@ def _publish(work, folder, metadata, skipped) -> None:
     (folder / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         with atomic_write(folder / "skipped.txt") as f:
-            f.write("".join(f"{place}\n" for place in skipped).encode())
+            f.write("".join(f"{place}\n" for place in skipped).encode(errors="surrogateescape"))
     with atomic_write(folder / "metadata.json") as f:
         f.write(json.dumps(metadata, indent=2).encode() + b"\n")
 

@@ -47,13 +47,13 @@ class Config:
     train_flops: float | None = None  # FLOPs the run may take: 6 a parameter and token
     stop_at: int | None = None  # step to save and stop at, as by Ctrl-C; --resume goes on
     eval_every: int | None = None  # steps between validations, each saved; default: max_steps / 5
-    checkpoint_minutes: float = 15.0  # minutes until one is saved where validations are rarer
+    checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
     patience: int = 0  # end the run after so many validations without a new best; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
     optimizer: str = "muon"  # muon (for the blocks' matrices, adamw for the rest) or adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
-    warmup_steps: int = 100  # steps over which it rises from 0; at most a tenth of max_steps
+    warmup_steps: int = 100  # steps over which learning_rate rises; at most a tenth of max_steps
     weight_decay: float = 0.1  # times the learning rate, what a step takes off the blocks' matrices
     grad_clip: float = 1.0  # norm that a larger gradient is scaled down to; 0: none is
     seed: int = 0  # where random weights, the order of the data and dropout start
