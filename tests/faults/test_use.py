@@ -325,3 +325,23 @@ def test_the_hub_is_quiet_where_it_cannot_be_reached(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"hf:x/y: .*; is there a network"):
         corpora.hugging_face("x/y", "")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+
+
+NAMES = [
+    b"a b",
+    b'it\'s "q"',
+    b"new\nline",
+    b"[1]*?",
+    b"-dash",
+    "é漢".encode(),
+    b"\xff",
+    b"$HOME;ls",
+]
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(name) for name in NAMES], ids=repr)
+def test_any_name_of_a_file(call, name):
+    Path(f"{name}.txt").write_text("text " * 100)
+    assert call("prepare_data.py", f"--input={name}.txt", "--tokenizer", "bytes") == (0, "")
+    assert call("prepare_data.py", f"--verify={name}") == (0, "")
+    assert read_metadata(Path("data", name))["splits"]["train"]["tokens"] == 450
