@@ -119,8 +119,8 @@ def configure():
         folder = Path(config.out_dir) / folder_name(config.run_name, "--run_name")
         if (folder / "last.pt").exists():
             config.resume = str(folder)
-    elif config.resume and config.run_name:
-        raise ValueError("--run_name has no effect beside --resume FOLDER: leave one out")
+    elif config.resume and config.run_name not in ("", Path(config.resume).name):
+        raise ValueError(f"--run_name {config.run_name} is another than --resume {config.resume}'s")
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
         checkpoint = load_checkpoint(folder / "last.pt")

@@ -193,7 +193,7 @@ REFUSED = [  # flags, and words of the line
     (TRAIN, "--n_embd 1000000 --n_head 1", "GB of memory"),
     (TRAIN, "--batch_size 1000000000", "GB of memory"),
     (TRAIN, "--max_steps 9 --train_flops 9", "--train_flops has no effect beside --max_steps"),
-    (TRAIN, "--resume out/x --run_name y", "--run_name has no effect beside --resume FOLDER"),
+    (TRAIN, "--resume out/x --run_name y", "--run_name y is another than --resume out/x's"),
     (SAMPLE, "--interactive --prompt x", "--prompt has no effect beside --interactive"),
     (SAMPLE, "--interactive --prompt_file x", "--prompt_file has no effect beside --interactive"),
     (SAMPLE, "--export x --top_k 1", "--top_k has no effect beside --export"),
