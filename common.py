@@ -145,7 +145,7 @@ def _sentence(error: Exception) -> str:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "; make room there, or choose another folder, and run it again" if full else ""
         text = f"{error.filename}: {error.strerror}{remedy}"
-    return " ".join(text.split())  # on one line, also where a file's name has several
+    return " ".join(text.splitlines())  # a file's name may have several
 
 
 def folder_name(name: str, flag: str) -> str:

@@ -37,8 +37,8 @@ class Metrics:
                 f"--run_name"
             )
         with open(self.path, "rb") as f:
-            known = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step  # noqa: E731
-            self.file.truncate(sum(map(len, itertools.takewhile(known, f))))
+            whole = itertools.takewhile(lambda line: line.endswith(b"\n"), f)
+            self.file.truncate(sum(len(line) for line in whole if json.loads(line)["step"] <= step))
         self.tensorboard = None
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")

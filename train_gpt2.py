@@ -99,7 +99,7 @@ AT_LEAST_1 = (
 LIMITS = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
     "dropout": (0, 0.999), "replace": (0, 1), "train_flops": (1, math.inf),
 }  # fmt: skip
-WITHOUT = {"max_steps": ("train_flops",), "init_from": ("size", *SHAPE)}
+WITHOUT = {"max_steps": ("train_flops",)}
 
 
 @memory_errors("--micro_batch_size or --sequence_length")

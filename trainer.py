@@ -53,8 +53,8 @@ class Trainer:
             )
         L, C = config.n_layer or 0, config.n_embd or 0  # not known yet with init_from
         weights = 12 * L * C * C + (self.metadata["vocab_size"] + window) * C
-        # at the least: weights, gradients and optimizer states; ids; 8 activations in bfloat16
-        needed = 16 * (weights + window * share + window * self.micro_batch_size * L * C)
+        # at the least: weights, gradients and momentum; ids; 8 activations a block in bfloat16
+        needed = 12 * weights + 16 * window * (share + self.micro_batch_size * L * C)
         if needed > (there := memory(config.device)):
             raise ValueError(
                 f"this run needs at least {needed / 1e9:,.0f} GB of memory, of which there are "

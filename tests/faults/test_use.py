@@ -322,6 +322,7 @@ def test_names_that_are_no_text_in_what_was_skipped(call):
 def test_the_hub_is_quiet_where_it_cannot_be_reached(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hf:x/y: .*; is there a network"):
         corpora.hugging_face("x/y", "")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
