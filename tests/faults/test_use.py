@@ -57,6 +57,7 @@ VALUES = {
     float: ["", "x", "nan", "inf", "-inf", "0", "-1", "1e30"],
     str: ["", "x", "../x", "-x", "a\n?*[", "x" * 300],
 }
+NEVER = {"", "x", "1.5", "nan", "inf", "-inf", "-1", str(10**30)}  # what no number may be
 FIELDS = [
     (script, field.name)
     for script, (module, _) in SCRIPTS.items()
@@ -121,6 +122,7 @@ def test_any_value_of_any_flag_works_or_is_refused_in_a_line(call, tmp_path, scr
     for value in values[1:] if name in ("tokenizer", "describe", "verify") else values:
         before = files(tmp_path)
         code, err = call(script, *base, f"--{name}", value)
+        assert code or kind(script, name) is str or value not in NEVER, value
         if code:
             assert err.startswith("error: ") and len(err.splitlines()) <= 2, (value, err)
             if "at step 1:" not in err:  # a run that went wrong
@@ -186,6 +188,11 @@ REFUSED = [  # flags, and words of the line
         "no Ray cluster answers at 127.",
     ),
     (PREPARE, "--corpus wikitext-2 --prefetch usb", "--prefetch is for where there is one"),
+    (PREPARE, "--input raw --workers 1000000", "workers must be at most 1024"),
+    (PREPARE, "--input raw --train_split_ratio 1", "train_split_ratio must be at most 0.999999"),
+    (TRAIN, "--dropout 1.5", "dropout must be at most 0.999, not 1.5"),
+    (TRAIN, "--eval_every 0", "eval_every must be at least 1, not 0"),
+    (SAMPLE, "--top_p 0", "top_p must be at least 1e-06, not 0.0"),
     (TRAIN, "--corpus mime", "(there: mine); did you mean mine?"),
     (TRAIN, "--n_embd 30 --n_head 4", "n_embd (30) must be a multiple of n_head (4)"),
     (TRAIN, "--sequence_length 100000", "lower sequence_length"),
