@@ -40,7 +40,10 @@ TINY = (
     "--device cpu --compile false"
 )
 SCRIPTS = {
-    "prepare_data.py": (prepare_data, "--input raw/a.jsonl --corpus mine --tokenizer bytes"),
+    "prepare_data.py": (
+        prepare_data,
+        "--input raw/a.jsonl --corpus mine --tokenizer bytes --workers 1",
+    ),
     "train_gpt2.py": (train_gpt2, f"{TINY} --max_steps 9"),
     "sample.py": (sample, "--max_new_tokens 1"),
     "dataset.py": (look, "--rows 1"),
@@ -116,7 +119,10 @@ def kind(script, name):
 
 
 @pytest.mark.parametrize(("script", "name"), FIELDS)
-def test_any_value_of_any_flag_works_or_is_refused_in_a_line(call, tmp_path, script, name):
+def test_any_value_of_any_flag_works_or_is_refused_in_a_line(
+    call, tmp_path, monkeypatch, script, name
+):
+    monkeypatch.setattr("trainer.plot_losses", lambda folder: None)  # half of the time of a run
     base = ALONE.get(name, SCRIPTS[script][1]).split()
     values = [v for v in VALUES[kind(script, name)] if (name, v) != ("max_new_tokens", str(10**9))]
     for value in values[1:] if name in ("tokenizer", "describe", "verify") else values:
@@ -350,6 +356,7 @@ NAMES = [
 @pytest.mark.parametrize("name", [os.fsdecode(name) for name in NAMES], ids=repr)
 def test_any_name_of_a_file(call, name):
     Path(f"{name}.txt").write_text("text " * 100)
-    assert call("prepare_data.py", f"--input={name}.txt", "--tokenizer", "bytes") == (0, "")
+    flags = [f"--input={name}.txt", "--tokenizer", "bytes", "--workers", 1]
+    assert call("prepare_data.py", *flags) == (0, "")
     assert call("prepare_data.py", f"--verify={name}") == (0, "")
     assert read_metadata(Path("data", name))["splits"]["train"]["tokens"] == 450
