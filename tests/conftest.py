@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 import shards
+import train_gpt2
+from checkpoint import newest_run
 from corpora import Corpus
+from metrics import read_metrics
 from pieces import engine
 from reader import Source, read
 from tokenizer import get_tokenizer
@@ -29,6 +33,14 @@ def _shared(variable: str) -> Path:
     if not path:
         pytest.skip(f"{variable} is not set (.ci/run sets it where the files lie)")
     return Path(path)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder in memory, where there is such a place: there, fsync costs nothing."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -87,6 +99,39 @@ def rhyme(tmp_path) -> Path:
     """data/rhyme: 5,400 bytes that a model learns in a few steps."""
     make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
     return tmp_path / "data" / "rhyme"
+
+
+TINY = {  # a model of 10,000 parameters
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "batch_size": 4,
+    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(rhyme, tmp_path, monkeypatch):
+    """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
+    the folder of the run."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(**flags):
+        flags = flags if "resume" in flags else TINY | flags
+        argv = [str(part) for name, value in flags.items()
+                for part in ([f"--{name}"] if value is True else [f"--{name}", value])]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
+        assert train_gpt2.main() == 0
+        return newest_run("out")
+
+    return train
+
+
+def losses(folder, name="train_loss"):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What all the files in a folder hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def flat(source):

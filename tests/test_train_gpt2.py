@@ -19,39 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, make_corpus, run_script
+from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run_script
 
 import train_gpt2
 from checkpoint import load_checkpoint, load_model, newest_run
 from common import run
 from metrics import Metrics, read_metrics
-
-TINY = {
-    "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "batch_size": 4,
-    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu",
-}  # fmt: skip
-
-
-@pytest.fixture
-def train(rhyme, tmp_path, monkeypatch):
-    """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
-    the folder of the run."""
-    monkeypatch.chdir(tmp_path)
-
-    def train(**flags):
-        flags = flags if "resume" in flags else TINY | flags
-        argv = [str(part) for name, value in flags.items()
-                for part in ([f"--{name}"] if value is True else [f"--{name}", value])]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
-        assert train_gpt2.main() == 0
-        return newest_run(tmp_path / "out")
-
-    return train
-
-
-def losses(folder, name="train_loss"):
-    lines = read_metrics(folder / "metrics.jsonl")
-    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def test_a_run_and_its_files(train, capsys):
