@@ -1,12 +1,16 @@
-"""Runs on disk: out/RUN/last.pt to go on from, out/RUN/best.pt to use.
+"""Runs on disk: out/RUN/last.pt to go on from, previous.pt where that is damaged, best.pt to use.
 
 A checkpoint holds tensors and plain values only, so torch.load(weights_only=True) reads it:
 step, best (its step and val_loss), model (weights), model_config, metadata (of the corpus), config
-(the constants of the run); in last.pt also position (windows used) and optimizers (their states).
+(the constants of the run); but for best.pt also position (windows used) and optimizers (their
+states).
 """
 
+import contextlib
 import itertools
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,19 +23,56 @@ SHAPE = ("n_layer", "n_head", "n_embd")  # constants that weights from elsewhere
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Replaces `path` once the new file is whole and on the disk. Raises OSError."""
-    with atomic_write(path) as f:
+    """Replaces `path` once the new file is whole and on the disk; what a last.pt was is then
+    previous.pt. Raises OSError."""
+    keep = _kept(path) if path.name == "last.pt" else contextlib.nullcontext()
+    with keep, atomic_write(path) as f:
         try:
             torch.save(checkpoint, f)
         except RuntimeError as error:  # what torch makes of a failed write
-            raise OSError(
-                f"{path} could not be written (is the disk full?): {str(error).splitlines()[0]}"
-            ) from None
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+@contextlib.contextmanager
+def _kept(path):
+    """What `path` is before the block that replaces it is previous.pt after it, and not earlier: at
+    any time, two checkpoints are there."""
+    previous = path.with_name("previous.pt")
+    older = path.with_name("previous.pt.tmp")
+    older.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        if path.exists():
+            try:
+                os.link(path, older)  # another name for the same bytes
+            except OSError:  # a file system that can't
+                shutil.copyfile(path, older)
+        yield
+        if older.exists():
+            os.replace(older, previous)
+    finally:
+        older.unlink(missing_ok=True)
+
+
+def last_checkpoint(run: Path) -> dict:
+    """What --resume goes on from: last.pt or, where that is damaged, the one before it. Raises what
+    load_checkpoint raises."""
+    try:
+        return load_checkpoint(run / "last.pt")
+    except ValueError as error:
+        if not (run / "previous.pt").exists():
+            raise
+        checkpoint = load_checkpoint(run / "previous.pt")
+        if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
+            print(f"{error}\ngoing on from the one before: {run}/previous.pt")
+        return checkpoint
 
 
 def load_checkpoint(path: Path) -> dict:
     """Raises FileNotFoundError, or ValueError for what is damaged or no checkpoint of ours."""
     try:
+        _check_parts(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -39,15 +80,15 @@ def load_checkpoint(path: Path) -> dict:
             + ("nothing was saved" if path.parent.is_dir() else f"there is no folder {path.parent}")
             + ", so name another run, or train anew"
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # torch raises whatever its reader stumbles on
+        if isinstance(error, OSError) and error.filename:
+            raise  # it can't be opened
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise ValueError(
-            f"{path} is no readable checkpoint ({reason[:60]}): take another, or train anew"
-        ) from None
+        other = path.name == "best.pt" and (path.parent / "last.pt").exists()
+        remedy = "remove it, and last.pt is taken" if other else "take another, or train anew"
+        raise ValueError(f"{path} is no readable checkpoint ({reason[:60]}): {remedy}") from None
     needed = {"step", "best", "model", "model_config", "metadata", "config"}
-    if path.name == "last.pt":
+    if path.name != "best.pt":
         needed |= {"position", "optimizers"}
     if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys() and _whole(checkpoint)):
         raise ValueError(f"{path} is no checkpoint of train_gpt2.py, or of another version")
@@ -71,9 +112,18 @@ def _whole(checkpoint) -> bool:
         return False
 
 
+def _check_parts(path) -> None:
+    """Raises BadZipFile where a bit isn't as it was written: torch looks at no checksum."""
+    with zipfile.ZipFile(path) as parts:
+        damaged = parts.testzip() or next((p for p in parts.infolist() if p.external_attr), None)
+    if damaged:
+        raise zipfile.BadZipFile(f"{damaged} isn't what was saved")
+
+
 def best_checkpoint(run: Path) -> dict:
     """The checkpoint to use of a run: its best, or its last where it was never validated."""
-    return load_checkpoint(run / ("best.pt" if (run / "best.pt").exists() else "last.pt"))
+    best = run / "best.pt"
+    return load_checkpoint(best) if best.exists() else last_checkpoint(run)
 
 
 def load_model(checkpoint: dict, device="cpu") -> GPT:

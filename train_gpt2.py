@@ -5,7 +5,8 @@
     python train_gpt2.py --resume out/mine
     torchrun --standalone --nproc_per_node 2 train_gpt2.py    # several processes
 
-Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, best.pt, sample.txt.
+Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, previous.pt, best.pt,
+sample.txt.
 
 Exit codes: 0 where the run is at its end (or at stop_at); 130, 138, 143 where a SIGINT, SIGUSR1 or
 SIGTERM ended it after a checkpoint, and --resume goes on; 1 for an error. torchrun makes all 1.
@@ -16,7 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import SHAPE, load_checkpoint
+from checkpoint import SHAPE, last_checkpoint
 from common import check, folder_name, parse_flags, run
 from dataset import newest_corpus
 from device import choose_device, choose_dtype, join_processes, memory_errors
@@ -123,7 +124,7 @@ def configure():
         raise ValueError(f"--run_name {config.run_name} is another than --resume {config.resume}'s")
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
-        checkpoint = load_checkpoint(folder / "last.pt")
+        checkpoint = last_checkpoint(folder)
         saved = Config(**checkpoint["config"] | {"stop_at": None})
         config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
         check(config, CHOICES, LIMITS)

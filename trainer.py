@@ -297,8 +297,10 @@ class Trainer:
         else:
             prompt = torch.tensor(tokenizer.encode("\n").astype("int64"), device=self.device)[None]
             ids = [i.item() for i in model.generate(prompt, 200, temperature=0.8, top_k=50)]
-            (self.folder / "sample.txt").write_text(tokenizer.decode(ids), encoding="utf-8")
-            print(f"\n{tokenizer.decode(ids)}\n")
+            text = tokenizer.decode(ids)
+            with atomic_write(self.folder / "sample.txt") as f:
+                f.write(text.encode())
+            print(f"\n{text}\n")
         print(
             f"best validation {self.best['val_loss']:.4f} nats per token, step {self.best['step']}"
         )
