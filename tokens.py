@@ -4,6 +4,8 @@ tokens = Tokens("data/tinyshakespeare/train")
 tokens.read([0, 100], length=65)        # (2, 65) int64
 """
 
+import hashlib
+import json
 import mmap
 import os
 from pathlib import Path
@@ -57,9 +59,11 @@ class Tokens:
         return self.gather(starts, length).astype(np.int64)
 
     def gather(self, starts, length: int) -> np.ndarray:
-        """As read, in the file's dtype. Raises ValueError for an id outside the vocabulary."""
+        """As read, in the file's dtype. Raises ValueError for an id outside the vocabulary, or a
+        file that was cut."""
         starts = np.asarray(starts, dtype=np.int64) + self.start
         if len(self.shards) == 1:
+            check_length(self.shards[0])
             if length not in self.windows:  # making a view takes longer than reading a batch
                 self.windows[length] = sliding_window_view(self.shards[0], length)
             ids = self.windows[length][starts]
@@ -76,6 +80,8 @@ class Tokens:
         first = np.searchsorted(self.ends, starts, side="right")  # the shard of the first token
         last = np.searchsorted(self.ends, starts + length - 1, side="right")
         ids = np.empty((len(starts), length), dtype=self.shards[0].dtype)
+        for i in np.union1d(first, last):
+            check_length(self.shards[i])
         for i in np.unique(first[first == last]):
             here, begin = (first == i) & (last == i), self.ends[i] - len(self.shards[i])
             ids[here] = sliding_window_view(self.shards[i], length)[starts[here] - begin]
@@ -108,12 +114,11 @@ class Tokens:
         """
         if self.eot_token is None:
             raise ValueError(f"which id ends a document of {self.path}? Name it by eot_token")
-        ends = []
+        ends, position = [], 0
         _expect(self.shards, "NORMAL")
-        for shard, end in zip(self.shards, self.ends):
-            for start in range(0, len(shard), BLOCK):
-                found = np.flatnonzero(shard[start : start + BLOCK] == self.eot_token)
-                ends.append(found + (int(end) - len(shard) + start + 1))
+        for block in blocks(self.shards):
+            ends.append(np.flatnonzero(block == self.eot_token) + (position + 1))
+            position += len(block)
         _expect(self.shards, "RANDOM")
         ends = np.concatenate(ends) - self.start
         ends = ends[(ends > 0) & (ends <= len(self))]
@@ -166,7 +171,14 @@ def _sound(metadata) -> bool:
         and all(type(n) is int and n >= 0 for n in sizes + counts)
         and min(sizes) > 0
         and eot < vocab_size
+        and metadata.get("sha256") in (None, sealed(metadata)["sha256"])
     )
+
+
+def sealed(metadata: dict) -> dict:
+    """metadata, and last the sha256 of all its other fields, by which damage is found."""
+    rest = {name: value for name, value in metadata.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def newest_corpus(data_dir) -> Path:
@@ -216,13 +228,41 @@ def _map(path, dtype, tokens=None):
     if not size:
         return np.empty(0, dtype)  # can't be mapped
     with open(path, "rb") as f:
-        return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+        memory = _File(f.fileno(), 0, access=mmap.ACCESS_READ)
+    memory.path = path
+    return np.frombuffer(memory, dtype)
+
+
+class _File(mmap.mmap):
+    """A mapped file that knows its path."""
+
+
+def _file(shard) -> _File | None:
+    memory = getattr(shard.base, "obj", None)
+    return memory if isinstance(memory, _File) else None
+
+
+def check_length(shard) -> None:
+    """Raises ValueError where a mapped file has been cut: to read behind its end would be the end
+    of the process (SIGBUS), without a word. Costs less than a microsecond."""
+    if (file := _file(shard)) is not None and file.size() < len(file):
+        raise ValueError(
+            f"{file.path} was cut from {len(file):,} bytes to {file.size():,} while it was in use: "
+            f"run python prepare_data.py again, with the flags it was made with"
+        )
+
+
+def blocks(shards):
+    """All ids in order, a million at a time."""
+    for shard in shards:
+        for start in range(0, len(shard), BLOCK):
+            check_length(shard)
+            yield shard[start : start + BLOCK]
 
 
 def _expect(shards, order: str) -> None:
     """Tells the kernel how large files will be read: at "RANDOM", or it would read megabytes around
     each window, or in "NORMAL" order."""
-    for shard in shards:
-        memory = getattr(shard.base, "obj", None)  # of a file
-        if isinstance(memory, mmap.mmap) and len(memory) > LARGE and hasattr(mmap, "MADV_RANDOM"):
-            memory.madvise(getattr(mmap, f"MADV_{order}"))
+    for file in filter(None, map(_file, shards)):
+        if len(file) > LARGE and hasattr(mmap, "MADV_RANDOM"):
+            file.madvise(getattr(mmap, f"MADV_{order}"))

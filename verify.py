@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pieces import Job
-from reader import BLOCK, Bad, Source, read
+from reader import Bad, Source, read
 from shards import split_text
 from tokenizer import get_tokenizer
-from tokens import open_tokens, read_metadata
+from tokens import blocks, open_tokens, read_metadata
 
 FORMATS = "text", "jsonl", "parquet", "arrow"
 DOCUMENTS = "", "line", "blank-line", "file", "article"
@@ -34,8 +34,7 @@ def verify(folder: Path) -> None:
         shards, ends = open_tokens(folder / name)[0], 0
         for file, ids in zip(split["files"], shards):
             digest, largest = hashlib.sha256(), 0
-            for start in range(0, len(ids), BLOCK):
-                block = ids[start : start + BLOCK]
+            for block in blocks([ids]):
                 digest.update(block.tobytes())
                 largest = max(largest, int(block.max()))
                 ends += np.count_nonzero(block == metadata["eot_token"])
@@ -93,12 +92,10 @@ def _compare_text(folder, metadata, tokenizer, sources) -> str:
                 as_text = decode or isinstance(text, Bad)
                 digests[0].update(text.encode() if as_text else tokenizer.encode(text).tobytes())
     for name in metadata["splits"]:
-        for ids in open_tokens(folder / name)[0]:
-            for start in range(0, len(ids), BLOCK):
-                block = ids[start : start + BLOCK]
-                digests[1].update(
-                    tokenizer.decode_bytes(block) if decode else block.astype(np.uint32).tobytes()
-                )
+        for block in blocks(open_tokens(folder / name)[0]):
+            digests[1].update(
+                tokenizer.decode_bytes(block) if decode else block.astype(np.uint32).tobytes()
+            )
     if digests[0].digest() != digests[1].digest():
         raise _differs(folder, "the text", ", ".join(source.path for source in sources))
     return "the whole text was decoded and" if decode else "the whole text was"
@@ -138,9 +135,8 @@ def _split_of_each(job, source):
 def _documents(shards, eot):
     """The ids of one document after another, without the end of text."""
     rest = np.empty(0, np.uint32)
-    for ids in shards:
-        for start in range(0, len(ids), BLOCK):
-            block = np.concatenate([rest, ids[start : start + BLOCK]])
-            ends = np.flatnonzero(block == eot)
-            yield from (part[:-1] for part in np.split(block, ends + 1)[:-1])
-            rest = block[ends[-1] + 1 :] if len(ends) else block
+    for block in blocks(shards):
+        block = np.concatenate([rest, block])
+        ends = np.flatnonzero(block == eot)
+        yield from (part[:-1] for part in np.split(block, ends + 1)[:-1])
+        rest = block[ends[-1] + 1 :] if len(ends) else block
