@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import faulthandler
 import importlib
 import inspect
 import json
@@ -111,6 +112,7 @@ def run(main) -> None:
     for name in ("stdin", "stdout", "stderr"):  # one that is closed is as good as an empty one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    faulthandler.enable()  # a crash in C code tells where
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     try:
         code = main() or 0
@@ -142,8 +144,11 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         text = f"there is not enough memory: {text}"
     elif isinstance(error, OSError) and error.errno and error.filename:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; make room there, or choose another folder, and run it again" if full else ""
+        remedy = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "; make room there, or choose another folder, and run it again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "; get the right to, or choose another folder"
         text = f"{error.filename}: {error.strerror}{remedy}"
     return " ".join(text.splitlines())  # a file's name may have several
 
@@ -156,9 +161,13 @@ def folder_name(name: str, flag: str) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
-    """A binary file to write to; `path` changes once all of it is on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def atomic_write(path: Path, by: str = ""):
+    """A binary file to write to; `path` changes once all of it is on the disk, or not at all.
+
+    by: tells apart those who may write it at the same time. What a killed one leaves behind,
+    path + by + ".tmp", only the same one writes over.
+    """
+    temporary = path.with_name(path.name + by + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # in a stranger's folder, it may lead out of it
         with open(temporary, "xb") as f:
@@ -167,7 +176,8 @@ def atomic_write(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write doesn't know it
+        if error.filename in (None, str(temporary)):  # a failed write doesn't know it
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

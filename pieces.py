@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import socket
@@ -73,7 +74,7 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
 
         def write(split):
             if split not in writers:
-                file = stack.enter_context(atomic_write(Path(f"{path}.{split}.bin")))
+                file = stack.enter_context(_whole(f"{path}.{split}.bin"))
                 totals = account["splits"][split] = dict(tokens=0, documents=0, bytes=0)
                 writers[split] = file, totals
             texts, size[split] = batches.pop(split), 0
@@ -93,9 +94,15 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
         for split in filter(batches.get, list(batches)):
             write(split)
     account["seconds"] = time.perf_counter() - start
-    with atomic_write(Path(f"{path}.json")) as f:
+    with _whole(f"{path}.json") as f:
         f.write(json.dumps(account).encode())
     return account
+
+
+def _whole(path):
+    """atomic_write, also where two do one piece: Ray does it again when it takes a node for dead
+    that isn't, and a worker outlives a parent that was killed by a moment."""
+    return atomic_write(Path(path), f".{platform.node()}-{os.getpid()}")
 
 
 def _complain(job, source, position, bad) -> str:
@@ -133,7 +140,7 @@ def _write(job, tokenizer, texts, file, totals) -> int:
 def join_pieces(paths: list[str], shard: str) -> str:
     """Writes the pieces' ids, one after another, to `shard`; returns its sha256."""
     digest = hashlib.sha256()
-    with atomic_write(Path(shard)) as out:
+    with _whole(shard) as out:
         for path in paths:
             with open(path, "rb") as f:
                 while block := f.read(BLOCK):

@@ -21,6 +21,7 @@ from common import atomic_write, fcntl, lock
 from corpora import Corpus
 from pieces import Job, join_pieces, tokenize_piece
 from reader import BLOCK, Source, cut, damage, open_file
+from tokens import read_metadata, sealed
 
 PIECE_BYTES = 1 << 20, 64 << 20  # of source, that one task reads: the least and the most
 SHARD_BYTES = 2 << 30  # of source; about a gigabyte of tokens
@@ -53,8 +54,8 @@ def prepare(
         "max_length": max_length,
     }
     _refuse_others(folder, header["source"])
-    changed = [os.stat(source.path).st_mtime_ns for source in corpus.sources]
-    if metadata := _finished(folder, header, changed):
+    changed = _times(corpus)
+    if not work.exists() and (metadata := _finished(folder, header, changed)):
         return metadata
     pieces = plan(corpus, train_split_ratio, tokenizer)
     _check_room(folder, tokenizer, pieces)
@@ -63,7 +64,8 @@ def prepare(
         str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
     )
     with _working_folder(work, key, len(pieces), shared=bool(part)) as alone:
-        if metadata := _finished(folder, header, changed):  # by another part, in the meantime
+        # by another part in the meantime, or by one that was killed before it had cleaned up
+        if metadata := _finished(folder, header, changed):
             return metadata
         start, step = map(int, part.split("/")) if part else (0, 1)
         done = _accounts(work, len(pieces), on_error)
@@ -77,6 +79,8 @@ def prepare(
                 speed = tokens / max(1e-9, time.time() - line.start_t)
                 line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 line.update(pieces[todo[i]][1])
+        if changed != _times(corpus):
+            raise ValueError(f"the text of {corpus.name} has changed meanwhile: run this again")
         if part and not alone():
             return print(f"part {part} is done; the last one that is still at work joins them")
         done = _accounts(work, len(pieces), on_error)
@@ -95,14 +99,16 @@ def prepare(
                 )
         for split in splits.values():
             split["documents"] = split["documents"] if corpus.documents else 1
-        metadata = header | {
-            "dropped": sum(account["dropped"] for account in accounts),
-            "skipped": len(skipped),
-            "splits": splits,
-        }
+        counts = {"dropped": sum(account["dropped"] for account in accounts)}
+        metadata = sealed(header | counts | {"skipped": len(skipped), "splits": splits})
         _publish(work, folder, metadata, skipped)
     _report(folder, metadata, skipped, accounts, time.perf_counter() - began)
     return metadata
+
+
+def _times(corpus) -> list[int]:
+    """When each source was last changed."""
+    return [os.stat(source.path).st_mtime_ns for source in corpus.sources]
 
 
 def _live_line(total: int) -> tqdm:
@@ -136,7 +142,7 @@ def _finished(folder, header, changed):
     """The metadata of a corpus that is as it would become, from sources that are no newer."""
     path = folder / "metadata.json"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_metadata(folder)
         same = all(metadata.get(name) == value for name, value in header.items())
         size = np.dtype(header["dtype"]).itemsize
         whole = all(
@@ -203,14 +209,18 @@ def _characters(path, wanted=None) -> int:
 def _check_room(folder, tokenizer, pieces) -> None:
     """Raises OSError where the disk is too full: a token a byte, or a token in two and a half
     where the vocabulary has more than bytes; compressed text is taken for a fourth of its size;
-    pieces and the shards that they are joined to lie there at the same time."""
+    pieces, some of which may be there already, and the shards that they are joined to lie there at
+    the same time."""
     text = sum(
         size * (4 if any(part.compressed for part in parts) else 1) for parts, size in pieces
     )
     per_byte = 1 if tokenizer.vocab_size < 1000 else 0.4
     needed = int(2 * text * per_byte * tokenizer.dtype.itemsize)
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
+    free = shutil.disk_usage(place).free
+    with contextlib.suppress(FileNotFoundError):
+        free += sum(path.stat().st_size for path in (folder / ".work").iterdir())
+    if free < needed:
         raise OSError(
             f"{folder} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make "
             f"room there, or choose another --data_dir"
@@ -229,7 +239,7 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
         if not told.exists() or told.read_text() != key:
             if not alone():
                 raise OSError(f"{work.parent} is being prepared by others, with other flags")
-            if done := len(list(work.glob("*.json"))):
+            if told.exists() and (done := len(list(work.glob("*.json")))):
                 print(f"{done:,} finished pieces are of other files or flags: they are thrown away")
             for path in work.iterdir():
                 if path.name != "lock":
@@ -248,6 +258,7 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
         finally:
             done = len(list(work.glob("*.json")))
             if (done == 0 or (done == count and not stopped)) and alone():
+                told.unlink(missing_ok=True)  # first: without it, what a kill leaves isn't trusted
                 shutil.rmtree(work, ignore_errors=True)  # another part may have been quicker
                 with contextlib.suppress(OSError):  # not empty: it stays
                     work.parent.rmdir()

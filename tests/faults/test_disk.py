@@ -1,0 +1,362 @@
+"""A disk that is full, read-only or damaged: an error that names the file and what to do, and
+nothing half-written. See also test_killed.py, for what a failed write leaves.
+
+--verify finds what changed in a shard: tests/test_corpora.py, test_verify_finds_what_changed.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, files, losses, make_corpus
+
+import shards
+from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from common import _sentence as sentence
+from corpora import Corpus
+from dataset import TextDataset
+from pieces import engine
+from reader import Source
+from tokenizer import get_tokenizer
+from tokens import Tokens, blocks, read_metadata
+from trainer import Trainer
+
+
+@pytest.fixture
+def tmp_path(in_memory):
+    return in_memory
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """resize(kilobytes) makes disk.folder a file system of that size."""
+
+    def resize(kilobytes):
+        how = "remount," if folder.is_mount() else ""
+        options = f"{how}size={kilobytes}k"
+        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        result = subprocess.run(mount, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    resize.folder = folder
+    yield resize
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def prepare(folder, path, **options):
+    corpus = Corpus("c", {"made": "by a test"}, [Source(str(path), "jsonl")])
+    with engine("processes", workers=1) as run:
+        shards.prepare(corpus, get_tokenizer("bytes"), folder, run, **options)
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """Sixty documents, in several pieces."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", (5_000, 5_000))
+    lines = [json.dumps({"text": f"document {i} " * (i % 40)}) + "\n" for i in range(60)]
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    return tmp_path / "c.jsonl"
+
+
+def test_preparing_on_a_disk_that_fills_up(disk, lines, tmp_path, monkeypatch):
+    """By others, say: at the start there was room enough. With some made, it goes on."""
+    prepare(tmp_path / "whole" / "c", lines)
+    enough = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: enough)
+    folder, full = disk.folder / "c", set()
+    for kilobytes in range(4, 1000, 4):  # a page more each time
+        disk(kilobytes)
+        try:
+            prepare(folder, lines)
+            break
+        except OSError as error:
+            path, _, remedy = sentence(error).partition(": No space left on device; ")
+            assert Path(path).parent in (folder, folder / ".work") and "make room" in remedy
+            full.add(Path(path).name)
+        assert not (folder / "metadata.json").exists()
+        disk(1000)
+        prepare(folder, lines)
+        assert files(folder) == files(tmp_path / "whole" / "c")
+        shutil.rmtree(folder)
+    assert {"000000.train.bin", "000002.json", "train.bin", "val.bin", "metadata.json"} <= full
+
+
+def test_pieces_that_are_done_need_no_room_again(disk, lines, monkeypatch):
+    """Where there was just enough, there is just enough after a stop."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", (200_000, 200_000))
+    lines.write_bytes(lines.read_bytes() * 20)
+    needed = 2 * 2 * lines.stat().st_size  # a token a byte, of two bytes, in pieces and in shards
+    folder, some = disk.folder / "c", 100_000
+    disk(2000)
+    (disk.folder / "others").write_bytes(bytes(2000 * 1024 - needed - some))
+    prepare(folder, lines, part="0/2")
+    assert shutil.disk_usage(folder).free < needed - 2 * some
+    prepare(folder, lines)
+    assert read_metadata(folder)
+
+
+def test_training_on_a_disk_that_fills_up(disk, train, tmp_path):
+    """It ends with the file's name, and the last checkpoint as it was; with some room, it goes on
+    as if it had never ended."""
+    flags = dict(max_steps=4, eval_every=2, checkpoint_minutes=0)
+    disk(4000)
+    whole = train(**flags, run_name="whole")
+    folder, full = train(**flags, run_name="mine", stop_at=1), []
+    shutil.copytree(folder, "kept")
+    for kilobytes in (0, 20, 40, 100):
+        shutil.rmtree(folder)
+        shutil.copytree("kept", folder)
+        disk(shutil.disk_usage(disk.folder).used // 1024 + kilobytes)
+        with pytest.raises(OSError) as error:
+            train(resume=folder)
+        disk(4000)
+        path, _, remedy = sentence(error.value).partition(": No space left on device; ")
+        full.append(Path(path).name)
+        assert Path(path).parent == folder and "make room" in remedy
+        assert last_checkpoint(folder)["step"] in (1, 2)
+        assert not list(folder.glob("*.tmp"))
+    assert full[0] == "config.json" and full[-1] == "last.pt"
+    train(resume=folder, stop_at=99)
+    assert losses(folder) == losses(whole)
+    assert losses(folder, "val_loss") == losses(whole, "val_loss")
+
+
+def test_metrics_that_find_no_room(disk, train):
+    disk(4000)
+    folder = train(max_steps=200, eval_every=200, stop_at=1)
+    disk(shutil.disk_usage(disk.folder).used // 1024 + 4)
+    with pytest.raises(OSError) as error:
+        train(resume=folder, stop_at=200)
+    assert sentence(error.value).startswith(
+        f"{folder}/metrics.jsonl: No space left on device; make"
+    )
+    assert last_checkpoint(folder)["step"] == 1
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """read_only(FOLDER) takes the right to write there; root, whom rights don't bind, is nobody
+    from then on."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        Path(home).chmod(0o755)
+
+        def read_only(folder):
+            folder = folder.absolute()
+            folder.chmod(0o555)
+            stack.callback(folder.chmod, 0o755)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+                stack.callback(os.seteuid, 0)
+
+        read_only.home = Path(home)
+        yield read_only
+
+
+def test_preparing_into_a_folder_that_is_read_only(read_only, lines):
+    home = read_only.home
+    path = Path(shutil.copy(lines, home))
+    read_only(home)
+    with pytest.raises(OSError) as error:
+        prepare(home / "data" / "c", path)
+    assert sentence(error.value).startswith(f"{home}/data: Permission denied; get the right to")
+
+
+@pytest.mark.parametrize("given", ["", "out/mine"])
+def test_training_into_a_folder_that_is_read_only(read_only, train, monkeypatch, given):
+    shutil.copytree("data", read_only.home / "data")
+    monkeypatch.chdir(read_only.home)
+    if given:
+        train(max_steps=3, stop_at=1, run_name="mine")
+    read_only(Path(given))
+    with pytest.raises(OSError) as error:
+        train(resume=given, **{} if given else TINY)
+    file = f"{given}/config.json" if given else "out"
+    assert sentence(error.value).startswith(f"{file}: Permission denied; get the right")
+
+
+# ---- damage
+
+
+def flips(data: bytes, places):
+    """`data` with one bit flipped, at each of the places in turn."""
+    for place in places:
+        yield data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def test_a_bit_of_metadata_json(tmp_path):
+    """It is found, or of no consequence."""
+    make_corpus(tmp_path / "c", [f"document {i}" for i in range(99)], documents=True)
+    path, good = tmp_path / "c" / "metadata.json", read_metadata(tmp_path / "c")
+    content, harmless = path.read_bytes(), 0
+    for damaged in flips(content, range(len(content))):
+        path.write_bytes(damaged)
+        try:
+            found = read_metadata(tmp_path / "c")
+            harmless += 1
+            assert all(found.get(name) == good[name] for name in good if name != "sha256"), damaged
+        except ValueError as error:
+            assert str(path) in str(error) and "run python prepare_data.py again" in str(error)
+    assert harmless < 8  # a bit of the name of the sha256 itself
+
+
+def test_a_damaged_metadata_json_is_mended_by_preparing_again(tmp_path, lines):
+    prepare(tmp_path / "c", lines)
+    good, path = read_metadata(tmp_path / "c"), tmp_path / "c" / "metadata.json"
+    size = good["splits"]["val"]["bytes"]  # which nothing else would tell
+    path.write_text(path.read_text().replace(f'"bytes": {size}', f'"bytes": {size + 1}'))
+    with pytest.raises(ValueError, match=r"metadata\.json is damaged"):
+        read_metadata(tmp_path / "c")
+    prepare(tmp_path / "c", lines)
+    assert read_metadata(tmp_path / "c") == good
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_bit_of_a_checkpoint(tmp_path, name):
+    """Of any of its parts, and of what holds them together."""
+    numbers = {name: i for i, name in enumerate(("step", "best", "position", "optimizers"))}
+    texts = {"config": {"corpus": "c"}, "metadata": {}, "model_config": {"n_embd": 4}}
+    save_checkpoint(tmp_path / "last.pt", numbers | texts | {"model": {"w": torch.arange(50.0)}})
+    path = (tmp_path / "last.pt").rename(tmp_path / name)
+    (tmp_path / "last.pt").touch()
+    good, content, harmless = load_checkpoint(path), path.read_bytes(), 0
+    remedy = {
+        "last.pt": "take another, or train anew",
+        "best.pt": "remove it, and last.pt is taken",
+    }
+    for damaged in flips(content, range(0, len(content), 2)):
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)
+            assert torch.equal(found.pop("model")["w"], good["model"]["w"])
+            assert found.items() <= good.items()
+            harmless += 1  # in the padding between parts, or a date
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is no readable checkpoint (")
+            assert str(error).endswith(remedy)
+    assert harmless < 0.5 * len(content) / 2, harmless
+
+
+def test_the_one_before_is_gone_on_with(train, capsys):
+    """A run whose newest checkpoint is damaged ends as if it weren't."""
+    flags = dict(max_steps=4, checkpoint_minutes=0)
+    whole = train(**flags, run_name="whole")
+    folder = train(**flags, run_name="mine", stop_at=3)
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    capsys.readouterr()
+    train(resume=folder, stop_at=99)
+    out = capsys.readouterr().out
+    assert f"{folder}/last.pt is no readable checkpoint" in out
+    assert f"going on from the one before: {folder}/previous.pt" in out
+    assert losses(folder) == losses(whole)
+    assert files(folder).keys() == files(whole).keys()
+    one, other = (load_checkpoint(run / "last.pt")["model"] for run in (folder, whole))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+# ---- files that go or are cut while they are in use
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path, monkeypatch, several):
+    """To read behind the end would be SIGBUS."""
+    if several:
+        monkeypatch.setattr(shards, "PIECE_BYTES", (20_000, 20_000))
+        monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
+    make_corpus(tmp_path / "c", ["some text, " * 20_000])
+    tokens = Tokens(tmp_path / "c" / "train")
+    path = sorted((tmp_path / "c").glob("train*.bin"))[-1]
+    assert len(tokens.shards) == (5 if several else 1)
+    os.truncate(path, 5000)
+    reads = {
+        "a batch": lambda: tokens.read([0, len(tokens) - 65], 65),
+        "all": lambda: list(blocks(tokens.shards)),
+        "an item": lambda: TextDataset(tokens, 64)[len(tokens) - 65],
+    }
+    for read in reads.values():
+        with pytest.raises(ValueError, match=rf"{path.name} was cut from .* to 5,000 while it was"):
+            read()
+    path.unlink()
+
+
+def test_a_shard_that_vanishes_is_there_until_it_is_closed(train, rhyme):
+    tokens, ids = Tokens(rhyme / "train"), np.fromfile(rhyme / "train.bin", np.uint16)
+    (rhyme / "train.bin").unlink()
+    assert np.array_equal(tokens.read([0], len(ids))[0], ids)
+    with pytest.raises(FileNotFoundError, match=r"train.bin is missing: run python prepare_data"):
+        train(max_steps=3)
+
+
+def test_training_on_what_is_cut_meanwhile(train, rhyme, monkeypatch):
+    step = Trainer.train_step
+
+    def cut(self, x, y):
+        os.truncate(rhyme / "train.bin", 100)
+        return step(self, x, y)
+
+    monkeypatch.setattr(Trainer, "train_step", cut)
+    with pytest.raises(ValueError, match=r"train.bin was cut from .* to 100 while it was in use"):
+        train(max_steps=3)
+
+
+def test_a_crash_in_c_tells_where(tmp_path):
+    """What is cut in the moment between the look at its length and the read."""
+    (tmp_path / "cut.py").write_text(
+        "import mmap, os\n"
+        "from common import run\n"
+        "def main():\n"
+        "    with open('file', 'w+b') as f:\n"
+        "        f.truncate(100_000)\n"
+        "        memory = mmap.mmap(f.fileno(), 0)\n"
+        "        f.truncate(0)\n"
+        "        memory[50_000]\n"
+        "run(main)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "cut.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == -signal.SIGBUS
+    assert "Bus error" in result.stderr and "in main" in result.stderr
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
+    """Nothing is made of the half that was there."""
+    corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
+
+    def run(function, tasks):
+        for i, task in enumerate(tasks):
+            yield i, function(*task)
+            lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-9]))
+
+    with pytest.raises(ValueError, match="the text of c has changed meanwhile: run this again"):
+        shards.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+    assert not (tmp_path / "c").exists()
+    prepare(tmp_path / "c", lines)
+
+
+def test_a_source_that_vanishes_while_it_is_read(tmp_path, lines):
+    corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
+
+    def run(function, tasks):
+        for i, task in enumerate(tasks):
+            lines.unlink(missing_ok=True)
+            yield i, function(*task)
+
+    with pytest.raises(OSError) as error:
+        shards.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+    assert sentence(error.value) == f"{lines}: No such file or directory"
