@@ -31,6 +31,7 @@ from known import KNOWN
 from pieces import engine
 from reader import Bad
 from tokenizer import _load, get_tokenizer
+from tokens import sealed
 from verify import verify
 
 
@@ -782,7 +783,7 @@ def told_sha256(folder: Path, split="train") -> None:
     metadata = json.loads((folder / "metadata.json").read_text())
     data = (folder / f"{split}.bin").read_bytes()
     metadata["splits"][split]["files"][0]["sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "metadata.json").write_text(json.dumps(sealed(metadata)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

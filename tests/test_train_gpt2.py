@@ -25,12 +25,14 @@ import train_gpt2
 from checkpoint import load_checkpoint, load_model, newest_run
 from common import run
 from metrics import Metrics, read_metrics
+from tokens import sealed
 
 
 def test_a_run_and_its_files(train, capsys):
     folder = train(max_steps=40)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "sample.txt",
+        "best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "previous.pt",
+        "sample.txt",
     ]  # fmt: skip
     assert folder.name == "rhyme-tiny-1"
     lines = read_metrics(folder / "metrics.jsonl")
@@ -117,7 +119,8 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
         train(resume="out/rhyme-tiny-1", stop_at=1)
     path = tmp_path / "data" / "rhyme" / "metadata.json"
     metadata = json.loads(path.read_text())
-    path.write_text(json.dumps(metadata | {"tokenizer": {"name": "bytes", "sha256": "another"}}))
+    metadata["tokenizer"]["sha256"] = "another"
+    path.write_text(json.dumps(sealed(metadata)))
     with pytest.raises(ValueError, match="rhyme was prepared anew"):
         train(resume="out/rhyme-tiny-1")
     make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])
