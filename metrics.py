@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, loss.png."""
 
 import datetime
+import gc
 import itertools
 import json
 import logging
@@ -126,3 +127,4 @@ def plot_losses(folder: Path) -> None:
         axes.legend()
     with atomic_write(folder / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")
+    gc.collect()  # a figure's parts hold each other: a megabyte each time, found late

@@ -3,6 +3,7 @@
 python -m bench.report       # copies the tables that README.md shows from RESULTS.md
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -178,10 +179,12 @@ def whole_process(command: list, **options) -> tuple[float, float, str]:
         return seconds, int(Path(peak.name).read_text()) / 1024, result.stderr
 
 
-def private_mib() -> float:
-    """Memory of this process that isn't the page cache's."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return int(re.search(r"^Anonymous:\s+(\d+)", rollup, re.M)[1]) / 1024
+def private_mib(pid="self") -> float:
+    """Memory of a process that isn't the page cache's; 0 where it has ended."""
+    with contextlib.suppress(OSError):
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Anonymous:\s+(\d+)", rollup, re.M)[1]) / 1024
+    return 0
 
 
 def update_readme(readme=ROOT / "README.md", results=ROOT / RESULTS) -> None:
