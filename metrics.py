@@ -102,6 +102,7 @@ def plot_losses(folder: Path) -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home it can't write to
     from matplotlib.figure import Figure  # no pyplot: no window, no state
 
+    gc.collect()  # the last figure, whose parts hold each other: a megabyte, found late
     lines = read_metrics(folder / "metrics.jsonl")
     train = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
@@ -127,4 +128,3 @@ def plot_losses(folder: Path) -> None:
         axes.legend()
     with atomic_write(folder / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")
-    gc.collect()  # a figure's parts hold each other: a megabyte each time, found late

@@ -11,6 +11,7 @@ in preparing, one takes Ray's driver and one a node of its two (pip install ray)
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,8 +23,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 (else each process would)
+import matplotlib.backends.backend_agg
 import torch
+import torch._dynamo
 
 import prepare_data
 import shards
@@ -35,6 +37,7 @@ from common import optional, parse_flags, run
 from metrics import read_metrics
 
 PIECE_BYTES = shards.PIECE_BYTES
+IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # or else by each process
 HUNG = 120  # seconds, after which a run is taken for that
 TEXT = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
 LITTLE = TEXT | dict(input="../little.jsonl")
@@ -92,24 +95,39 @@ def kills(config):
     yield count("preparing: all processes", times, prepare_data, two, kill_all, choose)
     yield count("preparing: a worker of two", 4 * tenth, prepare_data, two, kill_worker, choose)
     if tenth:
-        cluster = optional("ray.cluster_utils", "to kill under Ray").Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1}
-        )
-        nodes = [cluster.add_node(num_cpus=1)]
-        on_ray = dict(TEXT, engine="ray", ray_address=cluster.address)
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=ray_nodes, args=(there,))
+        process.start()
+        flags = dict(TEXT, engine="ray", ray_address=here.recv())
 
         def kill_node(pid, choose):
-            cluster.remove_node(nodes.pop(), allow_graceful=False)  # by SIGKILL
-            nodes.append(cluster.add_node(num_cpus=1))
-            return True
+            here.send(True)
+            return here.recv()
 
-        yield count("preparing on Ray: the driver", tenth, prepare_data, on_ray, kill_all, choose)
+        yield count("preparing on Ray: the driver", tenth, prepare_data, flags, kill_all, choose)
         yield count(
-            "preparing on Ray: a node of two", tenth, prepare_data, on_ray, kill_node, choose
+            "preparing on Ray: a node of two", tenth, prepare_data, flags, kill_node, choose
         )
-        cluster.shutdown()
+        here.send(False)
+        process.join()
     flags = TRAINING | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # one a step
     yield count("training", config.training_kills, train_gpt2, flags, kill_all, choose)
+
+
+def ray_nodes(connection):
+    """Two of them, in a process of their own, since what talks to Ray can't be forked: sends their
+    address and then, whenever it is told to go on, kills one and sends True when there is another.
+    """
+    cluster = optional("ray.cluster_utils", "to kill under Ray").Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1}
+    )
+    node = cluster.add_node(num_cpus=1)
+    connection.send(cluster.address)
+    while connection.recv():
+        cluster.remove_node(node, allow_graceful=False)  # by SIGKILL
+        node = cluster.add_node(num_cpus=1)
+        connection.send(True)
+    cluster.shutdown()
 
 
 def count(what, times, script, flags, kill, choose):
@@ -119,6 +137,8 @@ def count(what, times, script, flags, kill, choose):
     half-made could be read after the kill, restarts that finished, results that were the same as
     undisturbed, files that were left over).
     """
+    if not times:
+        return what, *[0] * 6
     result = prepared if script is prepare_data else trained
     whole, number = Path(f"{what}: undisturbed"), itertools.count()
     for _ in range(2):  # the second is timed
@@ -253,7 +273,7 @@ def kill_worker(pid, choose) -> bool:
 def long_runs(config):
     """Rows of watch()."""
     block, text = Path("block.jsonl"), Path("long.jsonl")
-    make(block, 20, "")
+    make(block, min(20, 1000 * config.gigabytes), "")
     with open(text, "wb") as f:
         for _ in range(round(config.gigabytes * 1e9 / block.stat().st_size)):
             f.write(block.read_bytes())
@@ -262,7 +282,7 @@ def long_runs(config):
     yield watch(f"preparing {config.gigabytes:g} GB", prepare_data, flags)
     text.unlink()
     flags = TRAINING | dict(
-        max_steps=config.steps, eval_every=max(1, config.steps // 20),
+        max_steps=config.steps, eval_every=max(100, config.steps // 20),
         n_layer=1, sequence_length=16, batch_size=2, optimizer="adamw", log_every=10,
     )  # fmt: skip
     yield watch(f"training for {config.steps:,} steps", train_gpt2, flags)
