@@ -219,8 +219,8 @@ def _ray(workers, address):
             socket.create_connection(there.groups(), 10).close()
         except OSError as error:
             raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
-    here = str(Path(__file__).resolve().parent)
-    variables = {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    here, code = os.getcwd(), str(Path(__file__).resolve().parent)
+    variables = {"PYTHONPATH": os.pathsep.join([code, os.environ.get("PYTHONPATH", "")])}
     if "TIKTOKEN_CACHE_DIR" in os.environ:
         variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -238,7 +238,11 @@ def _ray(workers, address):
         at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
 
         def run(function, tasks):
-            remote = ray.remote(num_cpus=1, max_retries=5)(function)
+            @ray.remote(num_cpus=1, max_retries=5)
+            def remote(*task):
+                os.chdir(here)  # a node may have been started elsewhere
+                return function(*task)
+
             following, running = enumerate(tasks), {}
             while True:
                 for i, task in itertools.islice(following, at_once - len(running)):

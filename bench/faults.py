@@ -66,8 +66,7 @@ def main():
     home = os.getcwd()
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         os.chdir(folder)
-        make(Path("little.jsonl"), 0.05, "")  # for training: a validation is a full pass
-        wait(start(prepare_data, Path("corpus"), LITTLE))
+        make_corpus()
         killed = table(
             ["killed", "times", "ended by itself", "half-made, but readable",
              "restarts that finished", "the same bytes", "files left over"],
@@ -80,6 +79,12 @@ def main():
         )  # fmt: skip
         os.chdir(home)
     write(results, "Faults", f"{killed}\n\n{long}")
+
+
+def make_corpus():
+    """corpus/data/c, to train on: little, since a validation is a full pass."""
+    make(Path("little.jsonl"), 0.05, "")
+    wait(start(prepare_data, Path("corpus"), LITTLE))
 
 
 # ---- kills
@@ -104,12 +109,13 @@ def kills(config):
             here.send(True)
             return here.recv()
 
-        yield count("preparing on Ray: the driver", tenth, prepare_data, flags, kill_all, choose)
-        yield count(
-            "preparing on Ray: a node of two", tenth, prepare_data, flags, kill_node, choose
-        )
-        here.send(False)
-        process.join()
+        try:
+            for what, kill in (("the driver", kill_all), ("a node of two", kill_node)):
+                what = f"preparing on Ray: {what}"
+                yield count(what, tenth, prepare_data, flags, kill, choose)
+        finally:
+            here.send(False)
+            process.join()
     flags = TRAINING | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # one a step
     yield count("training", config.training_kills, train_gpt2, flags, kill_all, choose)
 
@@ -141,12 +147,10 @@ def count(what, times, script, flags, kill, choose):
         return what, *[0] * 6
     result = prepared if script is prepare_data else trained
     whole, number = Path(f"{what}: undisturbed"), itertools.count()
-    for _ in range(2):  # the second is timed
-        shutil.rmtree(whole, ignore_errors=True)
-        began = time.perf_counter()
-        if wait(start(script, whole, flags)):
-            raise ValueError((whole / "log.txt").read_text())
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    if wait(start(script, whole, flags)):
+        raise ValueError((whole / "log.txt").read_text())
+    seconds = time.perf_counter() - began
     expected, tally = result(whole), Counter()
     while tally["times"] < times:
         folder = Path(f"{what}: {next(number)}")

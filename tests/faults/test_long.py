@@ -2,12 +2,11 @@
 
 import gc
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
 from matplotlib.figure import Figure
 
+import shards
+from bench import faults
 from metrics import plot_losses
 
 
@@ -19,15 +18,16 @@ def test_a_plot_leaves_nothing_in_memory(tmp_path):
     assert len([thing for thing in gc.get_objects() if type(thing) is Figure]) <= 1
 
 
-def test_the_counts(in_memory):
+def test_the_counts(in_memory, monkeypatch):
     """bench/faults.py at toy size."""
-    flags = ["--kills", "1", "--training_kills", "1", "--steps", "20", "--gigabytes", "0.01"]
-    flags += ["--results", in_memory / "RESULTS.md", "--folder", in_memory]
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.faults", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    text = (in_memory / "RESULTS.md").read_text()
-    assert "| preparing: all processes | 1 | 0 | 0 | 1 | 1 | 0 |" in text
-    assert "| training | 1 | 0 | 0 | 1 | 1 | 0 |" in text
-    assert "| preparing 0.01 GB |" in text and "| training for 20 steps |" in text
+    monkeypatch.chdir(in_memory)
+    monkeypatch.setattr(shards, "PIECE_BYTES", shards.PIECE_BYTES)  # it changes them
+    config = faults.Config(kills=1, training_kills=1, gigabytes=0.005)
+    faults.make_corpus()
+    assert list(faults.kills(config)) == [
+        ("preparing: all processes", 1, 0, 0, 1, 1, 0),
+        ("preparing: a worker of two", 0, 0, 0, 0, 0, 0),
+        ("training", 1, 0, 0, 1, 1, 0),
+    ]
+    what, _, *numbers = next(faults.long_runs(config))
+    assert what == "preparing 0.005 GB" and min(numbers) > 0
