@@ -232,10 +232,9 @@ def test_a_bit_of_a_checkpoint(tmp_path, name):
     path = (tmp_path / "last.pt").rename(tmp_path / name)
     (tmp_path / "last.pt").touch()
     good, content, harmless = load_checkpoint(path), path.read_bytes(), 0
-    remedy = {
-        "last.pt": "take another, or train anew",
-        "best.pt": "remove it, and last.pt is taken",
-    }
+    remedy = (
+        "remove it, and last.pt is taken" if name == "best.pt" else "take another, or train anew"
+    )
     for damaged in flips(content, range(0, len(content), 2)):
         path.write_bytes(damaged)
         try:
