@@ -101,6 +101,8 @@ class Trainer:
         self.folder = self.folder or new_run(config)
         config.run_name = self.folder.name
         self.metrics = Metrics(self.folder, self.step, config.max_steps, config.tensorboard)
+        for left in self.folder.glob("*.tmp"):  # by a run that was killed
+            left.unlink()
         with atomic_write(self.folder / "config.json") as f:
             f.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
         print_flags(config)

@@ -181,13 +181,14 @@ def prepared(folder) -> dict:
 
 
 def trained(folder) -> dict:
-    """What each file of a run holds, but for speeds, names and random samples."""
+    """What each file of a run holds, but for speeds, names, samples and pictures. previous.pt is
+    the one before, or, after a kill in the last save, the one before that."""
     found = {}
     for path in (folder / "out").rglob("*"):
         name, value = str(path.relative_to(folder)), ""
         if path.name == "metrics.jsonl":
             value = [line | {"tokens_per_second": 0} for line in read_metrics(path)]
-        elif path.suffix == ".pt":
+        elif path.name in ("last.pt", "best.pt"):
             value = load_checkpoint(path)
             value = {part: value.get(part) for part in ("step", "best", "model", "optimizers")}
             value = plain(value)
@@ -298,6 +299,7 @@ def watch(what, script, flags):
     from there to the half, and in the second half)."""
     folder, seen, began = Path(what), [], time.monotonic()
     pid = start(script, folder, flags)
+    seen.append((private_mib(pid), open_files(pid)))
     while not (status := os.waitpid(pid, os.WNOHANG))[0]:
         family = [pid, *children(pid)]
         seen.append((max(map(private_mib, family)), max(map(open_files, family))))
@@ -306,7 +308,7 @@ def watch(what, script, flags):
         raise ValueError((folder / "log.txt").read_text()[-2000:])
     shutil.rmtree(folder)
     tenth, half = -(-len(seen) // 10), -(-len(seen) // 2)
-    spans = seen[:tenth], seen[tenth:half] or seen[:1], seen[half:] or seen[:1]
+    spans = seen[:tenth], seen[tenth:half] or seen, seen[half:] or seen
     peaks = [[max(column) for column in zip(*span)] for span in spans]
     return what, (time.monotonic() - began) / 60, *(p[0] for p in peaks), *(p[1] for p in peaks)
 

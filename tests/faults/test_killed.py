@@ -196,6 +196,8 @@ def test_training_again_and_again(train, tmp_path):
     go_on = functools.partial(train, **flags, run_name="killed")
     restarts = next(i for i in itertools.count() if not killed(go_on, before=15 * i))
     assert restarts > 4
+    (tmp_path / "out" / "killed" / "previous.pt.tmp").touch()  # by a kill in the very last save
+    go_on()
     run = tmp_path / "out" / "killed"
     for name in ("train_loss", "learning_rate", "val_loss", "val_bpb"):
         assert losses(run, name) == losses(whole, name)
