@@ -1,5 +1,6 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, loss.png."""
 
+import contextlib
 import datetime
 import gc
 import itertools
@@ -86,6 +87,8 @@ class Metrics:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             error.filename = str(self.path)  # a failed write doesn't know it
+            with contextlib.suppress(OSError):
+                self.file.close()  # which writes again; a later close() doesn't
             raise
         for name, value in values.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)

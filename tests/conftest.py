@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import train_gpt2
 from checkpoint import newest_run
 from corpora import Corpus
 from metrics import read_metrics
+from model import GPT, GPTConfig
 from pieces import engine
 from reader import Source, read
 from tokenizer import get_tokenizer
@@ -122,6 +124,14 @@ def train(rhyme, tmp_path, monkeypatch):
         return newest_run("out")
 
     return train
+
+
+def tiny_checkpoint(step: int) -> dict:
+    """What a run of the smallest model saves."""
+    config = GPTConfig(vocab_size=2, n_positions=2, n_layer=1, n_head=1, n_embd=2)
+    known = {"step": step, "position": step, "best": {"step": 1, "val_loss": 1.0}, "config": {}}
+    shape = {"model_config": asdict(config), "metadata": {"vocab_size": config.vocab_size}}
+    return known | shape | {"model": GPT(config).state_dict(), "optimizers": []}
 
 
 def losses(folder, name="train_loss"):

@@ -16,7 +16,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import TINY, files, losses
+from conftest import TINY, files, losses, tiny_checkpoint
 
 import shards
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -64,18 +64,15 @@ def tmp_path(in_memory):
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """prepare("new", FOLDER) makes FOLDER/c of tmp_path/new.jsonl, in two pieces."""
+    """prepare(FOLDER) makes FOLDER/c of tmp_path/c.jsonl, in two pieces; seed: of the split."""
     monkeypatch.setattr(shards, "PIECE_BYTES", (3_000, 3_000))
-    for name in ("old", "new"):
-        texts = [f"{name} {i} " * (i % 40) for i in range(30)]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    lines = [json.dumps({"text": f"document {i} " * (i % 30)}) + "\n" for i in range(30)]
+    (tmp_path / "c.jsonl").write_text("".join(lines))
 
-    def prepare(name, folder, workers=1):
-        source = Source(str(tmp_path / f"{name}.jsonl"), "jsonl")
-        corpus = Corpus("c", {"made": "by a test"}, [source])
+    def prepare(folder, workers=1, seed=1):
+        corpus = Corpus("c", {"made": "by a test"}, [Source(str(tmp_path / "c.jsonl"), "jsonl")])
         with engine("processes", workers) as run:
-            shards.prepare(corpus, get_tokenizer("bytes"), folder / "c", run)
+            shards.prepare(corpus, get_tokenizer("bytes"), folder / "c", run, seed=seed)
 
     return prepare
 
@@ -93,14 +90,14 @@ def unreadable(folder) -> None:
 
 def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
     """At any time there is the old corpus, or none, or the new one; never parts of both."""
-    for name in ("old", "new"):
-        prepare(name, tmp_path / name)
+    prepare(tmp_path / "old", seed=0)
+    prepare(tmp_path / "new")
     old, new = (files(tmp_path / name / "c") for name in ("old", "new"))
     states = []
     for before in itertools.count():
         folder = tmp_path / f"killed-{before}"
         shutil.copytree(tmp_path / "old", folder)
-        ended = not killed(functools.partial(prepare, "new", folder), before)
+        ended = not killed(functools.partial(prepare, folder), before)
         there = files(folder / "c")
         if "metadata.json" in there:
             states.append("new" if there["metadata.json"] == new["metadata.json"] else "old")
@@ -108,7 +105,7 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
         else:
             states.append("none")
             unreadable(folder)
-        prepare("new", folder)
+        prepare(folder)
         assert files(folder / "c") == new, before
         if ended:
             break
@@ -122,28 +119,28 @@ def test_one_worker_alone(tmp_path, prepare, before):
 
     def bear():
         with pytest.raises(OSError, match="a worker process was killed"):
-            prepare("new", tmp_path / "killed", workers=2)
+            prepare(tmp_path / "killed", workers=2)
 
     assert not killed(bear, before, worker=True)
     unreadable(tmp_path / "killed")
     for name in ("killed", "whole"):
-        prepare("new", tmp_path / name)
+        prepare(tmp_path / name)
     assert files(tmp_path / "killed" / "c") == files(tmp_path / "whole" / "c")
 
 
 def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
-    prepare("new", tmp_path / "whole")
+    prepare(tmp_path / "whole")
     monkeypatch.setattr(shards, "PIECE_BYTES", (200, 200))
     choose = random.Random(0)
     for number in range(5):
         if not (pid := os.fork()):
             os.setsid()
-            prepare("new", tmp_path / f"{number}", workers=2)
+            prepare(tmp_path / f"{number}", workers=2)
             os._exit(0)
         time.sleep(choose.uniform(0, 0.1))
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        prepare("new", tmp_path / f"{number}", workers=2)
+        prepare(tmp_path / f"{number}", workers=2)
         assert files(tmp_path / f"{number}" / "c") == files(tmp_path / "whole" / "c")
 
 
@@ -163,17 +160,15 @@ def test_two_that_do_one_piece_at_the_same_time(tmp_path):
 def test_saving_a_checkpoint(tmp_path, damaged):
     """At any time there are two, whole; where the newest is damaged, the one before is kept until
     there is a new one."""
-    parts = ("best", "model", "model_config", "metadata", "config", "position", "optimizers")
-    checkpoint = dict.fromkeys(parts, 0)
     run, steps = tmp_path / "run", []
     for before in itertools.count():
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         for step in (1, 2):
-            save_checkpoint(run / "last.pt", checkpoint | {"step": step})
+            save_checkpoint(run / "last.pt", tiny_checkpoint(step))
         if damaged:
             (run / "last.pt").write_bytes(b"")
-        save = functools.partial(save_checkpoint, run / "last.pt", checkpoint | {"step": 3})
+        save = functools.partial(save_checkpoint, run / "last.pt", tiny_checkpoint(3))
         ended = not killed(save, before)
         steps.append(last_checkpoint(run)["step"])
         if not damaged:
