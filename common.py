@@ -112,7 +112,8 @@ def run(main) -> None:
     for name in ("stdin", "stdout", "stderr"):  # one that is closed is as good as an empty one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    faulthandler.enable()  # a crash in C code tells where
+    with contextlib.suppress(OSError):  # standard error may be no file
+        faulthandler.enable()  # a crash in C code tells where
     sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     try:
         code = main() or 0

@@ -179,8 +179,8 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
         if workers == 1 or len(tasks) <= 1:
             yield from ((i, function(*task)) for i, task in enumerate(tasks))
             return
-        futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
-        try:
+        try:  # a worker may die while the rest is still handed out
+            futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
