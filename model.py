@@ -243,20 +243,20 @@ class GPT(nn.Module):
 
 
 def head_loss(x, head, targets, reduction):
-    """Cross-entropy of the logits that `head`, (vocab_size, C), makes of x, (N, C); targets: (N,).
-
-    In float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768 tokens, which
-    glibc takes from the kernel, page by page, again at every step (1.5 times slower, all told).
-    """
-    if (
-        x.is_cpu
-        and CHUNKED_LOSS
-        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    ):
-        rows = max(1, 6_500_000 // len(head))  # 26 MB of logits: glibc keeps blocks of up to 32
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-        return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
+    """Cross-entropy of the logits that head, (vocab_size, C), makes of x, (N, C); targets: (N,)."""
+    if x.is_cpu and CHUNKED_LOSS and not torch.is_autocast_enabled("cpu"):
+        return chunked_loss(x, head, targets, reduction)
     return F.cross_entropy(F.linear(x, head).float(), targets, reduction=reduction)
+
+
+@torch.compiler.disable
+def chunked_loss(x, head, targets, reduction):
+    """head_loss in float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768
+    tokens, which glibc takes from the kernel, page by page, again at every step (1.5 times slower,
+    all told)."""
+    rows = max(1, 6_500_000 // len(head))  # 26 MB of logits: glibc keeps blocks of up to 32
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
 
 
 def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
