@@ -131,7 +131,8 @@ def write(path: str, title: str, text: str, figure: Figure | None = None) -> Non
 
 
 def command() -> str:
-    return " ".join([f"python -m {sys.modules['__main__'].__spec__.name}", *sys.argv[1:]])
+    script = sys.modules["__main__"].__spec__  # None within a test
+    return " ".join([f"python -m {script.name if script else 'pytest'}", *sys.argv[1:]])
 
 
 def machine() -> str:

@@ -74,7 +74,7 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
     copy.write_text((ROOT / "README.md").read_text())
     update_readme(copy, ROOT / RESULTS)
     assert copy.read_text() == (ROOT / "README.md").read_text()
-    assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 3
+    assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 4
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary")
