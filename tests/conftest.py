@@ -30,6 +30,14 @@ DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "ht
 torch.set_num_threads(1)  # the same sums in every test, and no fight for two cores
 
 
+LONGEST = ["test_slurm", "test_train_gpt2", "test_readme", "test_bench", "test_pieces"]
+
+
+def pytest_collection_modifyitems(items):
+    """Whole files are shared out, in this order: none of the long ones may be left for the end."""
+    items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+
 def _shared(variable: str) -> Path:
     path = os.environ.get(variable)
     if not path:

@@ -14,7 +14,8 @@ from bench.report import RESULTS, contest, contest_table, number, update_readme,
 
 def bench(script, *flags):
     command = [sys.executable, "-m", f"bench.{script}", *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -111,7 +112,7 @@ def test_train(text, tmp_path):
 
 @pytest.mark.parametrize("recipes", [[], ["--recipes", "--vocabularies", "bytes"]])
 def test_learn(text, tmp_path, recipes, monkeypatch, capsys):
-    monkeypatch.setattr("bench.learn.TRIED", {"bytes": ["", "--n_embd 16"]})
+    monkeypatch.setattr("bench.learn.TRIED", {"bytes": ["--n_embd 16"]})
     tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
     flags = [
         "--text",
@@ -135,7 +136,7 @@ def test_learn(text, tmp_path, recipes, monkeypatch, capsys):
 
 
 def test_scale(text, tmp_path):
-    small = ["--megabytes", 1, "--tokens", 10**5, 10**10, "--channels", 32, "--windows", 8]
+    small = ["--megabytes", 1, "--tokens", 10**10, "--channels", 32, "--windows", 8]
     small += ["--batches", 1, "--seconds", 0.01, "--rounds", 1]
     printed = bench("scale", "--text", text, *small, "--results", tmp_path / "RESULTS.md")
     for row in ("| 1 MB | 2 on Ray |", "| 10,000,000,000 |", "| 32 | 12 x 64 | 50,257 |"):
