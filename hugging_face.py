@@ -16,14 +16,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common import atomic_write, read_json
+from common import atomic_write, fcntl, read_json
 from download import download
 from model import EMBEDDING, GPT2_SIZES, GPTConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows, where there is no torchrun to need it
-    fcntl = None
 
 FILES = ("config.json", "model.safetensors")
 SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")

@@ -2,10 +2,12 @@
 
 import functools
 import http.server
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 from dataclasses import asdict
@@ -36,6 +38,21 @@ LONGEST = ["test_slurm", "test_train_gpt2", "test_readme", "test_bench", "test_p
 def pytest_collection_modifyitems(items):
     """Whole files are shared out, in this order: none of the long ones may be left for the end."""
     items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+
+def tar_of(members) -> bytes:
+    """A .tar.gz; members: name -> text, or (type, target) of a link or a device."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(text, tuple):
+                info.type, info.linkname = text
+                archive.addfile(info)
+            else:
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
+    return file.getvalue()
 
 
 def _shared(variable: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, flat, run_script
+from conftest import assert_one_line_error, flat, run_script, tar_of
 from test_tokenizer import make_json
 
 import corpora
@@ -91,21 +91,6 @@ def zip_of(members) -> bytes:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    return file.getvalue()
-
-
-def tar_of(members) -> bytes:
-    """members: name -> text, or (type, name it points to)."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, text in members.items():
-            info = tarfile.TarInfo(name)
-            if isinstance(text, tuple):
-                info.type, info.linkname = text
-                archive.addfile(info)
-            else:
-                info.size = len(text.encode())
-                archive.addfile(info, io.BytesIO(text.encode()))
     return file.getvalue()
 
 

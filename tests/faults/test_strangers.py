@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus
+from conftest import ROOT, make_corpus, tar_of
 
 from checkpoint import load_checkpoint, load_model
 from corpora import find, unpack
@@ -71,21 +71,6 @@ def zip_of(members: dict, method=zipfile.ZIP_DEFLATED) -> bytes:
             archive.writestr(info := zipfile.ZipInfo(name), text, method)
             info.external_attr = 0  # as torch writes it
     return file.getvalue()
-
-
-def tar_of(members: dict) -> bytes:
-    """name -> text, or (type, target) of a link or a device."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, text in members.items():
-            info = tarfile.TarInfo(name)
-            if isinstance(text, tuple):
-                info.type, info.linkname = text
-                archive.addfile(info)
-            else:
-                info.size = len(text)
-                archive.addfile(info, io.BytesIO(text.encode()))
-    return gzip.compress(file.getvalue())
 
 
 @pytest.mark.parametrize("make", [zip_of, tar_of])
