@@ -63,13 +63,13 @@ class Config:
     compile: str = "auto"  # true, false; auto: torch.compile on cuda, and where a CPU run repays it
 
 
-# What a size stands for where no flag says otherwise. tiny is two minutes of two CPU cores, small
-# some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their own; the
-# others are OpenAI's shapes, trained on ten billion tokens and fewer.
+# What a size stands for where no flag says otherwise. tiny is two to three minutes of two CPU cores,
+# small some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their
+# own; the others are OpenAI's shapes, trained on ten billion tokens and fewer.
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
-        batch_size=12, train_flops=5e12, learning_rate=1e-2,
+        batch_size=12, train_flops=1e13, learning_rate=1e-2,
     ),
     "small": dict(
         n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,
