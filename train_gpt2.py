@@ -63,7 +63,7 @@ class Config:
     compile: str = "auto"  # true, false; auto: torch.compile on cuda, and where a CPU run repays it
 
 
-# What a size stands for where no flag says otherwise. tiny is two to three minutes of two CPU cores,
+# What a size stands for where no flag says otherwise. tiny is two to three minutes of two cores,
 # small some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their
 # own; the others are OpenAI's shapes, trained on ten billion tokens and fewer.
 SIZES = {
