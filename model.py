@@ -30,6 +30,7 @@ GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[n
 }
 EMBEDDING = "transformer.wte.weight"  # and the head's
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13 and later
+LOGITS = 6_500_000  # at a time, 26 MB on a CPU: glibc keeps blocks of up to 32
 
 
 @dataclass
@@ -69,7 +70,10 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )  # (B, n_head, T, C / n_head)
         causal = mask is None
         if cache is not None:  # a list that is empty or holds the keys and values so far
             if cache:
@@ -84,7 +88,6 @@ class Attention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        # (B, n_head, T, C / n_head)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -105,8 +108,36 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
+
+
+def gelu(x):
+    """GELU by its tanh formula, which GPT-2 has (Hendrycks and Gimpel 2016)."""
+    eager = not torch.compiler.is_compiling()
+    if x.is_cpu and x.dtype == torch.float32 and eager:
+        return SigmoidGELU.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+class SigmoidGELU(torch.autograd.Function):
+    """The same function as x * sigmoid(u), u = C (x + 0.044715 x^3), in two thirds of the time:
+    torch's tanh on a CPU takes four times as long as its sigmoid."""
+
+    C = 2 * math.sqrt(2 / math.pi)
+
+    @staticmethod
+    def forward(ctx, x):
+        C = SigmoidGELU.C
+        u = (x * x).mul_(0.044715 * C).add_(C).mul_(x)
+        s = torch.sigmoid(u)
+        if ctx.needs_input_grad[0]:  # s + x s (1 - s) du/dx, where x du/dx = 3 u - 2 C x
+            ctx.save_for_backward(u.mul_(3).sub_(x, alpha=2 * C).mul_(1 - s).add_(1).mul_(s))
+        return s.mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
 
 
 class Block(nn.Module):
@@ -244,7 +275,8 @@ class GPT(nn.Module):
 
 def head_loss(x, head, targets, reduction):
     """Cross-entropy of the logits that head, (vocab_size, C), makes of x, (N, C); targets: (N,)."""
-    if x.is_cpu and CHUNKED_LOSS and not torch.is_autocast_enabled("cpu"):
+    large = len(x) * len(head) > LOGITS
+    if large and x.is_cpu and CHUNKED_LOSS and not torch.is_autocast_enabled("cpu"):
         return chunked_loss(x, head, targets, reduction)
     return F.cross_entropy(F.linear(x, head).float(), targets, reduction=reduction)
 
@@ -254,7 +286,7 @@ def chunked_loss(x, head, targets, reduction):
     """head_loss in float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768
     tokens, which glibc takes from the kernel, page by page, again at every step (1.5 times slower,
     all told)."""
-    rows = max(1, 6_500_000 // len(head))  # 26 MB of logits: glibc keeps blocks of up to 32
+    rows = max(1, LOGITS // len(head))
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dataset import attention_mask, document_ids, document_positions
-from model import CHUNKED_LOSS, GPT, GPT2_SIZES, GPTConfig, head_loss, next_token_probs
+from model import CHUNKED_LOSS, GPT, GPT2_SIZES, GPTConfig, gelu, head_loss, next_token_probs
 
 
 def small(seed=0, **changes) -> GPT:
@@ -29,6 +29,17 @@ def test_parameter_counts_are_openais(name, parameters):
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**GPT2_SIZES[name]))
     assert model.num_parameters() == parameters
+
+
+def test_gelu_is_the_tanh_formula_with_its_slope():
+    x = torch.linspace(-12, 12, 4801, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    y, expected = gelu(x), F.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-6)
+    (slope,), (expected,) = (
+        torch.autograd.grad(v.sum(), i) for v, i in ((y, x), (expected, exact))
+    )
+    torch.testing.assert_close(slope.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_flops_by_hand():
