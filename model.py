@@ -277,11 +277,12 @@ def head_loss(x, head, targets, reduction):
     """Cross-entropy of the logits that head, (vocab_size, C), makes of x, (N, C); targets: (N,)."""
     large = len(x) * len(head) > LOGITS
     if large and x.is_cpu and CHUNKED_LOSS and not torch.is_autocast_enabled("cpu"):
-        return chunked_loss(x, head, targets, reduction)
+        compiling = torch.compiler.is_compiling()  # disable() by itself imports the whole compiler
+        loss = torch.compiler.disable(chunked_loss) if compiling else chunked_loss
+        return loss(x, head, targets, reduction)
     return F.cross_entropy(F.linear(x, head).float(), targets, reduction=reduction)
 
 
-@torch.compiler.disable
 def chunked_loss(x, head, targets, reduction):
     """head_loss in float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768
     tokens, which glibc takes from the kernel, page by page, again at every step (1.5 times slower,

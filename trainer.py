@@ -284,9 +284,9 @@ class Trainer:
 
     def report(self) -> None:
         """The last lines a person sees: a sample and where the files are, or how to go on."""
-        plot_losses(self.folder)
         folder = shlex.quote(str(self.folder))
         if not self.ended():
+            plot_losses(self.folder)
             print(f"stopped at step {self.step}; python train_gpt2.py --resume {folder} goes on")
             return
         if self.step < self.config.max_steps:

@@ -81,9 +81,9 @@ def race(config, folder) -> None:
         rows.append(("nanoGPT, its README's run", "", seconds, f"{loss:.4f}", ""))
     for name, (share, goal, flags) in GOALS[config.device].items():
         # a short run: what a step costs, and what everything else does
-        seconds, _, _, step = ours(config, folder, 0, f"{flags} --max_steps 50 --eval_every 25")
+        seconds, _, _, step = ours(config, folder, 0, f"{flags} --max_steps 50 --eval_every 50")
         steps = max(20, int((0.97 * share * budget - max(0, seconds - 50 * step)) / step))
-        flags += f" --max_steps {steps} --eval_every {max(1, steps // 2)}"
+        flags += f" --max_steps {steps} --eval_every {steps}"
         for seed in range(config.seeds):
             seconds, loss, _, _ = ours(config, folder, seed, flags)
             rows.append(

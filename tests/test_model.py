@@ -128,14 +128,16 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
     targets = torch.randint(60_000, (300,))
     targets[::7] = -100
     found = []
-    for chunked in (True, False):
+    compiled = torch.compile(head_loss, backend="eager")
+    for chunked, compute in ((False, head_loss), (True, head_loss), (True, compiled)):
         monkeypatch.setattr("model.CHUNKED_LOSS", chunked)
         leaves = [x.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss = head_loss(*leaves, targets, "sum")
+        loss = compute(*leaves, targets, "sum")
         (loss / 7).backward()
         found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for name, *parts in zip(("loss", "x", "head"), *found):
+        for part in parts[1:]:
+            torch.testing.assert_close(part, parts[0], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_initial_loss_is_that_of_a_guess():
