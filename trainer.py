@@ -51,10 +51,7 @@ class Trainer:
                 f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size}) times the number of processes ({world_size})"
             )
-        L, C = config.n_layer or 0, config.n_embd or 0  # not known yet with init_from
-        weights = 12 * L * C * C + (self.metadata["vocab_size"] + window) * C
-        # at the least: weights, gradients and momentum; ids; 8 activations a block in bfloat16
-        needed = 12 * weights + 16 * window * (share + self.micro_batch_size * L * C)
+        needed = least_memory(config, self.metadata["vocab_size"], share, self.micro_batch_size)
         if needed > (there := memory(config.device)):
             raise ValueError(
                 f"this run needs at least {needed / 1e9:,.0f} GB of memory, of which there are "
@@ -330,3 +327,11 @@ class Trainer:
         if self.world_size > 1:
             dist.all_reduce(signum, dist.ReduceOp.MAX)
         return signum.item()
+
+
+def least_memory(config, vocab_size: int, share: int, micro_batch_size: int) -> int:
+    """Bytes that a process surely needs for `share` windows a step: weights, gradients and
+    momentum; ids; and 8 activations a block in bfloat16."""
+    L, C, T = config.n_layer or 0, config.n_embd or 0, config.sequence_length  # 0: of init_from
+    weights = 12 * L * C * C + (vocab_size + T) * C
+    return 12 * weights + 16 * T * (share + micro_batch_size * L * C)
