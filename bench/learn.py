@@ -11,6 +11,7 @@ and writes what they came to.
 """
 
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -33,13 +34,22 @@ THEIRS = {  # nanoGPT's README, by device
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0",
     "cuda": "",
 }
-GOALS = {  # of nanoGPT's seconds: the share, nats a character to reach in them, flags of ours
-    "cpu": {
-        "a fifth of its seconds": (1 / 5, 1.8857, "--sequence_length 32 --batch_size 24"),
-        "its seconds": (1, 1.58, ""),
-    },
-    "cuda": {"a quarter of its seconds": (1 / 4, 1.4697, ""), "its seconds": (1, 1.40, "")},
-}
+RACES = {  # what, corpus, share of nanoGPT's seconds, goal to reach in them, flags of ours
+    "cpu": [
+        ("a fifth of its seconds", "bytes", 1 / 5, "1.8857 nats",
+         "--sequence_length 32 --batch_size 24"),
+        ("its seconds", "bytes", 1, "1.58 nats", ""),
+        ("documents apart", "bytes-apart", 1 / 4, "", "--document_mask true"),
+        ("documents in one", "bytes-apart", 1 / 4, "", "--document_mask false"),
+    ],
+    "cuda": [
+        ("a quarter of its seconds", "bytes", 1 / 4, "1.4697 nats", ""),
+        ("its seconds", "bytes", 1, "1.40 nats", ""),
+        ("its seconds", "gpt2", 1, "2.00 bits", ""),
+        ("documents apart, 124M", "gpt2-apart", 1, "", "--size gpt2 --document_mask true"),
+        ("documents in one, 124M", "gpt2-apart", 1, "", "--size gpt2 --document_mask false"),
+    ],
+}  # fmt: skip
 TRIED = {  # flags of train_gpt2.py, by vocabulary; the first of each are the defaults
     "bytes": ["", "--batch_size 8", "--batch_size 16", "--batch_size 32",
               "--batch_size 8 --sequence_length 128", "--learning_rate 0.02", "--n_embd 192",
@@ -69,32 +79,34 @@ def main():
         raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepare(folder, config, config.vocabularies if config.recipes else ["bytes"])
+        corpora = {corpus.removesuffix("-apart") for _, corpus, *_ in RACES[config.device]}
+        prepare(folder, config, config.vocabularies if config.recipes else corpora)
         (recipes if config.recipes else race)(config, folder)
 
 
 def race(config, folder) -> None:
     rows, budget = [], config.seconds
     if config.nanogpt:
-        seconds, loss = nanogpt(config, folder)
-        budget = seconds
-        rows.append(("nanoGPT, its README's run", "", seconds, f"{loss:.4f}", ""))
-    for name, (share, goal, flags) in GOALS[config.device].items():
+        budget, loss = nanogpt(config, folder)
+        bits = f"{loss / math.log(2):.4f}"  # of a byte a token
+        rows.append(("nanoGPT, its README's run", "", "", budget, f"{loss:.4f}", bits, ""))
+    for what, corpus, share, goal, flags in RACES[config.device]:
         # a short run: what a step costs, and what everything else does
-        seconds, _, _, step = ours(config, folder, 0, f"{flags} --max_steps 50 --eval_every 50")
+        short = f"{flags} --max_steps 50 --eval_every 50"
+        seconds, _, _, step = ours(config, folder, 0, short, corpus)
         steps = max(20, int((0.97 * share * budget - max(0, seconds - 50 * step)) / step))
         flags += f" --max_steps {steps} --eval_every {steps}"
         for seed in range(config.seeds):
-            seconds, loss, _, _ = ours(config, folder, seed, flags)
-            rows.append(
-                (f"ours, {name}, seed {seed}", flags.strip(), seconds, f"{loss:.4f}", str(goal))
-            )
+            seconds, *losses, _ = ours(config, folder, seed, flags, corpus)
+            losses = [f"{loss:.4f}" for loss in losses]
+            rows.append((f"ours, {what}, seed {seed}", corpus, flags, seconds, *losses, goal))
     left_out = "" if config.nanogpt else f" Left out: nanoGPT (no --nanogpt); {budget:.0f} s taken."
     text = (
-        "TinyShakespeare byte by byte, whole processes from start to sample, nats per character "
-        "by a full pass over the validation text, of the best checkpoint."
+        "TinyShakespeare, whole processes from start to sample; the loss by a full pass over the "
+        "validation text, a character being a byte. Documents apart: the text cut at its blank "
+        "lines, each attending to itself alone; in one: the same documents, seeing those before."
         f"{left_out}\n\n"
-        + table(["", "flags", "seconds", "nats per character", "goal"], rows)
+        + table(["", "corpus", "flags", "seconds", "nats per token", "bits per byte", "goal"], rows)
     )  # fmt: skip
     title = "Learning" + (" on a GPU" if config.device == "cuda" else "")
     write(config.results or RESULTS, title, text)
@@ -128,12 +140,10 @@ def full_pass(model, tokens) -> float:
     return nats / (len(tokens) - 1)
 
 
-def ours(
-    config, folder, seed, flags, tokenizer="bytes", threads=None
-) -> tuple[float, float, float]:
-    """(seconds, lowest nats per token and bits per byte of the validation split)"""
+def ours(config, folder, seed, flags, corpus) -> tuple[float, float, float, float]:
+    """(seconds, lowest nats per token and bits per byte of the validation split, seconds a step)"""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        command = [sys.executable, ROOT / "train_gpt2.py", "--out_dir", out, "--corpus", tokenizer]
+        command = [sys.executable, ROOT / "train_gpt2.py", "--out_dir", out, "--corpus", corpus]
         command += ["--seed", seed, "--device", config.device]
         command += shlex.split(config.flags) + shlex.split(flags)
         seconds, _, _ = whole_process(command, cwd=folder)
