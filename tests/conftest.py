@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 
 import shards
 import train_gpt2
@@ -137,8 +138,9 @@ TINY = {  # a model of 10,000 parameters
 @pytest.fixture
 def train(rhyme, tmp_path, monkeypatch):
     """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
-    the folder of the run."""
+    the folder of the run. It draws no loss.png."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.plot_losses", lambda folder: None)  # most of a short run's time
 
     def train(**flags):
         flags = flags if "resume" in flags else TINY | flags
@@ -174,11 +176,17 @@ def flat(source):
     return [pair for positions, texts in read(source) for pair in zip(positions, texts)]
 
 
-def run_script(script: str, *flags, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """python SCRIPT FLAGS in `cwd`, offline."""
-    env = os.environ | DEAD_PROXY | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **options)
+def run_script(script, *flags, cwd: Path, env=None, input="", **options):
+    """python SCRIPT FLAGS in `cwd`, offline, to its end: a CompletedProcess. options: of start."""
+    env = os.environ | DEAD_PROXY | (env or {})
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder)
+        (streams / "in.txt").write_text(input)
+        path = ROOT / script if str(script).endswith(".py") else script  # or python -m
+        process = start(path, *flags, cwd=cwd, streams=streams, env=env, **options)
+        process.join()
+        out, err = ((streams / name).read_text() for name in ("out.txt", "err.txt"))
+    return subprocess.CompletedProcess([script, *flags], process.exitcode, out, err)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:

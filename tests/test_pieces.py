@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -257,9 +256,8 @@ def test_too_full_a_disk_is_told_before_the_start(tmp_path):
 def test_a_full_disk_while_joining_keeps_the_pieces(tmp_path):
     """A limit on file sizes stands in for the disk: pieces fit, the shard doesn't."""
     jsonl(tmp_path / "my.jsonl", count=60_000)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))  # noqa: E731
     flags = ["--input", "my.jsonl", "--tokenizer", "bytes"]
-    result = run_script("prepare_data.py", *flags, cwd=tmp_path, preexec_fn=limit)
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, largest_file=4_000_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)

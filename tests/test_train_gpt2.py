@@ -1,16 +1,12 @@
 import fcntl
-import functools
 import json
 import math
-import multiprocessing.forkserver
 import os
 import pty
-import resource
 import select
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -20,21 +16,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run_script
+from processes import start
 
 import train_gpt2
 from checkpoint import load_checkpoint, load_model, newest_run
-from common import run
 from metrics import Metrics, read_metrics
 from tokens import sealed
 
 
-def test_a_run_and_its_files(train, capsys):
-    folder = train(max_steps=40)
+def test_a_run_and_its_files(rhyme, tmp_path):
+    result = run_script("train_gpt2.py", *flags(max_steps=40), cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    folder = tmp_path / "out" / "rhyme-tiny-1"
     assert sorted(path.name for path in folder.iterdir()) == [
         "best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "previous.pt",
         "sample.txt",
     ]  # fmt: skip
-    assert folder.name == "rhyme-tiny-1"
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "val_loss" in line] == [8, 16, 24, 32, 40]
@@ -47,12 +44,9 @@ def test_a_run_and_its_files(train, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_layer"], config["max_steps"], config["dtype"]) == (2, 40, "float32")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
-    assert "batch_size=4" in out and "64 tokens a step" in out
-    assert (
-        "best validation" in out
-        and f"sample.py --run {folder.relative_to(folder.parents[1])}" in out
-    )
+    assert "batch_size=4" in result.stdout and "64 tokens a step" in result.stdout
+    assert "best validation" in result.stdout
+    assert "sample.py --run out/rhyme-tiny-1" in result.stdout
 
 
 def test_no_run_overwrites_another(train):
@@ -218,12 +212,12 @@ def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
     model = load_model(checkpoint)
     tokens = torch.from_numpy(np.fromfile(tmp_path / "data/d/val.bin", np.uint16).astype(np.int64))
     nats = count = 0
-    for start in range(0, len(tokens) - 1, 16):
-        row = tokens[start : start + 17]  # a window and the token behind it, or the tail's
+    for first in range(0, len(tokens) - 1, 16):
+        row = tokens[first : first + 17]  # a window and the token behind it, or the tail's
         if len(row) < 17:
             row = tokens[-17:]
         ids = (row == 256).cumsum(0) - (row == 256).long()
-        new = 17 if start + 17 <= len(tokens) else len(tokens) - start
+        new = 17 if first + 17 <= len(tokens) else len(tokens) - first
         for number in ids.unique():
             places = (ids == number).nonzero()[:, 0]
             for place in places[1:]:
@@ -273,43 +267,21 @@ def flags(**changes):
     return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
 
 
-def script(folder, argv):
+def in_background(folder, *argv):
     """python train_gpt2.py ARGV >out.txt 2>err.txt in `folder`."""
-    os.chdir(folder)
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["train_gpt2.py", *argv]
-    run(train_gpt2.main)
-
-
-@functools.cache
-def forkserver():
-    """Makes processes that have imported all before they begin."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.figure"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for them
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-def start(folder, *argv):
-    process = forkserver().Process(target=script, args=(folder, argv))
-    process.start()
-    return process
+    return start(ROOT / "train_gpt2.py", *argv, cwd=folder, streams=folder)
 
 
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        alive = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
-        assert alive and time.monotonic() < end
+        assert process.is_alive() and time.monotonic() < end
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
-    process = start(tmp_path, *flags(max_steps=100_000))
+    process = in_background(tmp_path, *flags(max_steps=100_000))
     metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
     wait_for(lambda: len(read_metrics(metrics)) > 3, process)
     os.kill(process.pid, signum)
@@ -323,23 +295,34 @@ def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
     assert step == read_metrics(metrics)[-1]["step"]
 
 
-def torchrun(tmp_path, processes, *more):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [sys.executable, *command, str(ROOT / "train_gpt2.py"), *more],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def several(folder, processes, *argv):
+    """python train_gpt2.py ARGV in as many processes, with what torchrun tells each: (what the
+    first prints, the errors of all)."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": processes}
+    meet |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    started = []
+    for rank in range(processes):
+        (streams := folder / f"rank-{rank}").mkdir(exist_ok=True)
+        env = {
+            key: str(value) for key, value in (meet | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
+        options = dict(cwd=folder, streams=streams, env=os.environ | env)
+        started.append((start(ROOT / "train_gpt2.py", *argv, **options), streams))
+    for process, _ in started:
+        process.join()
+    errors = "".join((streams / "err.txt").read_text() for _, streams in started)
+    assert not any(process.exitcode for process, _ in started), errors
+    return (started[0][1] / "out.txt").read_text(), errors
 
 
 def test_several_processes_give_the_curve_of_one(train, tmp_path):
     """Stopped in the middle, they go on as another number of processes, compiled and not."""
     one = train(max_steps=12)
     options = {"run_name": "some", "micro_batch_size": 1, "stop_at": 4}
-    out, err = torchrun(tmp_path, 2, *flags(max_steps=12, **options)).communicate()
-    assert out.count("parameters;") == 1, err  # rank 0 alone tells and writes
-    process = torchrun(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")
-    assert (process.communicate()[1], process.returncode) == ("", 0)
+    out, _ = several(tmp_path, 2, *flags(max_steps=12, **options))
+    assert out.count("parameters;") == 1  # rank 0 alone tells and writes
+    assert several(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")[1] == ""
     compiled = "true" if shutil.which("c++") else "false"
     train(resume="out/some", micro_batch_size=4, stop_at=11, compile=compiled)
     train(resume="out/some", compile="false")
@@ -350,12 +333,15 @@ def test_several_processes_give_the_curve_of_one(train, tmp_path):
 
 def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
     """It hands the signal on. One process of two may have been a step ahead when it came."""
-    process = torchrun(tmp_path, 2, *flags(max_steps=100_000, run_name="some"))
+    argv = ["--standalone", "--nproc_per_node", 2, ROOT / "train_gpt2.py"]
+    argv += flags(max_steps=100_000, run_name="some")
+    process = start("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
     run = tmp_path / "out" / "some"
     wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 3, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
+    assert process.exitcode == 1
     assert err.count("stopping after this step") == out.count("goes on\n") == 1, err
     assert (
         load_checkpoint(run / "last.pt")["step"] == read_metrics(run / "metrics.jsonl")[-1]["step"]
@@ -458,8 +444,7 @@ def test_out_of_memory_names_two_constants(train, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
     """A limit on file sizes stands in for the disk."""
     folder = train(max_steps=2, stop_at=1)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, preexec_fn=limit)
+    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, largest_file=100_000)
     assert_one_line_error(result, f"{folder}/last.pt")
     assert load_checkpoint(folder / "last.pt")["step"] == 1
     assert not list(folder.glob("*.tmp"))

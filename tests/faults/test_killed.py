@@ -22,6 +22,7 @@ import shards
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from common import atomic_write
 from corpora import Corpus
+from metrics import plot_losses
 from pieces import engine
 from reader import Source
 from tokenizer import get_tokenizer
@@ -185,9 +186,10 @@ def test_saving_a_checkpoint(tmp_path, damaged):
     assert steps[0] == old and steps[-1] == 3 and set(steps) == {old, 3} and len(steps) > 5
 
 
-def test_training_again_and_again(train, tmp_path):
+def test_training_again_and_again(train, tmp_path, monkeypatch):
     """Killed before its first call, after a restart before its 16th, and so on to its end: it ends
     as if it had never been killed."""
+    monkeypatch.setattr("trainer.plot_losses", plot_losses)  # which writes, too
     flags = TINY | {"max_steps": 4, "eval_every": 2, "checkpoint_minutes": 0, "resume": "auto"}
     whole = train(**flags, run_name="whole")
     go_on = functools.partial(train, **flags, run_name="killed")
