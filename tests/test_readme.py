@@ -22,7 +22,7 @@ for script in ("train_gpt2.py", "sample.py", "prepare_data.py"):  # and those at
     LINES += re.findall(r"^ *((?:python|torchrun) .*)", docstring, re.MULTILINE)
 COMMANDS = [c.strip() for line in LINES for c in line.split("  #")[0].split("&&") if c.strip()]
 COMMANDS = list(dict.fromkeys(COMMANDS))  # what is shown twice is run once
-QUICK = "--max_steps 2 --eval_every 2 --device cpu --compile false"  # of flags given twice the last counts
+QUICK = "--max_steps 2 --eval_every 2 --device cpu --compile false"  # of two values the last counts
 TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 16 --sequence_length 16"
 
 
