@@ -47,7 +47,7 @@ def _script(script, flags, cwd, streams, env, largest_file):
     os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin = open(0)  # multiprocessing has put another there
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [script, *flags]

@@ -1,11 +1,13 @@
+import contextlib
 import io
+import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, make_corpus, run_script
+from processes import start
 
 import sample
 from checkpoint import best_checkpoint, load_model
@@ -97,34 +99,44 @@ def test_prompts_one_after_the_other(write):
     assert write(*flags, typed=typed) == f"> {answer}> {answer}> \n"  # Ctrl-D is its end
 
 
-def popen(*flags, cwd):
-    command = [sys.executable, str(ROOT / "sample.py"), *flags]
-    return subprocess.Popen(
-        command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.fixture
+def typing(trained, tmp_path):
+    """typing(*flags): python sample.py FLAGS, the end to type into and that to read from."""
+    for name in ("in.txt", "out.txt"):
+        os.mkfifo(tmp_path / name)
+    with contextlib.ExitStack() as stack:
+
+        def typing(*flags):
+            process = start(ROOT / "sample.py", *flags, cwd=trained, streams=tmp_path)
+            keyboard = stack.enter_context(open(tmp_path / "in.txt", "wb", buffering=0))
+            return process, keyboard, stack.enter_context(open(tmp_path / "out.txt", "rb"))
+
+        yield typing
 
 
-def test_ctrl_c_ends_a_text_and_then_the_prompts(trained):
+def test_ctrl_c_ends_a_text_and_then_the_prompts(typing, tmp_path):
     """The text comes while it is made: a million tokens take longer than this test may."""
-    process = popen("--interactive", "--max_new_tokens", "1000000", cwd=trained)
-    process.stdin.write(b"one for\n")
-    process.stdin.flush()
-    assert process.stdout.read(40).startswith(b"> one for")
-    process.send_signal(signal.SIGINT)
+    process, keyboard, screen = typing("--interactive", "--max_new_tokens", 1_000_000)
+    keyboard.write(b"one for\n")
+    assert screen.read(40).startswith(b"> one for")
+    os.kill(process.pid, signal.SIGINT)
     rest = b""
     while not rest.endswith(b"\n> "):
-        rest += process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (0, b"\n"), err
+        rest += screen.read(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    err = (tmp_path / "err.txt").read_text()
+    assert (process.exitcode, screen.read()) == (0, b"\n"), err
 
 
-def test_ctrl_c_ends_a_single_text(trained):
-    process = popen("--max_new_tokens", "1000000", cwd=trained)
-    assert len(process.stdout.read(40)) == 40
-    process.send_signal(signal.SIGINT)
-    assert b"Traceback" not in process.communicate()[1]
-    assert process.returncode == 130
+def test_ctrl_c_ends_a_single_text(typing, tmp_path):
+    process, _, screen = typing("--max_new_tokens", 1_000_000)
+    assert len(screen.read(40)) == 40
+    os.kill(process.pid, signal.SIGINT)
+    screen.read()
+    process.join()
+    assert "Traceback" not in (tmp_path / "err.txt").read_text()
+    assert process.exitcode == 130
 
 
 @pytest.fixture
