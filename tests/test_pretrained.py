@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import regex
 import tiktoken
 import tiktoken_ext.openai_public as openai_public
 import torch
-from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_script
+from conftest import assert_one_line_error, make_corpus, run_script
+from processes import start
 from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
@@ -311,20 +311,15 @@ def hub(server, monkeypatch):
 
 def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     """By two processes at once, as under torchrun, and then by a third."""
-    command = "import hugging_face; print(hugging_face.pretrained_folder('gpt2', 'data'))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", command],
-            cwd=tmp_path,
-            env=os.environ | DEAD_PROXY | {"no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    folder = Path("data", "pretrained", "gpt2")
-    for process in processes:
-        assert process.communicate()[0] == f"{folder}\n"
+    script = tmp_path / "fetch.py"
+    script.write_text("import hugging_face\nprint(hugging_face.pretrained_folder('gpt2', 'data'))")
+    processes = []
+    for name in ("one", "other"):
+        (streams := tmp_path / name).mkdir()
+        processes.append((start(script, cwd=tmp_path, streams=streams), streams / "out.txt"))
+    for process, out in processes:
+        process.join()
+        assert out.read_text() == f"{Path('data', 'pretrained', 'gpt2')}\n"
     folder = pretrained_folder("gpt2", tmp_path / "data")
     assert folder == tmp_path / "data" / "pretrained" / "gpt2"
     names = ["config.json", "model.safetensors"]
