@@ -11,12 +11,14 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 
 import pytest
 import torch
 from conftest import TINY, files, losses, tiny_checkpoint
+from tqdm import tqdm
 
 import shards
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -31,11 +33,19 @@ from tokens import newest_corpus, open_tokens, read_metadata
 WRITES = {"write", "writelines", "flush", "fsync", "replace", "link", "unlink", "mkdir", "rmdir"}
 
 
+def fork() -> int:
+    """os.fork. The child has a lock of its own for tqdm, whose usual one all processes share: a
+    child that is killed while it has that one keeps it for ever."""
+    if not (pid := os.fork()):
+        tqdm.set_lock(threading.RLock())
+    return pid
+
+
 def killed(function, before: int, worker=False) -> bool:
     """Runs function() in a process that SIGKILLs itself before its call number `before` of those
     that change the disk, the first being 0; tells whether it came to that. worker: the process's
     own workers count and die instead, and function() has to bear it."""
-    if pid := os.fork():
+    if pid := fork():
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "function() failed"
         return os.WIFSIGNALED(status)
@@ -136,7 +146,7 @@ def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
     monkeypatch.setattr(shards, "PIECE_BYTES", (200, 200))
     choose = random.Random(0)
     for number in range(5):
-        if not (pid := os.fork()):
+        if not (pid := fork()):
             os.setsid()
             prepare(tmp_path / f"{number}", workers=2)
             os._exit(0)
