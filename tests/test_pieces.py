@@ -58,8 +58,8 @@ def test_ids_are_tiktokens_on_every_document(tmp_path, gpt2_tokenizer, monkeypat
 @pytest.mark.parametrize("documents", ["jsonl", "blank-line", "running text"])
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
     (tmp_path / "raw").mkdir()
-    for i in range(3):
-        jsonl(tmp_path / "raw" / f"{i}.jsonl", seed=i)
+    for i in range(2):
+        jsonl(tmp_path / "raw" / f"{i}.jsonl", count=15_000, seed=i)  # two pieces each
     flags = ["--tokenizer", "bytes"]
     if documents != "jsonl":
         for path in list((tmp_path / "raw").iterdir()):
@@ -68,21 +68,21 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
             path.unlink()
         flags += ["--documents", documents] if documents == "blank-line" else []
     found = []
-    for workers in (1, 2, 4):
+    for workers in (1, 3):
         flags_now = [*flags, "--input", "raw", "--corpus", "c", "--workers", workers]
         result = run_script("prepare_data.py", *flags_now, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         found.append(output(tmp_path / "data" / "c"))
         shutil.rmtree(tmp_path / "data")
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert found[0].keys() == {"train.bin", "val.bin", "metadata.json"}
     metadata = json.loads(found[0]["metadata.json"])
     files = list((tmp_path / "raw").iterdir())
     if documents == "jsonl":  # the account adds up
-        assert sum(split["documents"] for split in metadata["splits"].values()) == 60_000
+        assert sum(split["documents"] for split in metadata["splits"].values()) == 30_000
         texts = [json.loads(line)["text"] for path in files for line in path.open()]
         size = sum(map(len, texts))
-        assert sum(split["tokens"] for split in metadata["splits"].values()) == size + 60_000
+        assert sum(split["tokens"] for split in metadata["splits"].values()) == size + 30_000
     elif documents == "running text":
         size = sum(path.stat().st_size for path in files)
         assert metadata["splits"]["train"]["tokens"] == int(0.9 * size)
