@@ -2,6 +2,7 @@
 three seconds of a core, and these tests start a hundred scripts."""
 
 import functools
+import gc
 import multiprocessing.forkserver
 import os
 import resource
@@ -40,6 +41,7 @@ def start(script, *flags, cwd: Path, streams: Path, env=None, largest_file=None)
 
 
 def _script(script, flags, cwd, streams, env, largest_file):
+    gc.freeze()  # what was imported is no garbage: to look for some in it copies its pages
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -29,11 +29,11 @@ def output(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def jsonl(path, count=20_000, seed=0):
-    """A file of `count` documents, 100 bytes each."""
+def jsonl(path, count=20_000, seed=0, width=80):
+    """A file of `count` documents, 20 bytes and `width` each."""
     random = np.random.default_rng(seed)
     with open(path, "w") as f:
-        for i, row in enumerate(random.integers(97, 123, (count, 80), np.uint8)):
+        for i, row in enumerate(random.integers(97, 123, (count, width), np.uint8)):
             f.write(json.dumps({"text": f"{i} {row.tobytes().decode()}"}) + "\n")
 
 
@@ -58,8 +58,8 @@ def test_ids_are_tiktokens_on_every_document(tmp_path, gpt2_tokenizer, monkeypat
 @pytest.mark.parametrize("documents", ["jsonl", "blank-line", "running text"])
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
     (tmp_path / "raw").mkdir()
-    for i in range(2):
-        jsonl(tmp_path / "raw" / f"{i}.jsonl", count=15_000, seed=i)  # two pieces each
+    for i in range(2):  # of two pieces each
+        jsonl(tmp_path / "raw" / f"{i}.jsonl", count=3_000, seed=i, width=500)
     flags = ["--tokenizer", "bytes"]
     if documents != "jsonl":
         for path in list((tmp_path / "raw").iterdir()):
@@ -79,10 +79,10 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
     metadata = json.loads(found[0]["metadata.json"])
     files = list((tmp_path / "raw").iterdir())
     if documents == "jsonl":  # the account adds up
-        assert sum(split["documents"] for split in metadata["splits"].values()) == 30_000
+        assert sum(split["documents"] for split in metadata["splits"].values()) == 6_000
         texts = [json.loads(line)["text"] for path in files for line in path.open()]
         size = sum(map(len, texts))
-        assert sum(split["tokens"] for split in metadata["splits"].values()) == size + 30_000
+        assert sum(split["tokens"] for split in metadata["splits"].values()) == size + 6_000
     elif documents == "running text":
         size = sum(path.stat().st_size for path in files)
         assert metadata["splits"]["train"]["tokens"] == int(0.9 * size)
