@@ -99,7 +99,9 @@ def race(config, folder) -> None:
         for seed in range(config.seeds):
             seconds, *losses, _ = ours(config, folder, seed, flags, corpus)
             losses = [f"{loss:.4f}" for loss in losses]
-            rows.append((f"ours, {what}, seed {seed}", corpus, flags, seconds, *losses, goal))
+            rows.append(
+                (f"ours, {what}, seed {seed}", corpus, flags.strip(), seconds, *losses, goal)
+            )
     left_out = "" if config.nanogpt else f" Left out: nanoGPT (no --nanogpt); {budget:.0f} s taken."
     text = (
         "TinyShakespeare, whole processes from start to sample; the loss by a full pass over the "

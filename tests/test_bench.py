@@ -130,14 +130,15 @@ def test_train(bench, forked, text, tmp_path):
 @pytest.mark.parametrize("recipes", [[], ["--recipes", "--vocabularies", "bytes"]])
 def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
     monkeypatch.setattr(learn, "TRIED", {"bytes": ["--n_embd 16"]})
-    monkeypatch.setattr(learn, "GOALS", {"cpu": {"its seconds": learn.GOALS["cpu"]["its seconds"]}})
+    monkeypatch.setattr(learn, "RACES", {"cpu": learn.RACES["cpu"][1:3]})
     tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
     flags = ["--seeds", 1, "--seconds", 1, "--flags", tiny, "--results", tmp_path / "R.md"]
     printed = bench(learn, "--text", text, *flags, *recipes)
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
     else:
-        assert re.search(r"\| ours, its seconds, seed 0 \| --max_steps \d+", printed)
+        assert re.search(r"\| ours, its seconds, seed 0 \| bytes \| --max_steps \d+", printed)
+        assert "| ours, documents apart, seed 0 | bytes-apart | --document_mask true" in printed
 
 
 def test_scale(bench, forked, text, tmp_path, monkeypatch):
