@@ -11,6 +11,8 @@ from conftest import ROOT, run_script
 from bench import learn, scale, tokenize, train
 from bench.report import RESULTS, contest, contest_table, number, update_readme, write
 
+pytestmark = pytest.mark.timeout(300)  # their peers take long to import
+
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
