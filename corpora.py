@@ -204,6 +204,9 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
         else:
             folders = [folder_of(told, name) for name in corpora] or [told["root"]]
             found = [_files(str(path), documents, text_field) for path in folders]
+            for path in (source.path for sources in found for source in sources):
+                if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                    raise ValueError(f"{path} is a link out of {folder}: put a copy in its place")
         return [source for sources in found for source in sources]
     if folder and Path(folder).is_dir() and corpus:
         raise ValueError(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 TIMEOUT = 10, 30  # seconds: to connect, and without a byte
 LONGEST_PAUSE = 60  # seconds that a busy server may ask for
+UNTOLD = 1 << 30  # bytes that a file may have whose length nobody tells
 
 
 def sha256_of(path: Path) -> str:
@@ -142,10 +143,8 @@ def _fetch_rest(url, part, done, size, sha256) -> str | None:
                     f.write(block)
                     bar.update(len(block))
                     done += len(block)
-                    if total and done > total:
-                        raise ConnectionError(
-                            f"{url} sent more than the {total:,} bytes it promised"
-                        )
+                    if done > (most := total or UNTOLD):
+                        raise ConnectionError(f"{url} sent more than the {most:,} bytes it may")
                 f.flush()
                 os.fsync(f.fileno())
             if total and done < total:

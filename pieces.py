@@ -161,9 +161,11 @@ def engine(name: str, workers: int = 0, ray_address: str = ""):
     """Yields run(function, tasks): (index, result) of function(*task), in the order they finish.
 
     name: "processes" of this machine, or "ray": of the cluster at ray_address, or of one that is
-    started here. workers: how many at once; 0: one a core. Raises what a task raises, and OSError
-    where a worker dies.
+    started here. workers: how many at once, on this machine at most four a core; 0: one a core.
+    Raises what a task raises, and OSError where a worker dies.
     """
+    if not ray_address:
+        workers = min(workers, 4 * cores())  # more would only take memory
     if name == "ray":
         yield from _ray(workers, ray_address)
         return

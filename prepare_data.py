@@ -41,7 +41,7 @@ class Config:
     seed: int = 0  # which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
     engine: str = "processes"  # what does the work: processes (of this machine) or ray
-    workers: int = 0  # pieces that are worked on at once; 0: one a core
+    workers: int = 0  # pieces worked on at once, here at most four a core; 0: one a core
     ray_address: str = ""  # of a running Ray cluster (auto: this node's); "": starts one here
     part: str = ""  # I/N: only every N-th piece, from the I-th; whoever ends last joins them
     on_error: str = "stop"  # what is no document: stop there, or skip it, counted and listed

@@ -1,6 +1,7 @@
 """Preparing in pieces: the same bytes however the work is shared out, stopped and gone on with."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ import pytest
 import tiktoken
 from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_script
 
+import pieces
 import shards
+from pieces import engine
 
 ADVERSARIAL = [
     "", "<|endoftext|>", "a<|endoftext|>b" * 3, "a" * 300_000, "^" * 100_000, " " * 50_000,
@@ -87,6 +90,14 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
         size = sum(path.stat().st_size for path in files)
         assert metadata["splits"]["train"]["tokens"] == int(0.9 * size)
         assert sum(split["bytes"] for split in metadata["splits"].values()) == size
+
+
+def test_no_more_workers_than_the_machine_can_use(monkeypatch):
+    monkeypatch.setattr(pieces, "cores", lambda: 1)
+    monkeypatch.delitem(sys.modules, "pyarrow", raising=False)  # then they would be spawned
+    with engine("processes", workers=1000) as run:
+        assert len(multiprocessing.active_children()) == 4
+        assert sorted(run(abs, [(-1,), (-2,)])) == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("piece", [10_000, 70_000, 1 << 30])

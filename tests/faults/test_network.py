@@ -1,5 +1,6 @@
 """download.download against a real server on this machine that misbehaves on purpose."""
 
+import contextlib
 import hashlib
 import http.server
 import os
@@ -242,6 +243,21 @@ def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(serve
         handler, body=chunks, sent=500, Content_Length=None, Transfer_Encoding="chunked"
     )
     refused(server, tmp_path, "the connection broke", size=None, sha256="")
+
+
+def test_an_answer_without_length_or_end_does_not_fill_the_disk(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "UNTOLD", 100_000)
+
+    def answer(handler, n):
+        reply(handler, body=b"", Content_Length=None, Transfer_Encoding="chunked")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                handler.wfile.write(b"3e8\r\n" + BODY[:1000] + b"\r\n")
+
+    server.answer = answer
+    refused(server, tmp_path, "sent more than the 300,000 bytes")
+    refused(server, tmp_path, "sent more than the 100,000 bytes", size=None)
+    assert len(server.ranges) == 2
 
 
 @pytest.mark.parametrize("status", [202, 204, 206, 300, 304, 416])

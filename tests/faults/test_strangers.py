@@ -418,6 +418,17 @@ def test_a_description_stays_in_its_folder(pile, tmp_path):
             assert str(pile.folder) in refusal(pile, TOLD | changed), changed
 
 
+def test_a_file_of_a_described_folder_is_no_link_out_of_it(pile):
+    link = pile.folder / "a" / "b.jsonl"
+    link.symlink_to("a.jsonl")  # as git-annex keeps all its files
+    assert [Path(source.path).name for source in pile(TOLD)] == ["a.jsonl", "b.jsonl"]
+    for target in "../../outside/a/a.jsonl", "../../outside/a":
+        link.unlink()
+        link.symlink_to(target)
+        for told in TOLD, TOLD | {"corpuses": []}:
+            assert f"{pile.folder}/a/b.jsonl" in refusal(pile, told)
+
+
 @pytest.mark.parametrize("case", DESCRIPTIONS)
 def test_a_description_that_is_none(pile, case):
     message = refusal(pile, TOLD | DESCRIPTIONS[case])
