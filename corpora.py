@@ -13,6 +13,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import platform
 import re
 import shutil
@@ -222,6 +223,8 @@ def _files(item, documents, text_field):
     path = Path(item)
     pattern = f"{glob.escape(item)}/**" if path.is_dir() else item  # leaves hidden ones out
     paths = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    paths.sort(key=lambda p: -len(p.parts))
+    paths = sorted({os.path.realpath(p): p for p in paths}.values())  # links may go in a circle
     if not paths:
         raise FileNotFoundError(f"{item}: no such file or folder, and no glob that finds one")
     if path.is_file() and _suffix(path) in NO_TEXT:

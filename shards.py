@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import atomic_write, fcntl, lock
+from common import atomic_write, fcntl, lock, read_json
 from corpora import Corpus
 from pieces import Job, join_pieces, tokenize_piece
 from reader import BLOCK, Source, cut, damage, open_file
@@ -126,7 +126,7 @@ def _listed(source, folder):
 def _refuse_others(folder, source) -> None:
     """Raises FileExistsError where `folder` holds a corpus of none of these files."""
     try:
-        old = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["source"]
+        old = read_json(folder / "metadata.json")["source"]
         was, now = ({file["path"] for file in of["files"]} for of in (old, source))
         same = was & now or not was or (old.get("url") and old["url"] == source.get("url"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -229,6 +229,8 @@ def _working_folder(work: Path, key: str, count: int, shared: bool):
     each does a part (shared). Pieces of another plan (key) are thrown away. Yields alone(), which
     is true once no other part is at work. On leaving, the folder goes, unless there are pieces left
     to do and an error or another part stands in the way."""
+    if work.is_symlink():  # in a stranger's folder; it is emptied at the end
+        raise ValueError(f"{work} is a link: remove it")
     work.mkdir(parents=True, exist_ok=True)
     with _lock(work / "lock", shared) as (alone, share):
         told = work / "key"
@@ -267,7 +269,7 @@ def _lock(path: Path, shared: bool):
     Raises BlockingIOError (OSError) where another has it."""
     with contextlib.ExitStack() as stack:
         while True:
-            file = stack.enter_context(open(path, "w"))
+            file = stack.enter_context(open(path, "ab"))  # "w" would empty what a link leads to
             if not lock(file):
                 if not shared:
                     raise BlockingIOError(

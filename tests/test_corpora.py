@@ -349,6 +349,19 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
     assert numbers == [0, 1, 2, 3]
 
 
+def test_a_file_of_a_folder_is_taken_once_whatever_links_lead_to_it(tmp_path):
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    (tmp_path / "raw" / "a" / "x.jsonl").write_text(row("x"))
+    (tmp_path / "raw" / "a" / "back").symlink_to("..")  # which goes round and round
+    (tmp_path / "raw" / "b.jsonl").symlink_to("a/x.jsonl")  # the shortest way
+    (tmp_path / "elsewhere.jsonl").write_text(row("y"))
+    (tmp_path / "raw" / "c.jsonl").symlink_to("../elsewhere.jsonl")
+    found = find(str(tmp_path / "raw"))
+    assert [source.path for source in found] == [
+        f"{tmp_path}/raw/{name}" for name in ("b.jsonl", "c.jsonl")
+    ]
+
+
 def test_the_name_of_a_corpus_comes_from_its_first_input():
     expected = {
         "a/my.txt": "my",

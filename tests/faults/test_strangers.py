@@ -420,13 +420,15 @@ def test_a_description_stays_in_its_folder(pile, tmp_path):
 
 def test_a_file_of_a_described_folder_is_no_link_out_of_it(pile):
     link = pile.folder / "a" / "b.jsonl"
-    link.symlink_to("a.jsonl")  # as git-annex keeps all its files
+    (pile.folder / ".git").mkdir()
+    (pile.folder / ".git" / "object").write_text('{"text": "b"}\n')
+    link.symlink_to("../.git/object")  # as git-annex keeps its files
     assert [Path(source.path).name for source in pile(TOLD)] == ["a.jsonl", "b.jsonl"]
     for target in "../../outside/a/a.jsonl", "../../outside/a":
         link.unlink()
         link.symlink_to(target)
         for told in TOLD, TOLD | {"corpuses": []}:
-            assert f"{pile.folder}/a/b.jsonl" in refusal(pile, told)
+            assert f" is a link out of {pile.folder}: " in refusal(pile, told)
 
 
 @pytest.mark.parametrize("case", DESCRIPTIONS)
@@ -488,6 +490,26 @@ def test_describing_writes_through_no_link(tmp_path):
 
 
 # prepared corpora
+
+
+def test_preparing_in_a_strangers_folder_goes_through_no_link(tmp_path):
+    """A pipe isn't waited for either."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("keep")
+    corpus = tmp_path / "c"
+    corpus.mkdir()
+    (corpus / ".work").symlink_to(tmp_path / "home")
+    assert "c/.work is a link" in refusal(make_corpus, corpus, ["some text " * 9])
+    (corpus / ".work").unlink()
+    (corpus / ".work").mkdir()
+    (corpus / ".work" / "lock").symlink_to(tmp_path / "home" / "mine")
+    for name in ("train.bin.tmp", "val.bin", "skipped.txt"):
+        (corpus / name).symlink_to(tmp_path / "home" / "mine")
+    os.mkfifo(corpus / "metadata.json")
+    make_corpus(corpus, ["some text " * 9])
+    assert not (corpus / "val.bin").is_symlink()
+    assert (tmp_path / "home" / "mine").read_text() == "keep"
+    assert tree(tmp_path / "home") == ["mine"]
 
 
 @pytest.fixture(scope="module")
