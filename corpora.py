@@ -1,7 +1,7 @@
 """Where text comes from: known corpora, one's own files, Python's own documentation.
 
     corpus = load_corpus("wikitext-2", folder=Path("data/wikitext-2"))
-    corpus.sources    # files, and how to read them (reader.py)
+    corpus.sources    # files, and how to read them (source.py)
 
 Downloads are checked against a size and a sha256; see data/README.md for what comes of them.
 """
@@ -26,7 +26,7 @@ from common import atomic_write, near, optional
 from describe import described, folder_of
 from download import download, sha256_of
 from known import KNOWN, Known
-from reader import BLOCK, Source, damage
+from source import BLOCK, Source, damage
 
 BUILT_IN = "python-docs"
 GROWTH = 100  # times its size that an archive may grow to

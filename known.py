@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from reader import Source
+from source import Source
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from common import atomic_write, mix, optional
-from reader import BLOCK, Bad, Source, read, where
+from reader import read, where
+from source import BLOCK, Bad, Source
 from tokenizer import encodable, get_tokenizer
 
 

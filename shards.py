@@ -20,7 +20,8 @@ from tqdm import tqdm
 from common import atomic_write, fcntl, lock, read_json
 from corpora import Corpus
 from pieces import Job, join_pieces, tokenize_piece
-from reader import BLOCK, Source, cut, damage, open_file
+from reader import cut
+from source import BLOCK, Source, damage, open_file
 from tokens import open_tokens, read_metadata, sealed
 
 PIECE_BYTES = 1 << 20, 64 << 20  # of source, that one task reads: the least and the most

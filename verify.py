@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pieces import Job
-from reader import Bad, Source, read
+from reader import read
 from shards import split_text
+from source import Bad, Source
 from tokenizer import get_tokenizer
 from tokens import blocks, open_tokens, read_metadata
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import reader
 from common import atomic_write
 from reader import BOUNDARY, Bad, Source, cut, read
+from source import zstd
 
 TEXT = (
     "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
@@ -36,7 +37,7 @@ def written(path, data: bytes) -> str:
     if path.suffix == ".gz":
         data = gzip.compress(data)
     if path.suffix == ".zst":
-        data = reader._zstd("").compress(data)
+        data = zstd("").compress(data)
     path.write_bytes(data)
     return str(path)
 
@@ -232,3 +233,20 @@ def test_the_room_for_a_table_is_reckoned_by_its_unpacked_size(tmp_path):
     ((_, size),) = cut(Source(str(path), "parquet"), 1 << 30)
     assert path.stat().st_size < size / 4  # packed well
     assert abs(size - sum(map(len, texts))) < size / 50
+
+
+@pytest.mark.parametrize("rows", [10, 2000, 5000])
+def test_a_table_from_any_row_to_any_row(tmp_path, rows):
+    """Streaming goes on at the row where it was, which no group of rows may begin with."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    table = pyarrow.table({"n": range(5000), "text": map(str, range(5000))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=rows)  # as `datasets` does
+    for kind in ("parquet", "arrow"):
+        source = Source(str(tmp_path / f"a.{kind}"), kind)
+        for start, stop in (0, None), (1024, None), (1024, 3000), (4999, 5000), (7, 8):
+            part = reader.replace(source, start=start, stop=stop)
+            assert flat(part) == [(i, str(i)) for i in range(5000)][start:stop], (kind, start, stop)
+        assert documents(source, 9000) == flat(source)

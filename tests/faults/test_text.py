@@ -28,6 +28,7 @@ import shards
 from corpora import Corpus
 from pieces import engine
 from reader import Source
+from source import zstd
 from tokenizer import get_tokenizer
 
 FUZZ = int(os.environ.get("FUZZ", 400))  # files in all
@@ -162,8 +163,8 @@ def tokenizable(text: str) -> str:
 def unpacked(data: bytes, suffix: str) -> bytes | None:
     """None where the compressed file is damaged."""
     try:
-        return gzip.decompress(data) if suffix == ".gz" else reader._zstd("").decompress(data)
-    except (OSError, EOFError, zlib.error, reader._zstd("").ZstdError):
+        return gzip.decompress(data) if suffix == ".gz" else zstd("").decompress(data)
+    except (OSError, EOFError, zlib.error, zstd("").ZstdError):
         return None
 
 
@@ -232,7 +233,7 @@ def check(folder, source, expected, block, piece):
 
 def write(folder, name, data, suffix):
     path = folder / (name + suffix)
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": reader._zstd("").compress}
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd("").compress}
     path.write_bytes(pack[suffix](data))
     return str(path)
 
