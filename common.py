@@ -195,13 +195,14 @@ def read_json(path: Path):
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def lock(file) -> bool:
+def lock(file, shared=False) -> bool:
     """Takes an open file for this process alone, until it closes it or ends, in whatever way.
-    False where another process has it."""
+    False where another process has it. shared: with others that take it so, once nobody has it
+    alone."""
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,28 +1,25 @@
-"""A corpus to data/CORPUS/: its plan, what is left to do of it, shards and metadata.json.
+"""A corpus to data/CORPUS/: what is left to do of it, its shards and metadata.json.
 
 with engine("processes") as run:
     metadata = prepare(corpus, tokenizer, Path("data/mine"), run)
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from common import atomic_write, fcntl, lock, read_json
+from common import atomic_write, read_json
 from corpora import Corpus
 from pieces import Job, join_pieces, tokenize_piece
-from reader import cut
-from source import BLOCK, Source, damage, open_file
+from plan import check_room, in_groups, plan
 from tokens import open_tokens, read_metadata, sealed
+from work import read_accounts, working_folder
 
 PIECE_BYTES = 1 << 20, 64 << 20  # of source, that one task reads: the least and the most
 SHARD_BYTES = 2 << 30  # of source; about a gigabyte of tokens
@@ -58,46 +55,32 @@ def prepare(
     changed = _times(corpus)
     if not work.exists() and (metadata := _finished(folder, header, changed)):
         return metadata
-    pieces = plan(corpus, train_split_ratio, tokenizer)
-    _check_room(folder, tokenizer, pieces)
+    pieces = plan(corpus, tokenizer, train_split_ratio, *PIECE_BYTES)
+    check_room(folder, tokenizer, pieces)
     key = hashlib.sha256(json.dumps([header, changed]).encode()).hexdigest()
     job = Job(
         str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
     )
-    with _working_folder(work, key, len(pieces), shared=bool(part)) as alone:
+    with working_folder(work, key, len(pieces), shared=bool(part)) as alone:
         # by another part in the meantime, or by a call that was killed before it had cleaned up
         if metadata := _finished(folder, header, changed):
             return metadata
         start, step = map(int, part.split("/")) if part else (0, 1)
-        done = _accounts(work, len(pieces), on_error)
-        todo = [i for i in range(start, len(pieces), step) if i not in done]
+        done = read_accounts(work, len(pieces), on_error)
         if done:
             print(f"going on: {len(done):,} of {len(pieces):,} pieces were done before")
-        with _live_line(sum(pieces[i][1] for i in todo)) as line:
-            tokens = 0
-            for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
-                tokens += sum(split["tokens"] for split in account["splits"].values())
-                speed = tokens / max(1e-9, time.time() - line.start_t)
-                line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                line.update(pieces[todo[i]][1])
+        _tokenize(job, pieces, [i for i in range(start, len(pieces), step) if i not in done], run)
         if changed != _times(corpus):
             raise ValueError(f"the text of {corpus.name} has changed meanwhile: run this again")
         if part and not alone():
             return print(f"part {part} is done; the last one that is still at work joins them")
-        done = _accounts(work, len(pieces), on_error)
+        done = read_accounts(work, len(pieces), on_error)
         if len(done) < len(pieces):
             return print(f"part {part} is done; {len(pieces) - len(done):,} pieces are left")
         accounts = [done[i] for i in range(len(pieces))]
-        splits = _join(work, accounts, [size for _, size in pieces], run)
         skipped = [place for account in accounts for place in account["skipped"]]
-        for name in ("train", "val"):
-            if not splits.get(name, {}).get("tokens"):
-                count = sum(split["documents"] for split in splits.values())
-                why = f"{count} documents" if corpus.documents else "running text"
-                why += f", {len(skipped):,} skipped, first {skipped[0]}" if skipped else ""
-                raise ValueError(
-                    f"{corpus.name} has too little text ({why}): nothing is left for {name}"
-                )
+        splits = _join(work, accounts, [size for _, size in pieces], run)
+        _refuse_too_little(corpus, splits, skipped)
         for split in splits.values():
             split["documents"] = split["documents"] if corpus.documents else 1
         counts = {"dropped": sum(account["dropped"] for account in accounts)}
@@ -107,15 +90,36 @@ def prepare(
     return metadata
 
 
+def _tokenize(job, pieces, todo, run) -> None:
+    """Shows share done, time left, MB/s, tokens/s; on a terminal, or, as in Slurm's output, a line
+    a minute."""
+    every, tokens = 0.2 if sys.stderr.isatty() else 60, 0  # seconds
+    total = sum(pieces[i][1] for i in todo)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, mininterval=every, delay=every, leave=False
+    ) as line:
+        for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
+            tokens += sum(split["tokens"] for split in account["splits"].values())
+            speed = tokens / max(1e-9, time.time() - line.start_t)
+            line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            line.update(pieces[todo[i]][1])
+
+
+def _refuse_too_little(corpus, splits, skipped) -> None:
+    """Raises ValueError where nothing is left for training or validation."""
+    for name in ("train", "val"):
+        if not splits.get(name, {}).get("tokens"):
+            count = sum(split["documents"] for split in splits.values())
+            why = f"{count} documents" if corpus.documents else "running text"
+            why += f", {len(skipped):,} skipped, first {skipped[0]}" if skipped else ""
+            raise ValueError(
+                f"{corpus.name} has too little text ({why}): nothing is left for {name}"
+            )
+
+
 def _times(corpus) -> list[int]:
     """When each source was last changed."""
     return [os.stat(source.path).st_mtime_ns for source in corpus.sources]
-
-
-def _live_line(total: int) -> tqdm:
-    """Share done, time left, MB/s; on a terminal, or, as in Slurm's output, a line a minute."""
-    every = 0.2 if sys.stderr.isatty() else 60  # seconds
-    return tqdm(total=total, unit="B", unit_scale=True, mininterval=every, delay=every, leave=False)
 
 
 def _listed(source, folder):
@@ -156,169 +160,25 @@ def _finished(folder, header, changed):
     return metadata
 
 
-def plan(corpus: Corpus, train_split_ratio: float, tokenizer) -> list[tuple[list[Source], int]]:
-    """(parts of sources, their bytes) of each piece, in the corpus's order."""
-    sources = corpus.sources
-    size = sum(os.path.getsize(source.path) for source in sources) // 64  # enough for every core
-    least, most = PIECE_BYTES
-    piece_bytes = min(max(size, least), most)
-    if not corpus.documents:
-        sources = split_text(sources, train_split_ratio)
-        if not tokenizer.divisible:
-            sources = [replace(source, documents="file") for source in sources]
-    pieces = []
-    for source in sources:
-        for part, size in cut(source, piece_bytes):
-            if not pieces or pieces[-1][1] + size > piece_bytes:
-                pieces.append(([], 0))
-            parts, filled = pieces[-1]
-            pieces[-1] = ([*parts, part], filled + size)
-    return pieces
-
-
-def split_text(sources, train_split_ratio):
-    """A running text is cut once, by character: int(n * train_split_ratio) of all n train."""
-    counts = [_characters(source.path) for source in sources]
-    left, cut_up = int(sum(counts) * train_split_ratio), []
-    for source, count in zip(sources, counts):
-        here = _characters(source.path, left) if 0 < left < count else None
-        if left > 0:
-            cut_up.append(replace(source, split="train", stop=here))
-        if left < count:
-            cut_up.append(replace(source, split="val", start=here or 0))
-        left -= count
-    return cut_up
-
-
-def _characters(path, wanted=None) -> int:
-    """How many characters a UTF-8 file has; or the byte at which character `wanted` starts."""
-    count = offset = 0
-    with contextlib.suppress(*damage(path)), open_file(path) as f:  # it is read again, and told
-        while block := f.read(BLOCK):
-            starts = (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
-            here = int(np.count_nonzero(starts))
-            if wanted is not None and count + here > wanted:
-                return offset + int(np.flatnonzero(starts)[wanted - count])
-            count, offset = count + here, offset + len(block)
-    return count
-
-
-def _check_room(folder, tokenizer, pieces) -> None:
-    """Raises OSError where the disk is too full: a token a byte, or a token in two and a half
-    where the vocabulary has more than bytes; compressed text is taken for a fourth of its size;
-    pieces, some of which may be there already, and the shards that they are joined to lie there at
-    the same time."""
-    text = sum(
-        size * (4 if any(part.compressed for part in parts) else 1) for parts, size in pieces
-    )
-    per_byte = 1 if tokenizer.vocab_size < 1000 else 0.4
-    needed = int(2 * text * per_byte * tokenizer.dtype.itemsize)
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    with contextlib.suppress(FileNotFoundError):
-        free += sum(path.stat().st_size for path in (folder / ".work").iterdir())
-    if free < needed:
-        raise OSError(
-            f"{folder} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make "
-            f"room there, or choose another --data_dir"
-        )
-
-
-@contextlib.contextmanager
-def _working_folder(work: Path, key: str, count: int, shared: bool):
-    """The folder of finished pieces, locked, so that no two processes prepare one corpus unless
-    each does a part (shared). Pieces of another plan (key) are thrown away. Yields alone(), which
-    is true once no other part is at work. On leaving, the folder goes, unless there are pieces left
-    to do and an error or another part stands in the way."""
-    if work.is_symlink():  # in a stranger's folder; it is emptied at the end
-        raise ValueError(f"{work} is a link: remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    with _lock(work / "lock", shared) as (alone, share):
-        told = work / "key"
-        if not told.exists() or told.read_text() != key:
-            if not alone():
-                raise OSError(f"{work.parent} is being prepared by others, with other flags")
-            if told.exists() and (done := len(list(work.glob("*.json")))):
-                print(f"{done:,} finished pieces are of other files or flags: they are thrown away")
-            for path in work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            with atomic_write(told) as f:
-                f.write(key.encode())
-        if shared:
-            share()  # whoever came first lets the others in
-        stopped = True
-        try:
-            yield alone
-            stopped = False
-        except ValueError:  # in what a piece holds, or in the whole
-            stopped = False
-            raise
-        finally:
-            done = len(list(work.glob("*.json")))
-            if (done == 0 or (done == count and not stopped)) and alone():
-                told.unlink(missing_ok=True)  # first: without it, what a kill leaves isn't trusted
-                shutil.rmtree(work, ignore_errors=True)  # another part may have been quicker
-                with contextlib.suppress(OSError):  # not empty: it stays
-                    work.parent.rmdir()
-                    work.parent.parent.rmdir()
-
-
-@contextlib.contextmanager
-def _lock(path: Path, shared: bool):
-    """Yields alone(), which makes the lock exclusive where it can, and share(), the opposite.
-    Raises BlockingIOError (OSError) where another has it."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "ab"))  # "w" would empty what a link leads to
-            if not lock(file):
-                if not shared:
-                    raise BlockingIOError(
-                        f"{path.parent.parent} is being prepared by another process: wait for it, "
-                        f"or choose another --corpus NAME"
-                    )
-                fcntl.flock(file, fcntl.LOCK_SH)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break  # else whoever had it has removed it since
-            path.parent.mkdir(parents=True, exist_ok=True)
-        yield lambda: lock(file), lambda: fcntl and fcntl.flock(file, fcntl.LOCK_SH)
-
-
-def _accounts(work, count, on_error):
-    """The accounts of finished pieces, by number; of pieces with skips only where that is asked."""
-    accounts = {}
-    for i in range(count):
-        with contextlib.suppress(FileNotFoundError):
-            account = json.loads((work / f"{i:06}.json").read_bytes())
-            if on_error == "skip" or not account["skipped"]:
-                accounts[i] = account
-    return accounts
-
-
 def _join(work, accounts, sizes, run) -> dict:
     """Joins pieces to shards in `work`; returns the splits for metadata.json."""
-    splits, tasks, files = {}, [], []
+    splits, tasks = {}, []
     for name in SPLITS:
-        shards, filled = [], 0
-        for i, account in enumerate(accounts):
-            if name in account["splits"]:
-                if not shards or filled + sizes[i] > SHARD_BYTES:
-                    shards, filled = [*shards, []], 0
-                shards[-1].append(i)
-                filled += sizes[i]
-        if not shards:
-            continue
-        every = [accounts[i]["splits"][name] for shard in shards for i in shard]
-        totals = {field: sum(e[field] for e in every) for field in ("tokens", "documents", "bytes")}
-        splits[name] = {"files": []} | totals
+        numbers = [i for i, account in enumerate(accounts) if name in account["splits"]]
+        own = {i: accounts[i]["splits"][name] for i in numbers}
+        shards = in_groups(numbers, SHARD_BYTES, sizes.__getitem__)
+        files = []
         for number, shard in enumerate(shards):
             of = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-            tokens = sum(accounts[i]["splits"][name]["tokens"] for i in shard)
-            splits[name]["files"].append({"name": f"{name}{of}.bin", "tokens": tokens})
-            files.append(splits[name]["files"][-1])
+            file = {"name": f"{name}{of}.bin", "tokens": sum(own[i]["tokens"] for i in shard)}
+            files.append(file)
             paths = [str(work / f"{i:06}.{name}.bin") for i in shard]
-            tasks.append((paths, str(work / files[-1]["name"])))
+            tasks.append((paths, str(work / file["name"])))
+        if files:
+            fields = ("tokens", "documents", "bytes")
+            totals = {field: sum(of[field] for of in own.values()) for field in fields}
+            splits[name] = {"files": files} | totals
+    files = [file for split in splits.values() for file in split["files"]]
     for i, sha256 in run(join_pieces, tasks):
         files[i]["sha256"] = sha256
     return splits

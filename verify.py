@@ -3,14 +3,13 @@
 import hashlib
 import itertools
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pieces import Job
+from plan import split_text
 from reader import read
-from shards import split_text
 from source import Bad, Source
 from tokenizer import get_tokenizer
 from tokens import blocks, open_tokens, read_metadata
@@ -83,21 +82,15 @@ def _differs(folder, name, where):
 def _compare_text(folder, metadata, tokenizer, sources) -> str:
     """All of a running text, as bytes; as ids where a tokenizer may change the text."""
     decode = tokenizer.divisible
-    if not decode:
-        sources = split_text(sources, metadata["train_split_ratio"])
-        sources = [replace(source, documents="file") for source in sources]
-    digests = [hashlib.sha256(), hashlib.sha256()]
-    for source in sources:
-        for _, texts in read(source):
-            for text in texts:
-                as_text = decode or isinstance(text, Bad)
-                digests[0].update(text.encode() if as_text else tokenizer.encode(text).tobytes())
+    source_digest, digest = hashlib.sha256(), hashlib.sha256()
+    for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
+        for text in itertools.chain.from_iterable(texts for _, texts in read(source)):
+            source_digest.update(text.encode() if decode else tokenizer.encode(text).tobytes())
     for name in metadata["splits"]:
-        for block in blocks(open_tokens(folder / name)[0]):
-            digests[1].update(
-                tokenizer.decode_bytes(block) if decode else block.astype(np.uint32).tobytes()
-            )
-    if digests[0].digest() != digests[1].digest():
+        for ids in blocks(open_tokens(folder / name)[0]):
+            ids = tokenizer.decode_bytes(ids) if decode else ids.astype(np.uint32).tobytes()
+            digest.update(ids)
+    if digest.digest() != source_digest.digest():
         raise _differs(folder, "the text", ", ".join(source.path for source in sources))
     return "the whole text was decoded and" if decode else "the whole text was"
 
