@@ -32,10 +32,10 @@ BOUNDARY = {  # where a file may be cut: behind each match
     "": re.compile(_CHARACTER + rb"(?:(?= " + _NEXT + rb")|\n(?=" + _NEXT + rb"))"),
     "line": re.compile(rb"\n"),
     "blank-line": re.compile(rb"\n[ \t\r\f\v]*\n"),
-    "article": re.compile(rb"\n[ \t\r]*\n(?= = [^=\s][^\n]* = \r?\n)"),
+    "article": re.compile(rb"\n[ \t\r\f\v]*\n(?= = [^=\s][^\n]* = \r?\n)"),  # WikiText's title
 }
+BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
 _SCAN = json.JSONDecoder().scan_once
-TITLE = re.compile(rb" = [^=\s].* = \r?\n")  # of an article in WikiText
 
 
 def cut(source: Source, piece_bytes: int) -> list[tuple[Source, int]]:
@@ -86,64 +86,65 @@ def read(source: Source):
         yield [position], [Bad(f"the compressed file is damaged from here on ({error})")]
 
 
-def _lines(f, source):
-    """Lines of about a block, without their ends; blank ones are left out."""
+def _blocks(f, source, last):
+    """(position, bytes) of about a block: last(bytes) tells where it may end, 0 where nowhere."""
     position, rest, left = source.start, b"", source.length
     while left > 0:
-        block = f.read1(min(max(BLOCK, len(rest)), left))  # more, where a line is longer
+        block = f.read1(min(max(BLOCK, len(rest)), left))  # more, where a document is longer
         left = left - len(block) if block else 0
         rest += block
-        end = rest.rfind(b"\n") + 1 if left else len(rest)
-        lines, rest = rest[:end].split(b"\n"), rest[end:]
+        if end := last(rest) if left else len(rest):
+            yield position, rest[:end]
+            position, rest = position + end, rest[end:]
+
+
+def _lines(f, source):
+    """Without their ends; blank ones are left out."""
+    for position, block in _blocks(f, source, lambda data: data.rfind(b"\n") + 1):
+        lines = block.split(b"\n")
         starts = itertools.accumulate((len(line) + 1 for line in lines), initial=position)
         kept = list(map(bytes.strip, lines))
-        position += end
         if any(kept):
             yield list(itertools.compress(starts, kept)), list(itertools.compress(lines, kept))
 
 
-def _grouped(f, source):
-    """Lines that belong together: between blank lines, or from one article's title to the next."""
-    lines, start, blank, left = [], source.start, True, source.length
-    position = start
-    while position - source.start < left and (line := f.readline()):
-        begins = blank and (source.documents == "blank-line" or TITLE.fullmatch(line))
-        blank = line.isspace()
-        if lines and begins and not blank:
-            yield [start], [b"".join(lines)]
-            lines = []
-        if not lines:
-            start = position
-        if lines or not blank:
-            lines.append(line)
-        position += len(line)
-    if lines:
-        yield [start], [b"".join(lines)]
+def _paragraphs(f, source):
+    """What lies between blank lines, or from one article's title to the next."""
 
+    def ends(data):
+        return [match.end() for match in BOUNDARY[source.documents].finditer(data)]
 
-def _whole(f, source):
-    if data := f.read(-1 if source.stop is None else source.length):  # an empty .gz is empty, too
-        yield [source.start], [data]
+    for position, block in _blocks(f, source, lambda data: max(ends(data), default=0)):
+        positions, texts = [], []
+        for start, end in itertools.pairwise([0, *ends(block), len(block)]):
+            start = BLANK_LINES.match(block, start, end).end()
+            if block[start:end].strip():
+                positions.append(position + start)
+                texts.append(block[start:end])
+        if texts:
+            yield positions, texts
 
 
 def _stream(f, source):
-    """A running text in parts of about a block, cut where no token is."""
-    start, rest, left = source.start, b"", source.length
-    while block := f.read(min(BLOCK, left)):
-        left -= len(block)
-        searched = max(0, len(rest) - 8)  # no boundary lies further back: it was looked for
-        rest += block
-        ends = [m.end() for m in BOUNDARY[""].finditer(rest, max(searched, len(rest) - (1 << 14)))]
-        ends = ends or [m.end() for m in BOUNDARY[""].finditer(rest, searched)]
-        if ends:
-            yield [start], [rest[: ends[-1]]]
-            start, rest = start + ends[-1], rest[ends[-1] :]
-    if rest:
-        yield [start], [rest]
+    """A running text in parts, cut where no token is."""
+
+    def last(data):
+        for start in (max(0, len(data) - (1 << 14)), 0):  # there is one near the end, as a rule
+            if ends := [match.end() for match in BOUNDARY[""].finditer(data, start)]:
+                return ends[-1]
+        return 0
+
+    for position, block in _blocks(f, source, last):
+        yield [position], [block]
+
+
+def _whole(f, source):
+    for position, block in _blocks(f, source, lambda data: 0):
+        yield [position], [block]
 
 
 _GROUPS = {
-    "": _stream, "line": _lines, "blank-line": _grouped, "article": _grouped, "file": _whole,
+    "": _stream, "line": _lines, "blank-line": _paragraphs, "article": _paragraphs, "file": _whole,
 }  # fmt: skip
 
 
