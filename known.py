@@ -106,12 +106,7 @@ KNOWN = {
         "https://ai.stanford.edu/~amaas/data/sentiment/",
     ),
     "fineweb-edu-10BT": Known(
-        tuple(
-            Download(
-                _hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet"),
-            )
-            for i in range(14)
-        ),
+        tuple(Download(_hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet")) for i in range(14)),
         tuple(Source(f"{i:03}_00000.parquet", "parquet") for i in range(14)),
         "ODC-By 1.0",
         "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu",

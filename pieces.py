@@ -47,15 +47,16 @@ class Job:
     seed: int
     on_error: str
 
-    def share_out(self, source: Source, positions) -> dict[str, np.ndarray]:
-        """Which documents each split gets: its file's all, or else by a hash of the seed and the
-        place, so that order, workers and what else is in the corpus make no difference."""
-        if source.split:
-            return {source.split: np.ones(len(positions), bool)}
-        key = mix(np.array([source.number], np.uint64) ^ mix(np.array([self.seed], np.int64)))
-        hashes = mix(np.array(positions, np.uint64) ^ key)
-        train = hashes < np.uint64(min(int(self.train_split_ratio * 2**64), 2**64 - 1))
-        return {"train": train, "val": ~train}
+
+def share_out(source: Source, positions, train_split_ratio, seed) -> dict[str, np.ndarray]:
+    """Which documents each split gets: its file's all, or else by a hash of the seed and the
+    place, so that order, workers and what else is in the corpus make no difference."""
+    if source.split:
+        return {source.split: np.ones(len(positions), bool)}
+    key = mix(np.array([source.number], np.uint64) ^ mix(np.array([seed], np.int64)))
+    hashes = mix(np.array(positions, np.uint64) ^ key)
+    train = hashes < np.uint64(min(int(train_split_ratio * 2**64), 2**64 - 1))
+    return {"train": train, "val": ~train}
 
 
 def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
@@ -87,7 +88,8 @@ def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
                 good = np.array([type(text) is not Bad for text in texts])
                 for i in np.flatnonzero(~good):
                     account["skipped"].append(_complain(job, source, positions[i], texts[i]))
-                for split, own in job.share_out(source, positions).items():
+                own_of = share_out(source, positions, job.train_split_ratio, job.seed)
+                for split, own in own_of.items():
                     batches[split] += (chosen := list(itertools.compress(texts, own & good)))
                     size[split] += sum(map(len, chosen))
                     if size[split] >= BLOCK:

@@ -20,7 +20,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from common import atomic_write, near, optional
-from download import download
+from download import download, sha256_of
 
 _HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken builds it from
@@ -150,7 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer.encode_special_tokens = True  # their literal text is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.name, self.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
+        self.name, self.sha256 = name, sha256_of(path)
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=0) + 1
         if self.vocab_size > 2 * len(ids) + 1:
@@ -227,7 +227,7 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         path = vocabulary_folder() / _kept_as(file)
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if not path.exists() or sha256_of(path) != sha256:
             missing.append((f"{_HOST}/{file}", path, sha256))
     return missing
 

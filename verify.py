@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pieces import Job
+from pieces import share_out
 from plan import split_text
 from reader import read
 from source import Bad, Source
@@ -98,12 +98,11 @@ def _compare_text(folder, metadata, tokenizer, sources) -> str:
 def _compare_documents(folder, metadata, tokenizer, sources) -> str:
     """Every n-th document of each split."""
     splits, eot = metadata["splits"], metadata["eot_token"]
-    job = Job("", "", True, 0, metadata["train_split_ratio"], metadata["seed"], "skip")
     step = max(1, sum(split["documents"] for split in splits.values()) // SAMPLE)
     prepared = {name: _documents(open_tokens(folder / name)[0], eot) for name in splits}
     seen, compared = Counter(), 0
     for source in sources:
-        for text, name in _split_of_each(job, source):
+        for text, name in _split_of_each(metadata, source):
             if isinstance(text, Bad):
                 continue  # skipped when it was prepared, too
             ids = next(prepared.get(name, iter(())), None)
@@ -119,10 +118,11 @@ def _compare_documents(folder, metadata, tokenizer, sources) -> str:
     return f"{compared:,} of {sum(seen.values()):,} documents were"
 
 
-def _split_of_each(job, source):
+def _split_of_each(metadata, source):
     """(text, name of its split) of every document."""
     for positions, texts in read(source):
-        for name, own in job.share_out(source, positions).items():
+        split = share_out(source, positions, metadata["train_split_ratio"], metadata["seed"])
+        for name, own in split.items():
             yield from ((text, name) for text in itertools.compress(texts, own))
 
 
