@@ -57,7 +57,8 @@ def prepare(
         return metadata
     pieces = plan(corpus, tokenizer, train_split_ratio, *PIECE_BYTES)
     check_room(folder, tokenizer, pieces)
-    key = hashlib.sha256(json.dumps([header, changed]).encode()).hexdigest()
+    spans = [[(part.start, part.stop) for part in parts] for parts, _ in pieces]
+    key = hashlib.sha256(json.dumps([header, changed, spans]).encode()).hexdigest()
     job = Job(
         str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
     )

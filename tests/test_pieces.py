@@ -16,7 +16,10 @@ from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_s
 
 import pieces
 import shards
+from corpora import Corpus
 from pieces import engine
+from source import Source
+from tokenizer import get_tokenizer
 
 ADVERSARIAL = [
     "", "<|endoftext|>", "a<|endoftext|>b" * 3, "a" * 300_000, "^" * 100_000, " " * 50_000,
@@ -281,3 +284,14 @@ def test_changed_flags_start_anew(tmp_path):
     start(tmp_path, "--part", "0/3").communicate()
     out, _ = start(tmp_path, "--max_length", "10").communicate()
     assert "going on" not in out and "tokens beyond max_length" in out
+
+
+def test_pieces_that_were_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypatch):
+    """PIECE_BYTES is a constant, and such are there to be edited."""
+    jsonl(tmp_path / "my.jsonl", count=100)
+    corpus = Corpus("my", {}, [Source(str(tmp_path / "my.jsonl"), "jsonl")])
+    for folder, part, size in ("c", "0/2", 2000), ("c", "", 3000), ("d", "", 3000):
+        monkeypatch.setattr(shards, "PIECE_BYTES", (size, size))
+        with engine("processes", workers=1) as run:
+            shards.prepare(corpus, get_tokenizer("bytes"), tmp_path / folder, run, part=part)
+    assert output(tmp_path / "c") == output(tmp_path / "d")
