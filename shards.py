@@ -7,6 +7,7 @@ with engine("processes") as run:
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -189,8 +190,9 @@ def _publish(work, folder, metadata, skipped) -> None:
     """Puts the shards where they belong; until metadata.json is there, last, nothing is."""
     (folder / "metadata.json").unlink(missing_ok=True)
     names = [file["name"] for split in metadata["splits"].values() for file in split["files"]]
-    for old in (path for split in SPLITS for path in folder.glob(f"{split}*.bin")):
-        old.unlink()
+    for old in folder.glob("*.bin"):
+        if re.fullmatch(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.bin", old.name):
+            old.unlink()
     for name in names:
         os.replace(work / name, folder / name)
     (folder / "skipped.txt").unlink(missing_ok=True)

@@ -31,12 +31,11 @@ def working_folder(work: Path, key: str, count: int, shared: bool):
                 f.write(key.encode())
         if shared:
             lock(file, shared=True)  # whoever came first lets the others in
-        stopped = True
+        stopped = False
         try:
             yield lambda: lock(file)
-            stopped = False
-        except ValueError:  # in what a piece holds, or in the whole
-            stopped = False
+        except BaseException as error:  # but not one in what a piece holds, or in the whole
+            stopped = not isinstance(error, ValueError)
             raise
         finally:
             done = _done(work)

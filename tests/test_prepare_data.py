@@ -234,6 +234,16 @@ def test_preparing_again_replaces(tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
 
 
+def test_preparing_again_takes_no_other_file_away(tmp_path):
+    folder, old = tmp_path / "c", "train-00001-of-00003.bin"
+    folder.mkdir()
+    for name in ("value.bin", "train_old.bin", old):
+        (folder / name).write_text("mine")
+    make_corpus(folder, ["text " * 100])
+    left = {path.name for path in folder.iterdir()} - {"train.bin", "val.bin", "metadata.json"}
+    assert left == {"value.bin", "train_old.bin"}
+
+
 def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):
     class Wide(type(get_tokenizer("bytes"))):
         vocab_size = 65_537
