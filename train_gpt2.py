@@ -69,7 +69,7 @@ class Config:
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
-        batch_size=12, train_flops=1e13, learning_rate=1e-2,
+        batch_size=8, train_flops=1e13, learning_rate=1e-2,
     ),
     "small": dict(
         n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,

@@ -139,8 +139,13 @@ def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
     else:
-        assert re.search(r"\| ours, its seconds, seed 0 \| bytes \| --max_steps \d+", printed)
-        assert "| ours, documents apart, seed 0 | bytes-apart | --document_mask true" in printed
+        assert re.search(
+            r"\| ours, its seconds, seed 0 \| bytes \| --batch_size 12 --max_steps \d+", printed
+        )
+        assert (
+            "| ours, documents apart, seed 0 | bytes-apart | --batch_size 12 --document_mask true"
+            in printed
+        )
 
 
 def test_scale(bench, forked, text, tmp_path, monkeypatch):
