@@ -96,8 +96,10 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def _whole(checkpoint) -> bool:
-    """Whether it has the weights of the shape that it tells, and all their memory."""
+    """Whether it has the weights of the shape that it tells, and all their memory, and plain values
+    of the right types."""
     try:
+        numbers = checkpoint["step"], checkpoint["best"]["step"], checkpoint.get("position", 0)
         with torch.device("meta"):  # no memory yet: the shape may be anything
             shapes = GPT(GPTConfig(**checkpoint["model_config"])).state_dict()
         weights, vocab_size = checkpoint["model"], checkpoint["metadata"]["vocab_size"]
@@ -107,6 +109,11 @@ def _whole(checkpoint) -> bool:
                 p.shape == shapes[name].shape and p.is_contiguous() for name, p in weights.items()
             )
             and 0 < vocab_size <= len(weights[EMBEDDING])
+            and isinstance(checkpoint["metadata"]["tokenizer"]["name"], str)
+            and isinstance(checkpoint["metadata"]["splits"], dict)
+            and isinstance(checkpoint["config"], dict)
+            and isinstance(checkpoint["best"]["val_loss"], float)
+            and all(type(n) is int and n >= 0 for n in numbers)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
         return False
@@ -115,7 +122,9 @@ def _whole(checkpoint) -> bool:
 def _check_parts(path) -> None:
     """Raises BadZipFile where a bit isn't as it was written: torch looks at no checksum."""
     with zipfile.ZipFile(path) as parts:
-        damaged = parts.testzip() or next((p for p in parts.infolist() if p.external_attr), None)
+        damaged = parts.testzip() or next(
+            (p for p in parts.infolist() if p.external_attr), None
+        )  # torch writes 0
     if damaged:
         raise zipfile.BadZipFile(f"{damaged} isn't what was saved")
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -72,7 +73,8 @@ def peak_flops(device: str, dtype: str) -> float | None:
     if not device.startswith("cuda") or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    known = (of for of in PEAKS if re.search(rf"\b{of}\b(?! (Ti|Laptop))", name))
+    return PEAKS.get(next(known, None))
 
 
 def memory(device: str) -> float:

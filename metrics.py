@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import gc
-import itertools
 import json
 import logging
 import os
@@ -38,9 +37,7 @@ class Metrics:
                 f"{folder} is being trained by another process: wait for it, or choose another "
                 f"--run_name"
             )
-        with open(self.path, "rb") as f:
-            whole = itertools.takewhile(lambda line: line.endswith(b"\n"), f)
-            self.file.truncate(sum(len(line) for line in whole if json.loads(line)["step"] <= step))
+        self.file.truncate(sum(size for size, n in _lines(self.path) if n["step"] <= step))
         self.tensorboard = None
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
@@ -95,9 +92,21 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, if it is there, without one that a kill has cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl, if it is there, without one that a kill has cut short. Raises
+    ValueError for a damaged one."""
+    return [line for _, line in _lines(path)] if path.exists() else []
+
+
+def _lines(path):
+    """(bytes, what it says) of each whole line."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield len(line), (told := json.loads(line)) | {"step": int(told["step"])}
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number} is damaged: remove that line") from None
 
 
 def plot_losses(folder: Path) -> None:

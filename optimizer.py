@@ -65,6 +65,21 @@ def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=STEPS):
     return product @ x
 
 
+def load_states(optimizers: list, saved: list, run) -> None:
+    """Takes over the states that optimizers of the same parameters have saved in `run`; their
+    constants stay as they are. Raises ValueError for states of others."""
+    try:
+        for optimizer, state in zip(optimizers, [part["state"] for part in saved], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for p, values in zip(params, [state[i] for i in range(len(params))], strict=True):
+                if not all(value.shape in ((), p.shape) for value in values.values()):
+                    raise ValueError
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{run}/last.pt has no optimizer of this model: train anew") from None
+
+
 def create_optimizers(model, name: str, learning_rate: float, weight_decay: float):
     """[Muon, AdamW] for name "muon", [AdamW] for "adamw"; step() and zero_grad() each of them.
 

@@ -14,7 +14,7 @@ SIGTERM ended it after a checkpoint, and --resume goes on; 1 for an error. torch
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from checkpoint import SHAPE, last_checkpoint
@@ -125,7 +125,7 @@ def configure():
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
         checkpoint = last_checkpoint(folder)
-        saved = Config(**checkpoint["config"] | {"stop_at": None})
+        saved = saved_config(folder, checkpoint["config"])
         config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
         check(config, CHOICES, LIMITS)
         for name in FIXED:
@@ -150,7 +150,8 @@ def configure():
     if "micro_batch_size" in size:  # the largest number up to it that divides a process's share
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         share = (config.batch_size or size["batch_size"]) // world_size
-        size["micro_batch_size"] = math.gcd(share, size["micro_batch_size"])
+        most = size["micro_batch_size"]
+        size["micro_batch_size"] = max(n for n in range(1, most + 1) if share % n == 0)
     for name, value in size.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -159,6 +160,21 @@ def configure():
     config.corpus = config.corpus or newest_corpus(config.data_dir).name
     vocabularies_beside(config.data_dir)
     return config, checkpoint
+
+
+def saved_config(folder: Path, values: dict) -> Config:
+    """The constants of a checkpoint, but for stop_at. Raises ValueError for those of another
+    version."""
+    types = {
+        f.name: f.type | int if f.default.__class__ is float else f.type for f in fields(Config)
+    }
+    for name, value in values.items():
+        if not isinstance(value, types.get(name, ())):
+            raise ValueError(
+                f"{folder} was trained with {name} {value!r:.40}, which is no constant of this "
+                f"train_gpt2.py: train anew"
+            )
+    return Config(**values | {"stop_at": None})
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ from dataset import (
 )
 from device import StopSignal, choose_compile, memory, peak_flops
 from metrics import Metrics, plot_losses
-from optimizer import create_optimizers
+from optimizer import create_optimizers, load_states
 from tokenizer import get_tokenizer
 
 
 class Trainer:
     """One run: data, model, optimizers and files. fit() takes it to its end, or to a signal.
 
-    config: of train_gpt2.py, with nothing left to choose but max_steps, eval_every and compile.
-    checkpoint: what load_checkpoint gave for the run's last.pt, or None for a new run.
+    config: of train_gpt2.py, with nothing left to choose but what depends on the corpus and the
+    run. checkpoint: what last_checkpoint gave for the run, or None for a new one.
     """
 
     def __init__(self, config, checkpoint, rank: int, world_size: int):
@@ -275,9 +275,7 @@ class Trainer:
         self.step, self.position = checkpoint["step"], checkpoint["position"]
         self.best = checkpoint["best"]
         self.model.load_state_dict(checkpoint["model"])
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        load_states(self.optimizers, checkpoint["optimizers"], self.config.resume)
 
     def report(self) -> None:
         """The last lines a person sees: a sample and where the files are, or how to go on."""
@@ -311,7 +309,7 @@ class Trainer:
         if not math.isfinite(value := float(value)):
             good = (self.folder / "last.pt").exists()
             raise ValueError(
-                f"{what} is {value} at step {self.step}: lower --learning_rate or --grad_clip, and "
+                f"{what} is {value} at step {self.step}: lower --learning_rate, and "
                 + (f"go on from {self.folder}/last.pt, which is good" if good else "start anew")
             )
         return value

@@ -3,8 +3,9 @@
 python -m bench.fuzz jsonl 120        # .jsonl files, for 120 seconds, against json.loads
 python -m bench.fuzz metadata 120     # metadata.json and .yaml of prepared and described folders
 
-It ends at the first fault, with a traceback and the bytes. In its last lines: how many inputs were
-run (stat::number_of_executed_units), and how many edges of the code they reached (cov).
+Needs Linux and pip install atheris. It ends at the first fault, with a traceback and the bytes. In
+its last lines: how many inputs were run (stat::number_of_executed_units), and how many edges of the
+code they reached (cov).
 """
 
 import json
@@ -13,7 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+from common import optional
+
+try:
+    atheris = optional("atheris", "to fuzz")
+except ValueError as error:
+    sys.exit(f"error: {error}")
 
 with atheris.instrument_imports(include=["common", "describe", "json", "reader", "tokens", "yaml"]):
     import yaml  # noqa: F401  imported by describe where it is used, which would be too late
@@ -65,6 +71,8 @@ def metadata(data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SEEDS or not sys.argv[2].isdigit():
+        sys.exit("error: say what to fuzz, jsonl or metadata, and for how many seconds")
     target, seconds = sys.argv[1:]
     reader.BLOCK = 64  # so that a line is longer
     seeds = FOLDER / "seeds"

@@ -68,7 +68,9 @@ def main():
             groups[group] = contest(measures, config.rounds, goals)
     text = (
         f"Batches of {B} x {T} from a split of {config.tokens:,} tokens in the page cache, each "
-        "contestant in a process of its own. Peers were held against ours first: the same tokens. "
+        "contestant in a process of its own. Peers were held against ours first: the same tokens "
+        "(but for transformers' padding collator, which pads whole documents: the same work as ours "
+        "is in the last rows). "
         "MiB: what isn't page cache, Python and torch included."
         + "".join(f" Left out: {peer}." for peer in left_out)
         + "\n\n"

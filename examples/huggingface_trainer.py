@@ -44,7 +44,7 @@ def main():
     )
     T = config.sequence_length
     train, val = (TextDataset(folder / name, T, T, item="huggingface") for name in ("train", "val"))
-    shape = dict(n_layer=config.n_layer, n_head=config.n_embd // 32, n_embd=config.n_embd)
+    shape = dict(n_layer=config.n_layer, n_head=max(1, config.n_embd // 32), n_embd=config.n_embd)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=train.vocab_size, n_positions=T, **shape))
     arguments = TrainingArguments(
         config.out_dir, max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,

@@ -1,7 +1,7 @@
 """Our batches in a Lightning Trainer: WikiText-2, padded to each batch's longest or packed.
 
     pip install lightning transformers
-    python examples/lightning_datamodule.py --max_steps 200 --packing true
+    python examples/lightning_datamodule.py --max_steps 200 --packing
 
 The module is LLMDataModule; the model below it is transformers' GPT-2, small and from scratch.
 """
@@ -128,7 +128,7 @@ class Config:
     tokenizer: str = "gpt2"  # of prepare_data.py's
     batch_size: int = 8  # rows
     max_length: int = 128  # tokens a row
-    packing: str = "false"  # true: pack documents into rows instead of padding them
+    packing: bool = False  # pack documents into rows instead of padding them
     max_steps: int = 200  # optimizer steps
 
 
@@ -136,7 +136,7 @@ def main():
     config = parse_flags(Config, __doc__)
     data = LLMDataModule(
         config.corpus, config.tokenizer, config.batch_size, config.max_length,
-        config.packing == "true", config.data_dir, config.inputs,
+        config.packing, config.data_dir, config.inputs,
     )  # fmt: skip
     data.prepare_data()
     data.setup("fit")

@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from device import StopSignal, choose_compile, choose_device, choose_dtype
+from device import StopSignal, choose_compile, choose_device, choose_dtype, peak_flops
 
 
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -26,6 +26,25 @@ def test_choices_by_flag_win():
     assert choose_dtype("float32", "cuda") == "float32"
     assert choose_compile("true", "cpu", 0) and not choose_compile("false", "cuda", 1e20)
     assert not choose_compile("auto", "cpu", 1e12)  # a short run doesn't repay it
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("cuda", "bfloat16") == peak
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

@@ -376,6 +376,45 @@ def test_tensorboard_has_the_same_numbers(train):
         assert found == pytest.approx(losses(folder, name), rel=1e-6)
 
 
+STRANGE = {
+    "a constant that is gone": (("config", "rotary"), 1, "rotary 1, which is no constant"),
+    "a constant of another type": (("config", "max_steps"), "x", "max_steps 'x', which"),
+    "no optimizers": (("optimizers",), [], "no optimizer of this model"),
+    "an optimizer without a state": (("optimizers", 0, "state"), {}, "no optimizer of this"),
+    "another matrix's": (
+        ("optimizers", 0, "state", 0, "momentum_buffer"), torch.zeros(3), "no optimizer of this",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_checkpoint_that_this_version_cant_go_on_from(train, case):
+    (*path, last), value, words = STRANGE[case]
+    folder = train(max_steps=2, stop_at=1)
+    part = checkpoint = load_checkpoint(folder / "last.pt")
+    for name in path:
+        part = part[name]
+    part[last] = value
+    torch.save(checkpoint, folder / "last.pt")
+    with pytest.raises(ValueError, match=f"{folder}.*{words}"):
+        train(resume=str(folder))
+
+
+def test_damaged_metrics_are_refused(train):
+    folder = train(max_steps=2, stop_at=1)
+    for line in ("{}", "xx", "[1]", '{"step": null}'):
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+            train(resume=str(folder))
+
+
+@pytest.mark.parametrize("batch_size, expected", [(32, 16), (12, 12), (9, 9), (125, 5), (17, 1)])
+def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size, expected):
+    argv = ["train_gpt2.py", "--size", "gpt2", "--batch_size", str(batch_size), "--corpus", "c"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert train_gpt2.configure()[0].micro_batch_size == expected
+
+
 WRONG = {
     "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py", "there: rhyme"]),
     "no such size": ({"size": "huge"}, ["huge", "tiny", "gpt2-xl"]),

@@ -147,9 +147,9 @@ def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
     choose = random.Random(0)
     for number in range(5):
         if not (pid := fork()):
-            os.setsid()
             prepare(tmp_path / f"{number}", workers=2)
             os._exit(0)
+        os.setpgid(pid, pid)
         time.sleep(choose.uniform(0, 0.1))
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

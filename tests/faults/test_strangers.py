@@ -260,7 +260,7 @@ class Evil:
 
 def checkpoint(weights, **changed) -> dict:
     model = GPT.from_pretrained(weights)
-    metadata = {"vocab_size": 257, "tokenizer": {"name": "bytes"}}
+    metadata = {"vocab_size": 257, "tokenizer": {"name": "bytes"}, "splits": {}}
     best = {"step": 1, "val_loss": 1.0}
     return {"step": 1, "best": best, "model": model.state_dict(), "model_config": dict(SHAPE),
             "metadata": metadata, "config": {}} | changed  # fmt: skip
@@ -291,6 +291,11 @@ CHECKPOINTS = {
     "more ids than rows": {"metadata": {"vocab_size": 258}},
     "no ids": {"metadata": {"vocab_size": "many"}},
     "no metadata": {"metadata": None},
+    "no tokenizer": {"metadata": {"vocab_size": 257, "splits": {}}},
+    "no splits": {"metadata": {"vocab_size": 257, "tokenizer": {"name": "bytes"}}},
+    "no step": {"step": "many"},
+    "nothing best": {"best": {}},
+    "no constants": {"config": None},
 }
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -80,7 +81,8 @@ def prepared(tmp_path_factory):
         metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run)
     shape = GPTConfig(metadata["vocab_size"], n_positions=16, n_layer=1, n_head=1, n_embd=8)
     checkpoint = {
-        "step": 0, "position": 0, "best": {}, "config": {}, "metadata": metadata, "optimizers": [],
+        "step": 0, "position": 0, "best": {"step": 0, "val_loss": math.inf}, "config": {},
+        "metadata": metadata, "optimizers": [],
         "model_config": dataclasses.asdict(shape), "model": GPT(shape).state_dict(),
     }  # fmt: skip
     (folder / "out" / "run").mkdir(parents=True)
