@@ -69,9 +69,8 @@ def main():
     text = (
         f"Batches of {B} x {T} from a split of {config.tokens:,} tokens in the page cache, each "
         "contestant in a process of its own. Peers were held against ours first: the same tokens "
-        "(but for transformers' padding collator, which pads whole documents: the same work as ours "
-        "is in the last rows). "
-        "MiB: what isn't page cache, Python and torch included."
+        "(transformers' collator pads whole documents: what ours does of the same is in the last "
+        "rows). MiB: what isn't page cache, Python and torch included."
         + "".join(f" Left out: {peer}." for peer in left_out)
         + "\n\n"
         + contest_table("what", unit, groups)
