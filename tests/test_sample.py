@@ -3,6 +3,8 @@ import io
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +125,8 @@ def test_ctrl_c_ends_a_text_and_then_the_prompts(typing, tmp_path):
     rest = b""
     while not rest.endswith(b"\n> "):
         rest += screen.read(1)
+    while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "S":
+        time.sleep(0.01)  # a signal between the prompt and the wait for a key would be seen late
     os.kill(process.pid, signal.SIGINT)
     process.join()
     err = (tmp_path / "err.txt").read_text()
