@@ -463,7 +463,7 @@ def test_nothing_prepared(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(train):
     wild = {"learning_rate": 1e30, "grad_clip": 0, "run_name": "mine"}
-    with pytest.raises(ValueError, match=r"is nan at step \d+: lower --learning_rate .* anew"):
+    with pytest.raises(ValueError, match=r"is nan at step \d+: lower --learning_rate, and .* anew"):
         train(max_steps=50, **wild, resume="auto")
     train(**TINY, max_steps=30, run_name="mine", resume="auto", stop_at=4)
     with pytest.raises(ValueError, match=r"go on from out/mine/last\.pt, which is good"):
