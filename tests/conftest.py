@@ -157,7 +157,8 @@ def tiny_checkpoint(step: int) -> dict:
     """What a run of the smallest model saves."""
     config = GPTConfig(vocab_size=2, n_positions=2, n_layer=1, n_head=1, n_embd=2)
     known = {"step": step, "position": step, "best": {"step": 1, "val_loss": 1.0}, "config": {}}
-    shape = {"model_config": asdict(config), "metadata": {"vocab_size": config.vocab_size}}
+    metadata = {"vocab_size": config.vocab_size, "tokenizer": {"name": "bytes"}, "splits": {}}
+    shape = {"model_config": asdict(config), "metadata": metadata}
     return known | shape | {"model": GPT(config).state_dict(), "optimizers": []}
 
 
