@@ -118,31 +118,32 @@ class Trainer:
         self.train_loader.batch_sampler.position = self.position
         batches = itertools.chain.from_iterable(itertools.repeat(self.train_loader))  # no end
         tokens, since, self.saved, signum = 0, time.perf_counter(), time.monotonic(), 0
-        with StopSignal() as stop, closing(metrics) if metrics else nullcontext():
-            done = self.ended()
-            while not done:
-                loss = self.train_step(*next(batches))
-                tokens += config.batch_size * config.sequence_length
-                last = self.step == config.max_steps
-                signum = self.any_rank(stop.signum)
-                done = last or self.step == config.stop_at or signum > 0
-                if done or self.step % config.log_every == 0:
-                    loss = self.finite(self.sum_over_ranks(loss))  # waits for the device
-                    if metrics:
-                        speed = tokens / (time.perf_counter() - since)
-                        metrics.train(
-                            self.step, speed, self.mfu(speed), train_loss=loss,
-                            learning_rate=self.learning_rate(self.step - 1),
-                        )  # fmt: skip
-                    tokens, since = 0, time.perf_counter()
-                if last or self.step % config.eval_every == 0:
-                    self.validate(metrics)
-                    tokens, since, done = 0, time.perf_counter(), done or self.ended()
-                elif done or time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
-                    self.save("last.pt")
-                    tokens, since = 0, time.perf_counter()
-        if self.rank == 0:
-            self.report()
+        with StopSignal() as stop:
+            with closing(metrics) if metrics else nullcontext():
+                done = self.ended()
+                while not done:
+                    loss = self.train_step(*next(batches))
+                    tokens += config.batch_size * config.sequence_length
+                    last = self.step == config.max_steps
+                    signum = self.any_rank(stop.signum)
+                    done = last or self.step == config.stop_at or signum > 0
+                    if done or self.step % config.log_every == 0:
+                        loss = self.finite(self.sum_over_ranks(loss))  # waits for the device
+                        if metrics:
+                            speed = tokens / (time.perf_counter() - since)
+                            metrics.train(
+                                self.step, speed, self.mfu(speed), train_loss=loss,
+                                learning_rate=self.learning_rate(self.step - 1),
+                            )  # fmt: skip
+                        tokens, since = 0, time.perf_counter()
+                    if last or self.step % config.eval_every == 0:
+                        self.validate(metrics)
+                        tokens, since, done = 0, time.perf_counter(), done or self.ended()
+                    elif done or time.monotonic() - self.saved > 60 * config.checkpoint_minutes:
+                        self.save("last.pt")
+                        tokens, since = 0, time.perf_counter()
+            if self.rank == 0:  # within the block: schedulers repeat their signal
+                self.report()
         return signum
 
     def ended(self) -> bool:
@@ -282,7 +283,8 @@ class Trainer:
         folder = shlex.quote(str(self.folder))
         if not self.ended():
             plot_losses(self.folder)
-            print(f"stopped at step {self.step}; python train_gpt2.py --resume {folder} goes on")
+            how = f"python train_gpt2.py --resume {folder} goes on"
+            print(f"stopped at step {self.step}; {how}", flush=True)
             return
         if self.step < self.config.max_steps:
             print(f"no better validation for {self.step - self.best['step']} steps: ended early")
