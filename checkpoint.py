@@ -122,9 +122,8 @@ def _whole(checkpoint) -> bool:
 def _check_parts(path) -> None:
     """Raises BadZipFile where a bit isn't as it was written: torch looks at no checksum."""
     with zipfile.ZipFile(path) as parts:
-        damaged = parts.testzip() or next(
-            (p for p in parts.infolist() if p.external_attr), None
-        )  # torch writes 0
+        changed = (p for p in parts.infolist() if p.external_attr)  # no CRC has it; torch writes 0
+        damaged = parts.testzip() or next(changed, None)
     if damaged:
         raise zipfile.BadZipFile(f"{damaged} isn't what was saved")
 

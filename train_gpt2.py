@@ -16,6 +16,7 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from checkpoint import SHAPE, last_checkpoint
 from common import check, folder_name, parse_flags, run
@@ -63,7 +64,7 @@ class Config:
     compile: str = "auto"  # true, false; auto: torch.compile on cuda, and where a CPU run repays it
 
 
-# What a size stands for where no flag says otherwise. tiny is two to three minutes of two cores,
+# What a size stands for where no flag says otherwise. tiny is about three minutes of two cores,
 # small some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their
 # own; the others are OpenAI's shapes, trained on ten billion tokens and fewer.
 SIZES = {
@@ -165,9 +166,10 @@ def configure():
 def saved_config(folder: Path, values: dict) -> Config:
     """The constants of a checkpoint, but for stop_at. Raises ValueError for those of another
     version."""
-    types = {
-        f.name: f.type | int if f.default.__class__ is float else f.type for f in fields(Config)
-    }
+    types = {f.name: f.type for f in fields(Config)}
+    for name, kind in types.items():
+        if float in (kind, *get_args(kind)):
+            types[name] = kind | int  # as one may write it, say dropout=0
     for name, value in values.items():
         if not isinstance(value, types.get(name, ())):
             raise ValueError(

@@ -400,6 +400,11 @@ def test_a_checkpoint_that_this_version_cant_go_on_from(train, case):
         train(resume=str(folder))
 
 
+def test_whole_numbers_are_good_where_others_are_asked_for():
+    saved = train_gpt2.saved_config(Path("out/mine"), {"dropout": 0, "grad_clip": 1})
+    assert (saved.dropout, saved.grad_clip) == (0, 1)
+
+
 def test_damaged_metrics_are_refused(train):
     folder = train(max_steps=2, stop_at=1)
     for line in ("{}", "xx", "[1]", '{"step": null}'):
