@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from common import mix, run
-from documents import (
+from batches.documents import (
     DocumentDataset,
     PackedDocuments,
     attention_mask,
@@ -25,9 +24,12 @@ from documents import (
     pack_documents,
     pad_documents,
 )
-from sampler import ShuffledBatches
-from streaming import StreamingTextDataset, tokenize
-from tokens import Tokens, newest_corpus, read_metadata
+from batches.order import ShuffledBatches
+from batches.streaming import StreamingTextDataset, tokenize
+from batches.tokens import Tokens
+from common.hashing import mix
+from common.script import run
+from corpus.metadata import newest_corpus, read_metadata
 
 __all__ = [
     "DocumentDataset", "PackedDocuments", "ShuffledBatches", "StreamingTextDataset", "TextDataset",
@@ -209,6 +211,6 @@ def _as_it_is(batch):
 
 
 if __name__ == "__main__":
-    from look import main
+    from batches.preview import main
 
     run(main)

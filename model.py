@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
         Raises OSError, and ValueError for a vocabulary that is larger than the model's.
         """
-        from hugging_face import write_model
+        from training.huggingface import write_model
 
         shape, weights = dataclasses.asdict(self.config), self.state_dict()
         if tokenizer is not None:
@@ -208,7 +208,7 @@ class GPT(nn.Module):
 
         Raises FileNotFoundError, or ValueError for another kind of model or a damaged file.
         """
-        from hugging_face import read_shape, read_weights
+        from training.huggingface import read_shape, read_weights
 
         shape = GPTConfig(**read_shape(Path(folder)), dropout=dropout)
         with torch.device("meta"):  # no memory, nor time, for weights that are about to come

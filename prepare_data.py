@@ -14,19 +14,21 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import corpora
-from common import check, folder_name, parse_flags, print_flags, run
-from describe import describe
-from pieces import engine
-from shards import prepare
-from tokenizer import (
+from common.files import folder_name
+from common.script import run
+from common.settings import check, parse_flags, print_flags
+from corpus import inputs
+from corpus.descriptions import describe
+from corpus.shards import prepare
+from corpus.tasks import engine
+from corpus.tokenizer import (
     copy_vocabulary,
     fetch_vocabulary,
     get_tokenizer,
     missing_files,
     vocabularies_beside,
 )
-from verify import verify
+from corpus.verify import verify
 
 
 @dataclass
@@ -78,7 +80,7 @@ def main():
     if config.part and not (part and int(part[1]) < int(part[2])):
         raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
     if config.list:
-        return print(corpora.list_corpora())
+        return print(inputs.list_corpora())
     if config.describe:
         answers = {
             "name": config.corpus,
@@ -112,7 +114,7 @@ def main():
             f"No network: {error}.\nPreparing the built-in corpus instead: Python's own "
             f"documentation, byte by byte. Run this again, online, for TinyShakespeare."
         )
-        config = replace(config, corpus=corpora.BUILT_IN, tokenizer="bytes")
+        config = replace(config, corpus=inputs.BUILT_IN, tokenizer="bytes")
         corpus, tokenizer = load(config, data_dir)
     if config.prefetch:
         missing = " but its --input" if config.input else ""
@@ -135,7 +137,7 @@ def load(config, data_dir):
     folder = data_dir / folder_name(name, "--corpus")
     vocabulary = config.tokenizer or "gpt2"
     missing_files(vocabulary)  # a wrong name costs no download
-    corpus = corpora.load_corpus(name, folder, config.input, config.documents, config.text_field)
+    corpus = inputs.load_corpus(name, folder, config.input, config.documents, config.text_field)
     if config.max_length and not corpus.documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"

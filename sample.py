@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import best_checkpoint, load_model, newest_run
-from common import check, parse_flags, run
-from device import choose_device, memory_errors
-from hugging_face import pretrained_folder
-from model import GPT
-from tokenizer import (
+from common.script import run
+from common.settings import check, parse_flags
+from corpus.tokenizer import (
     HuggingFaceTokenizer,
     fetch_vocabulary,
     get_tokenizer,
     vocabularies_beside,
 )
+from model import GPT
+from training.checkpoint import best_checkpoint, load_model, newest_run
+from training.device import choose_device, memory_errors
+from training.huggingface import pretrained_folder
 
 
 @dataclass

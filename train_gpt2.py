@@ -18,13 +18,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from checkpoint import SHAPE, last_checkpoint
-from common import check, folder_name, parse_flags, run
+from common.files import folder_name
+from common.script import run
+from common.settings import check, parse_flags
+from corpus.tokenizer import vocabularies_beside
 from dataset import newest_corpus
-from device import choose_device, choose_dtype, join_processes, memory_errors
 from model import GPT2_SIZES
-from tokenizer import vocabularies_beside
-from trainer import Trainer
+from training.checkpoint import SHAPE, last_checkpoint
+from training.device import choose_device, choose_dtype, join_processes, memory_errors
+from training.trainer import Trainer
 
 
 @dataclass

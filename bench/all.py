@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.report import RESULTS, ROOT, update_readme, write
-from common import parse_flags, run
+from common.script import run
+from common.settings import parse_flags
 
 SCRIPTS = ("tokenize", "loader", "train", "learn", "scale", "faults")
 ON_GPU = {  # scripts that can use one, and the section that they then write

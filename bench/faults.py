@@ -28,13 +28,15 @@ import torch
 import torch._dynamo
 
 import prepare_data
-import shards
 import train_gpt2
 from bench.report import RESULTS, private_mib, table, write
 from bench.tokenize import make
-from checkpoint import load_checkpoint
-from common import optional, parse_flags, run
-from metrics import read_metrics
+from common.packages import optional
+from common.script import run
+from common.settings import parse_flags
+from corpus import shards
+from training.checkpoint import load_checkpoint
+from training.metrics import read_metrics
 
 PIECE_BYTES = shards.PIECE_BYTES
 IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # or else by each process

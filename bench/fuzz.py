@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import optional
+from common.packages import optional
 
 try:
     atheris = optional("atheris", "to fuzz")
@@ -24,9 +24,9 @@ except ValueError as error:
 with atheris.instrument_imports(include=["common", "describe", "json", "reader", "tokens", "yaml"]):
     import yaml  # noqa: F401  imported by describe where it is used, which would be too late
 
-    import reader
-    from describe import described
-    from tokens import read_metadata
+    from corpus import reader
+    from corpus.descriptions import described
+    from corpus.metadata import read_metadata
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 SEEDS = {

@@ -24,7 +24,8 @@ import torch
 
 from bench.report import RESULTS, ROOT, table, whole_process, write
 from bench.train import prepare
-from common import parse_flags, run
+from common.script import run
+from common.settings import parse_flags
 from model import GPT, GPTConfig
 
 RECIPES = "bench/RECIPES.md"

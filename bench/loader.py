@@ -28,7 +28,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.report import RESULTS, bars, contest, contest_table, private_mib, write
-from common import parse_flags, run
+from common.script import run
+from common.settings import parse_flags
 from dataset import (
     DocumentDataset,
     ShuffledBatches,

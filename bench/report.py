@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from common import atomic_write, run
+from common.files import atomic_write
+from common.script import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/RESULTS.md"

@@ -23,10 +23,11 @@ from bench.loader import ours as batches
 from bench.report import RESULTS, ROOT, curves, private_mib, table, whole_process, write
 from bench.tokenize import make as make_documents
 from bench.tokenize import ours as prepare
-from common import parse_flags, run
-from device import choose_compile, choose_dtype
+from common.script import run
+from common.settings import parse_flags
 from model import GPT, GPTConfig
-from optimizer import create_optimizers
+from training.device import choose_compile, choose_dtype
+from training.optimizer import create_optimizers
 
 ENGINES = {  # contestants, and prepare_data.py's flags
     "1 worker": ["--workers", "1"],

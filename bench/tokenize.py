@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
-from common import parse_flags, run
+from common.script import run
+from common.settings import parse_flags
 
 EOT = 50256
 
@@ -111,7 +112,7 @@ def gpt2_files(folder):
     """OpenAI's two files, under the names that they had."""
     import hashlib
 
-    from tokenizer import _HOST, VOCABULARY_FILES, vocabulary_folder
+    from corpus.tokenizer import _HOST, VOCABULARY_FILES, vocabulary_folder
 
     paths = []
     for url in VOCABULARY_FILES["gpt2"]:

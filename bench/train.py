@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
-from common import parse_flags, run
-from device import peak_flops
+from common.script import run
+from common.settings import parse_flags
 from model import GPT, GPTConfig
+from training.device import peak_flops
 
 # layers/heads/channels/batch/window/vocabulary/steps: how many times nanoGPT's speed is the goal
 SHAPES = {

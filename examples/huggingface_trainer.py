@@ -21,7 +21,8 @@ from transformers import (
     default_data_collator,
 )
 
-from common import parse_flags, run
+from common.script import run
+from common.settings import parse_flags
 from dataset import TextDataset, newest_corpus
 
 

@@ -16,12 +16,13 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from common import parse_flags, run
-from corpora import load_corpus
+from common.script import run
+from common.settings import parse_flags
+from corpus.inputs import load_corpus
+from corpus.shards import prepare
+from corpus.tasks import engine
+from corpus.tokenizer import fetch_vocabulary, get_tokenizer
 from dataset import DocumentDataset, ShuffledBatches, pack_documents, pad_documents, read_metadata
-from pieces import engine
-from shards import prepare
-from tokenizer import fetch_vocabulary, get_tokenizer
 
 
 class LLMDataModule(L.LightningDataModule):

@@ -17,15 +17,15 @@ import pytest
 import torch
 from processes import start
 
-import shards
 import train_gpt2
-from checkpoint import newest_run
-from corpora import Corpus
-from metrics import read_metrics
+from corpus import shards
+from corpus.inputs import Corpus
+from corpus.reader import Source, read
+from corpus.tasks import engine
+from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from pieces import engine
-from reader import Source, read
-from tokenizer import get_tokenizer
+from training.checkpoint import newest_run
+from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
@@ -131,7 +131,7 @@ def rhyme(tmp_path) -> Path:
 
 TINY = {  # a model of 10,000 parameters
     "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "batch_size": 4,
-    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu",
+    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def train(rhyme, tmp_path, monkeypatch):
     """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
     the folder of the run. It draws no loss.png."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trainer.plot_losses", lambda folder: None)  # most of a short run's time
+    monkeypatch.setattr("training.trainer.plot_losses", lambda folder: None)
 
     def train(**flags):
         flags = flags if "resume" in flags else TINY | flags

@@ -21,18 +21,16 @@ import pytest
 from conftest import assert_one_line_error, flat, run_script, tar_of
 from test_tokenizer import make_json
 
-import corpora
-import download
 import prepare_data
-import shards
-from corpora import find, load_corpus
-from describe import describe, described
-from known import KNOWN
-from pieces import engine
-from reader import Bad
-from tokenizer import _load, get_tokenizer
-from tokens import sealed
-from verify import verify
+from corpus import download, inputs, shards
+from corpus.catalog import KNOWN
+from corpus.descriptions import describe, described
+from corpus.inputs import find, load_corpus
+from corpus.metadata import sealed
+from corpus.reader import Bad
+from corpus.tasks import engine
+from corpus.tokenizer import _load, get_tokenizer
+from corpus.verify import verify
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def serve(server, monkeypatch):
     """serve("imdb", {"aclImdb_v1.tar.gz": data}): the known corpus comes from the local server,
     from its second mirror."""
     fetch = functools.partial(download.download, pause=0.01, tries=2)
-    monkeypatch.setattr(corpora, "download", fetch)
+    monkeypatch.setattr(inputs, "download", fetch)
 
     def serve(name, files):
         known, parts = KNOWN[name], []
@@ -224,7 +222,7 @@ def test_no_member_leaves_the_folder(tmp_path, make):
     archive = tmp_path / "in" / "archive"
     archive.write_bytes(make(hostile))
     members = dict(KNOWN["imdb"].downloads[0].members[:1])
-    corpora.unpack(archive, tmp_path / "in", members)
+    inputs.unpack(archive, tmp_path / "in", members)
     assert tree(tmp_path) == ["in/archive", "in/train.jsonl"]
     assert [json.loads(line)["text"] for line in open(tmp_path / "in" / "train.jsonl")] == ["good"]
     assert not Path("/tmp/evil-of-test-corpora.txt").exists()
@@ -238,14 +236,14 @@ def test_an_archive_that_grows_beyond_measure(tmp_path, target, members):
     assert 4_000_000 // 100 < 100 * len(data) < 4_000_000
     (tmp_path / "bomb.zip").write_bytes(data)
     with pytest.raises(ValueError, match="beyond all measure"):
-        corpora.unpack(tmp_path / "bomb.zip", tmp_path, {r"\d+\.txt": target})
+        inputs.unpack(tmp_path / "bomb.zip", tmp_path, {r"\d+\.txt": target})
     assert tree(tmp_path) == ["bomb.zip"]
 
 
 def test_an_archive_without_what_is_wanted(tmp_path):
     (tmp_path / "a.zip").write_bytes(zip_of({"other.txt": "x"}))
     with pytest.raises(ValueError, match=r"a\.zip holds nothing for out\.raw"):
-        corpora.unpack(tmp_path / "a.zip", tmp_path, {r"wanted\.txt": "out.raw"})
+        inputs.unpack(tmp_path / "a.zip", tmp_path, {r"wanted\.txt": "out.raw"})
     assert tree(tmp_path) == ["a.zip"]
 
 

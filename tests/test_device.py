@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from device import StopSignal, choose_compile, choose_device, choose_dtype, peak_flops
+from training.device import StopSignal, choose_compile, choose_device, choose_dtype, peak_flops
 
 
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):

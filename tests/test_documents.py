@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from batches.documents import best_fit
 from dataset import (
     DocumentDataset,
     document_ids,
@@ -16,7 +17,6 @@ from dataset import (
     pack_documents,
     pad_documents,
 )
-from documents import best_fit
 
 EOT = 256
 

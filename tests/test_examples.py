@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import ROOT, make_corpus
 
+from corpus.catalog import KNOWN
 from dataset import DocumentDataset, TextDataset, document_ids, pack_documents, pad_documents
-from known import KNOWN
 
 sys.path.insert(0, str(ROOT / "examples"))
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import Muon, create_optimizers, orthogonalize
+from training.optimizer import Muon, create_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (64, 65)])

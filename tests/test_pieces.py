@@ -14,12 +14,11 @@ import pytest
 import tiktoken
 from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_script
 
-import pieces
-import shards
-from corpora import Corpus
-from pieces import engine
-from source import Source
-from tokenizer import get_tokenizer
+from corpus import shards, tasks
+from corpus.inputs import Corpus
+from corpus.sources import Source
+from corpus.tasks import engine
+from corpus.tokenizer import get_tokenizer
 
 ADVERSARIAL = [
     "", "<|endoftext|>", "a<|endoftext|>b" * 3, "a" * 300_000, "^" * 100_000, " " * 50_000,
@@ -96,7 +95,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
 
 
 def test_no_more_workers_than_the_machine_can_use(monkeypatch):
-    monkeypatch.setattr(pieces, "cores", lambda: 1)
+    monkeypatch.setattr(tasks, "cores", lambda: 1)
     monkeypatch.delitem(sys.modules, "pyarrow", raising=False)  # then they would be spawned
     with engine("processes", workers=1000) as run:
         assert len(multiprocessing.active_children()) == 4

@@ -11,9 +11,9 @@ import pytest
 import tiktoken
 from conftest import DEAD_PROXY, assert_one_line_error, make_corpus, run_script
 
-import pieces
 import prepare_data
-from tokenizer import get_tokenizer
+from corpus import tasks
+from corpus.tokenizer import get_tokenizer
 
 
 def read(folder, name):
@@ -252,7 +252,7 @@ def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):
             return super().encode(text) + 65_536 - 120  # "x" becomes the last id
 
     monkeypatch.setattr("conftest.get_tokenizer", lambda name: Wide())
-    monkeypatch.setattr(pieces, "get_tokenizer", lambda name: Wide())
+    monkeypatch.setattr(tasks, "get_tokenizer", lambda name: Wide())
     metadata = make_corpus(tmp_path / "c", ["x" * 100])
     assert metadata["dtype"] == "uint32"
     assert read(tmp_path / "c", "val.bin").tolist() == [65_536] * 10

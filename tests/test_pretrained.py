@@ -16,10 +16,15 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
 import train_gpt2
-from checkpoint import load_checkpoint
-from hugging_face import pretrained_folder, tokenizer_json, write_tokenizer
+from corpus.tokenizer import (
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    get_tokenizer,
+    vocabulary_folder,
+)
 from model import GPT, GPTConfig
-from tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, vocabulary_folder
+from training.checkpoint import load_checkpoint
+from training.huggingface import pretrained_folder, tokenizer_json, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -312,7 +317,7 @@ def hub(server, monkeypatch):
 def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     """By two processes at once, as under torchrun, and then by a third."""
     script = tmp_path / "fetch.py"
-    script.write_text("import hugging_face\nprint(hugging_face.pretrained_folder('gpt2', 'data'))")
+    script.write_text("from training.huggingface import pretrained_folder\nprint(pretrained_folder('gpt2', 'data'))")
     processes = []
     for name in ("one", "other"):
         (streams := tmp_path / name).mkdir()

@@ -12,10 +12,10 @@ from conftest import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reader
-from common import atomic_write
-from reader import BOUNDARY, Bad, Source, cut, read
-from source import zstd
+from common.files import atomic_write
+from corpus import reader
+from corpus.reader import BOUNDARY, Bad, Source, cut, read
+from corpus.sources import zstd
 
 TEXT = (
     "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"

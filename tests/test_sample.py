@@ -12,9 +12,9 @@ from conftest import ROOT, assert_one_line_error, make_corpus, run_script
 from processes import start
 
 import sample
-from checkpoint import best_checkpoint, load_model
+from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from training.checkpoint import best_checkpoint, load_model
 
 GREEDY = ["--prompt", "one for sorrow, ", "--temperature", "0"]
 

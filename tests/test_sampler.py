@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from batches.order import permute
 from dataset import ShuffledBatches, TextDataset
-from sampler import permute
 
 
 def test_the_permutation_is_one():

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
 import prepare_data
-from checkpoint import load_checkpoint
-from metrics import read_metrics
+from training.checkpoint import load_checkpoint
+from training.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(300)
 PIECES = 11

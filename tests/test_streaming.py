@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import streaming
+from batches import streaming
+from corpus.tokenizer import get_tokenizer
 from dataset import DocumentDataset, StreamingTextDataset, TextDataset, tokenize
-from tokenizer import get_tokenizer
 
 EOT = 256
 TEXTS = [f"document {i} " + "word " * (i % 37) for i in range(400)]

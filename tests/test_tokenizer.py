@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from tokenizer import copy_vocabulary, get_tokenizer, missing_files
+from corpus.tokenizer import copy_vocabulary, get_tokenizer, missing_files
 
 HOSTILE = [
     "",

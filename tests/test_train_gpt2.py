@@ -19,9 +19,9 @@ from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run
 from processes import start
 
 import train_gpt2
-from checkpoint import load_checkpoint, load_model, newest_run
-from metrics import Metrics, read_metrics
-from tokens import sealed
+from corpus.metadata import sealed
+from training.checkpoint import load_checkpoint, load_model, newest_run
+from training.metrics import Metrics, read_metrics
 
 
 def test_a_run_and_its_files(rhyme, tmp_path):
@@ -152,7 +152,7 @@ def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
 
 def test_without_a_terminal_there_is_a_plain_line_a_minute(tmp_path, capsys, monkeypatch):
     for every, lines in ((60, 0), (0, 2)):
-        monkeypatch.setattr("metrics.EVERY", every)
+        monkeypatch.setattr("training.metrics.EVERY", every)
         metrics = Metrics(tmp_path, step=0, max_steps=10)
         for step in (1, 2):
             metrics.train(step, 8.0, mfu=0.5, train_loss=1.25, learning_rate=0.1)
@@ -480,7 +480,7 @@ def test_out_of_memory_names_two_constants(train, monkeypatch):
     def fit(self):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("trainer.Trainer.fit", fit)  # of a GPU, that is
+    monkeypatch.setattr("training.trainer.Trainer.fit", fit)  # of a GPU, that is
     with pytest.raises(ValueError, match="lower --micro_batch_size or --sequence_length"):
         train(max_steps=1)
 

@@ -19,16 +19,18 @@ import pytest
 import torch
 from conftest import ROOT, TINY, files, losses, make_corpus, tiny_checkpoint
 
-import shards
-from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from common import _sentence as sentence
-from corpora import Corpus
+from batches.tokens import Tokens
+from common.script import _sentence as sentence
+from corpus import shards
+from corpus.inputs import Corpus
+from corpus.metadata import read_metadata
+from corpus.reader import Source
+from corpus.tasks import engine
+from corpus.token_files import blocks
+from corpus.tokenizer import get_tokenizer
 from dataset import TextDataset
-from pieces import engine
-from reader import Source
-from tokenizer import get_tokenizer
-from tokens import Tokens, blocks, read_metadata
-from trainer import Trainer
+from training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from training.trainer import Trainer
 
 
 @pytest.fixture
@@ -315,7 +317,7 @@ def test_a_crash_in_c_tells_where(tmp_path):
     """What is cut in the moment between the look at its length and the read."""
     (tmp_path / "cut.py").write_text(
         "import mmap, os\n"
-        "from common import run\n"
+        "from common.script import run\n"
         "def main():\n"
         "    with open('file', 'w+b') as f:\n"
         "        f.truncate(100_000)\n"

@@ -20,15 +20,16 @@ import torch
 from conftest import TINY, files, losses, tiny_checkpoint
 from tqdm import tqdm
 
-import shards
-from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from common import atomic_write
-from corpora import Corpus
-from metrics import plot_losses
-from pieces import engine
-from reader import Source
-from tokenizer import get_tokenizer
-from tokens import newest_corpus, open_tokens, read_metadata
+from common.files import atomic_write
+from corpus import shards
+from corpus.inputs import Corpus
+from corpus.metadata import newest_corpus, read_metadata
+from corpus.reader import Source
+from corpus.tasks import engine
+from corpus.token_files import open_tokens
+from corpus.tokenizer import get_tokenizer
+from training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from training.metrics import plot_losses
 
 WRITES = {"write", "writelines", "flush", "fsync", "replace", "link", "unlink", "mkdir", "rmdir"}
 
@@ -199,7 +200,7 @@ def test_saving_a_checkpoint(tmp_path, damaged):
 def test_training_again_and_again(train, tmp_path, monkeypatch):
     """Killed before its first call, after a restart before its 16th, and so on to its end: it ends
     as if it had never been killed."""
-    monkeypatch.setattr("trainer.plot_losses", plot_losses)  # which writes, too
+    monkeypatch.setattr("training.trainer.plot_losses", plot_losses)  # which writes, too
     flags = TINY | {"max_steps": 4, "eval_every": 2, "checkpoint_minutes": 0, "resume": "auto"}
     whole = train(**flags, run_name="whole")
     go_on = functools.partial(train, **flags, run_name="killed")

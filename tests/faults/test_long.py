@@ -5,9 +5,9 @@ import json
 
 from matplotlib.figure import Figure
 
-import shards
 from bench import faults
-from metrics import plot_losses
+from corpus import shards
+from training.metrics import plot_losses
 
 
 def test_a_plot_leaves_nothing_in_memory(tmp_path):

@@ -16,8 +16,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, assert_one_line_error
 
-import corpora
-import download
+from corpus import download, inputs
 
 BODY = bytes(i % 251 for i in range(300_000))
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -318,9 +317,11 @@ def test_second_address_serves_when_the_first_does_not(server, tmp_path):
 def run_download(server, tmp_path, **options):
     """What a script's user sees: (exit code, error), and that no file is left."""
     code = (
-        "import sys, pathlib, common, download\n"
+        "import sys, pathlib\n"
+        "from common.script import run\n"
+        "from corpus.download import download\n"
         "path = pathlib.Path('input.txt')\n"
-        "common.run(lambda: download.download([sys.argv[1]], path, pause=0.01))"
+        "run(lambda: download([sys.argv[1]], path, pause=0.01))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, server.url],
@@ -356,19 +357,19 @@ def test_folder_that_cannot_be_made(server, tmp_path):
 
 def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, capsys):
     """What lies in a corpus's folder is the download, or it is fetched again."""
-    known = corpora.KNOWN["tinyshakespeare"]
+    known = inputs.KNOWN["tinyshakespeare"]
     part = replace(known.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
-    monkeypatch.setitem(corpora.KNOWN, "tinyshakespeare", replace(known, downloads=(part,)))
+    monkeypatch.setitem(inputs.KNOWN, "tinyshakespeare", replace(known, downloads=(part,)))
     server.answer = lambda handler, n: reply(handler)
     path = tmp_path / "input.txt"
     path.write_bytes(BODY[::-1])
     for _ in range(2):
-        corpora.load_corpus("tinyshakespeare", tmp_path)
+        inputs.load_corpus("tinyshakespeare", tmp_path)
         assert path.read_bytes() == BODY
     assert len(server.ranges) == 1
     assert f"{path} isn't the file that is known: fetched again" in capsys.readouterr().out
     path.write_bytes(BODY[::-1])
     server.answer = lambda handler, n: reply(handler, 404)
     with pytest.raises(ConnectionError, match="404"):  # and until then it stays
-        corpora.load_corpus("tinyshakespeare", tmp_path)
+        inputs.load_corpus("tinyshakespeare", tmp_path)
     assert path.read_bytes() == BODY[::-1]

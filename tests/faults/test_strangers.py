@@ -27,13 +27,13 @@ import pytest
 import torch
 from conftest import ROOT, make_corpus, tar_of
 
-from checkpoint import load_checkpoint, load_model
-from corpora import find, unpack
+from corpus.descriptions import describe
+from corpus.inputs import find, unpack
+from corpus.tokenizer import HuggingFaceTokenizer, get_tokenizer
+from corpus.verify import verify
 from dataset import TextDataset
-from describe import describe
 from model import GPT, GPTConfig
-from tokenizer import HuggingFaceTokenizer, get_tokenizer
-from verify import verify
+from training.checkpoint import load_checkpoint, load_model
 
 SHAPE = {"vocab_size": 257, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_with_another_pickle(weights, tmp_path):
 @pytest.fixture(scope="module")
 def vocabulary():
     pytest.importorskip("tokenizers", reason="tokenizers is in requirements-dev.txt")
-    from hugging_face import tokenizer_json
+    from training.huggingface import tokenizer_json
 
     return json.loads(tokenizer_json(get_tokenizer("bytes")))
 

@@ -23,13 +23,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import reader
-import shards
-from corpora import Corpus
-from pieces import engine
-from reader import Source
-from source import zstd
-from tokenizer import get_tokenizer
+from corpus import reader, shards
+from corpus.inputs import Corpus
+from corpus.reader import Source
+from corpus.sources import zstd
+from corpus.tasks import engine
+from corpus.tokenizer import get_tokenizer
 
 FUZZ = int(os.environ.get("FUZZ", 400))  # files in all
 

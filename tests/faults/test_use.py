@@ -20,21 +20,21 @@ import pytest
 import torch
 from conftest import DEAD_PROXY, ROOT, flat
 
-import common
-import corpora
-import device
-import look
 import prepare_data
 import sample
 import train_gpt2
-from checkpoint import load_checkpoint, save_checkpoint
-from metrics import Metrics
+from batches import preview
+from common.script import run
+from corpus import inputs
+from corpus.metadata import read_metadata
+from corpus.reader import Source
+from corpus.shards import prepare
+from corpus.tasks import engine
+from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from pieces import engine
-from reader import Source
-from shards import prepare
-from tokenizer import get_tokenizer
-from tokens import read_metadata
+from training import device
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.metrics import Metrics
 
 TINY = (
     "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 16 --batch_size 2 --stop_at 1 "
@@ -47,7 +47,7 @@ SCRIPTS = {
     ),
     "train_gpt2.py": (train_gpt2, f"{TINY} --max_steps 9"),
     "sample.py": (sample, "--max_new_tokens 1"),
-    "dataset.py": (look, "--rows 1"),
+    "dataset.py": (preview, "--rows 1"),
 }
 ALONE = {  # flags that the others wouldn't go with
     "list": "", "describe": "", "verify": "",
@@ -76,7 +76,7 @@ def prepared(tmp_path_factory):
     (folder / "raw").mkdir()
     rows = [json.dumps({"text": f"document {i}, one for sorrow, two for mirth"}) for i in range(30)]
     (folder / "raw" / "a.jsonl").write_text("\n".join(rows))
-    corpus = corpora.load_corpus("mine", folder / "data/mine", [f"{folder}/raw/a.jsonl"])
+    corpus = inputs.load_corpus("mine", folder / "data/mine", [f"{folder}/raw/a.jsonl"])
     with engine("processes", workers=1) as run:
         metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run)
     shape = GPTConfig(metadata["vocab_size"], n_positions=16, n_layer=1, n_head=1, n_embd=8)
@@ -105,7 +105,7 @@ def call(prepared, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         with pytest.raises(SystemExit) as stop:
-            common.run(SCRIPTS[script][0].main)
+            run(SCRIPTS[script][0].main)
         return stop.value.code, capsys.readouterr().err
 
     return call
@@ -124,7 +124,7 @@ def kind(script, name):
 def test_any_value_of_any_flag_works_or_is_refused_in_a_line(
     call, tmp_path, monkeypatch, script, name
 ):
-    monkeypatch.setattr("trainer.plot_losses", lambda folder: None)  # half of the time of a run
+    monkeypatch.setattr("training.trainer.plot_losses", lambda folder: None)
     base = ALONE.get(name, SCRIPTS[script][1]).split()
     values = [v for v in VALUES[kind(script, name)] if (name, v) != ("max_new_tokens", str(10**9))]
     for value in values[1:] if name in ("tokenizer", "describe", "verify") else values:
@@ -246,7 +246,7 @@ def test_out_of_memory_is_told(monkeypatch, capsys):
     with pytest.raises(ValueError, match="out of memory: lower --this"):
         device.memory_errors("--this")(lambda: torch.empty(1 << 60))()
     with pytest.raises(SystemExit) as stop:
-        common.run(lambda: np.empty(1 << 60, np.uint8))
+        run(lambda: np.empty(1 << 60, np.uint8))
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: there is not enough memory: Unable to alloc")
 
@@ -258,13 +258,13 @@ def test_output_that_nobody_takes(monkeypatch, capfd):
     for file, code in (open("/dev/full", "w"), 1), (os.fdopen(writer, "w"), 128 + 13):
         monkeypatch.setattr(sys, "stdout", file)
         with pytest.raises(SystemExit) as stop:
-            common.run(lambda: print("text"))
+            run(lambda: print("text"))
         file.close()  # as Python does at its end: what was left went nowhere
         assert stop.value.code == code
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as stop:
-        common.run(lambda: print(sys.stdin.read(), file=sys.stderr))
+        run(lambda: print(sys.stdin.read(), file=sys.stderr))
     assert stop.value.code == 0
     assert capfd.readouterr().err == "error: [Errno 28] No space left on device\n"
 
@@ -339,7 +339,7 @@ def test_the_hub_is_quiet_where_it_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hf:x/y: .*; is there a network"):
-        corpora.hugging_face("x/y", "")
+        inputs.hugging_face("x/y", "")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 

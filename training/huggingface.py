@@ -16,8 +16,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common import atomic_write, fcntl, read_json
-from download import download
+from common.files import atomic_write, fcntl, read_json
+from corpus.download import download
 from model import EMBEDDING, GPT2_SIZES, GPTConfig
 
 FILES = ("config.json", "model.safetensors")

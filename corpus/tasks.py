@@ -28,10 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_write, mix, optional
-from reader import read, where
-from source import BLOCK, Bad, Source
-from tokenizer import encodable, get_tokenizer
+from common.files import atomic_write
+from common.hashing import mix
+from common.packages import optional
+from corpus.reader import read, where
+from corpus.sources import BLOCK, Bad, Source
+from corpus.tokenizer import encodable, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _ray(workers, address):
             socket.create_connection(there.groups(), 10).close()
         except OSError as error:
             raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
-    here, code = os.getcwd(), str(Path(__file__).resolve().parent)
+    here, code = os.getcwd(), str(Path(__file__).resolve().parent.parent)
     variables = {"PYTHONPATH": os.pathsep.join([code, os.environ.get("PYTHONPATH", "")])}
     if "TIKTOKEN_CACHE_DIR" in os.environ:
         variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])

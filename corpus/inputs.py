@@ -22,11 +22,13 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import atomic_write, near, optional
-from describe import described, folder_of
-from download import download, sha256_of
-from known import KNOWN, Known
-from source import BLOCK, Source, damage
+from common.files import atomic_write
+from common.packages import optional
+from common.settings import near
+from corpus.catalog import KNOWN, Known
+from corpus.descriptions import described, folder_of
+from corpus.download import download, sha256_of
+from corpus.sources import BLOCK, Source, damage
 
 BUILT_IN = "python-docs"
 GROWTH = 100  # times its size that an archive may grow to

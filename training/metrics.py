@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import atomic_write, lock, optional
+from common.files import atomic_write, lock
+from common.packages import optional
 
 EVERY = 60  # seconds between lines where there is no terminal for a bar
 

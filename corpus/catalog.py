@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from source import Source
+from corpus.sources import Source
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 
-from common import optional
+from common.packages import optional
 
 BLOCK = 1 << 20  # bytes read at once
 

@@ -8,7 +8,7 @@ DataLoader(dataset, batch_size=32, sampler=ShuffledBatches(len(dataset)))   # on
 import numpy as np
 from torch.utils.data import Sampler
 
-from common import mix
+from common.hashing import mix
 
 TOGETHER = 1 << 15  # items whose order is computed at once
 BUCKET = 64  # batches among which items of similar length are brought together

@@ -8,7 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from common import atomic_write, optional, read_json
+from common.files import atomic_write, read_json
+from common.packages import optional
 
 
 def describe(folder: Path, answers: dict) -> Path:

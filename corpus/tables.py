@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from dataclasses import replace
 
-from common import optional
-from source import BLOCK, Bad, Source, damage, field_of, open_file, text_or_bad
+from common.packages import optional
+from corpus.sources import BLOCK, Bad, Source, damage, field_of, open_file, text_or_bad
 
 ROWS = 1024  # texts at once
 

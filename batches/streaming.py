@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from corpora import Corpus, find
-from reader import Bad, cut, read, where
-from tokens import Tokens
+from batches.tokens import Tokens
+from corpus.inputs import Corpus, find
+from corpus.reader import Bad, cut, read, where
 
 SPAN_BYTES = 8 << 20  # of a file, read by one worker
 GROUP = 256  # documents of a generator that are tokenized together

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import best_checkpoint, create_model, load_model, new_run, save_checkpoint
-from common import atomic_write, print_flags
+from common.files import atomic_write
+from common.settings import print_flags
+from corpus.tokenizer import get_tokenizer
 from dataset import (
     attention_mask,
     create_dataloaders,
@@ -22,10 +23,10 @@ from dataset import (
     document_positions,
     read_metadata,
 )
-from device import StopSignal, choose_compile, memory, peak_flops
-from metrics import Metrics, plot_losses
-from optimizer import create_optimizers, load_states
-from tokenizer import get_tokenizer
+from training.checkpoint import best_checkpoint, create_model, load_model, new_run, save_checkpoint
+from training.device import StopSignal, choose_compile, memory, peak_flops
+from training.metrics import Metrics, plot_losses
+from training.optimizer import create_optimizers, load_states
 
 
 class Trainer:

@@ -19,8 +19,10 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
-from common import atomic_write, near, optional
-from download import download, sha256_of
+from common.files import atomic_write
+from common.packages import optional
+from common.settings import near
+from corpus.download import download, sha256_of
 
 _HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken builds it from
@@ -199,7 +201,7 @@ def encodable(text: str) -> str:
 def vocabulary_folder() -> Path:
     """Where vocabulary files lie: $TIKTOKEN_CACHE_DIR, or else data/tokenizers beside this file,
     which, unlike tiktoken's own choice, the temporary folder, is still there tomorrow."""
-    default = Path(__file__).resolve().parent / "data" / "tokenizers"
+    default = Path(__file__).resolve().parent.parent / "data" / "tokenizers"
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 

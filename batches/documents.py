@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.data import Dataset
 
-from tokens import Tokens
+from batches.tokens import Tokens
 
 
 def document_ids(tokens, eot_token: int):

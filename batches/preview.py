@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import check, parse_flags
+from batches.documents import DocumentDataset, document_ids, pack_documents, pad_documents
+from batches.order import ShuffledBatches
+from batches.tokens import Tokens
+from common.settings import check, parse_flags
+from corpus.metadata import newest_corpus, read_metadata
+from corpus.tokenizer import get_tokenizer
 from dataset import TextDataset
-from device import memory_errors
-from documents import DocumentDataset, document_ids, pack_documents, pad_documents
-from sampler import ShuffledBatches
-from tokenizer import get_tokenizer
-from tokens import Tokens, newest_corpus, read_metadata
+from training.device import memory_errors
 
 SAMPLE = 100_000_000  # tokens whose documents are looked at
 

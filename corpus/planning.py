@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora import Corpus
-from reader import cut
-from source import BLOCK, Source, damage, open_file
+from corpus.inputs import Corpus
+from corpus.reader import cut
+from corpus.sources import BLOCK, Source, damage, open_file
 
 
 def plan(

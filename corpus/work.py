@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from common import atomic_write, lock
+from common.files import atomic_write, lock
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ import os
 import re
 from dataclasses import replace
 
-from source import BLOCK, Bad, Source, damage, field_of, open_file
-from tables import cut_table, read_table
+from corpus.sources import BLOCK, Bad, Source, damage, field_of, open_file
+from corpus.tables import cut_table, read_table
 
 # Cutting a text just before a lone space, or just after a lone line feed, changes no token: neither
 # GPT-2's pattern nor any other of tiktoken's reaches over such a place from both sides. In UTF-8,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from common import atomic_write, folder_name
-from hugging_face import pretrained_folder
+from common.files import atomic_write, folder_name
 from model import EMBEDDING, GPT, GPTConfig
+from training.huggingface import pretrained_folder
 
 SHAPE = ("n_layer", "n_head", "n_embd")  # constants that weights from elsewhere settle
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import atomic_write, read_json
-from corpora import Corpus
-from pieces import Job, join_pieces, tokenize_piece
-from plan import check_room, in_groups, plan
-from tokens import open_tokens, read_metadata, sealed
-from work import read_accounts, working_folder
+from common.files import atomic_write, read_json
+from corpus.inputs import Corpus
+from corpus.metadata import read_metadata, sealed
+from corpus.planning import check_room, in_groups, plan
+from corpus.tasks import Job, join_pieces, tokenize_piece
+from corpus.token_files import open_tokens
+from corpus.work import read_accounts, working_folder
 
 PIECE_BYTES = 1 << 20, 64 << 20  # of source, that one task reads: the least and the most
 SHARD_BYTES = 2 << 30  # of source; about a gigabyte of tokens

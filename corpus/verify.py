@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pieces import share_out
-from plan import split_text
-from reader import read
-from source import Bad, Source
-from tokenizer import get_tokenizer
-from tokens import blocks, open_tokens, read_metadata
+from corpus.metadata import read_metadata
+from corpus.planning import split_text
+from corpus.reader import read
+from corpus.sources import Bad, Source
+from corpus.tasks import share_out
+from corpus.token_files import blocks, open_tokens
+from corpus.tokenizer import get_tokenizer
 
 FORMATS = "text", "jsonl", "parquet", "arrow"
 DOCUMENTS = "", "line", "blank-line", "file", "article"

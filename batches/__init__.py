@@ -1,0 +1,1 @@
+"""Behind dataset.py: token files to batches."""

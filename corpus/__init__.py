@@ -1,0 +1,1 @@
+"""Behind prepare_data.py: raw text to token files."""

@@ -1,0 +1,1 @@
+"""Behind train_gpt2.py and sample.py."""
