@@ -33,7 +33,7 @@ DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "ht
 torch.set_num_threads(1)  # the same sums in every test, and no fight for two cores
 
 
-LONGEST = ["test_slurm", "test_train_gpt2", "test_bench", "test_readme", "test_pieces", "test_use"]
+LONGEST = ["test_slurm", "test_train_gpt2", "test_bench", "test_readme", "test_tasks", "test_use"]
 
 
 def pytest_collection_modifyitems(items):

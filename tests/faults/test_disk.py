@@ -1,7 +1,7 @@
 """A disk that is full, read-only or damaged: an error that names the file and what to do, and
 nothing half-written. See also test_killed.py, for what a failed write leaves.
 
---verify finds what changed in a shard: tests/test_corpora.py, test_verify_finds_what_changed.
+--verify finds what changed in a shard: tests/corpus/test_inputs.py, test_verify_finds_what_changed.
 """
 
 import contextlib

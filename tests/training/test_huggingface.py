@@ -317,7 +317,9 @@ def hub(server, monkeypatch):
 def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     """By two processes at once, as under torchrun, and then by a third."""
     script = tmp_path / "fetch.py"
-    script.write_text("from training.huggingface import pretrained_folder\nprint(pretrained_folder('gpt2', 'data'))")
+    script.write_text(
+        "from training.huggingface import pretrained_folder\nprint(pretrained_folder('gpt2', 'data'))"
+    )
     processes = []
     for name in ("one", "other"):
         (streams := tmp_path / name).mkdir()
