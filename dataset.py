@@ -174,7 +174,7 @@ class TextDataset(Dataset):
 
 def create_dataloaders(
     corpus_dir, sequence_length, batch_size=32, seed=0, num_workers=0, rank=0, world_size=1, *,
-    item="tuple", replace=0.0,
+    item="tuple", token_noise=0.0,
 ):  # fmt: skip
     """(train_loader, val_loader) over a prepared corpus, yielding (x, y) of shape (B, T), int64, or
     another `item` of TextDataset's.
@@ -186,7 +186,7 @@ def create_dataloaders(
     without. Raises what TextDataset and ShuffledBatches raise.
     """
     train, val = Path(corpus_dir) / "train", Path(corpus_dir) / "val"
-    train = TextDataset(train, sequence_length, item=item, replace=replace, seed=seed)
+    train = TextDataset(train, sequence_length, item=item, replace=token_noise, seed=seed)
     val = TextDataset(val, sequence_length, stride=sequence_length, item=item)
     order = ShuffledBatches(len(train), batch_size, seed, sequence_length, rank, world_size)
     blocks = range(rank, len(val), world_size)
@@ -194,7 +194,6 @@ def create_dataloaders(
         collate_fn=_as_it_is if item == "tuple" else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
     )
     return (
         DataLoader(train, batch_sampler=order, **options),

@@ -10,7 +10,6 @@ the names of OpenAI's release, so that weights can be copied key by key.
         ...
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -22,44 +21,52 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-GPT2_SIZES = {  # the four released models: shapes that GPTConfig(**GPT2_SIZES[name]) turns into one
+from training.huggingface import EMBEDDING, read_shape, read_weights, write_model
+
+GPT2_SIZES = {  # the four released models, as arguments of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-EMBEDDING = "transformer.wte.weight"  # and the head's
-CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13 and later
-LOGITS = 6_500_000  # at a time, 26 MB on a CPU: glibc keeps blocks of up to 32
+CHUNK_LOGITS = 6_500_000  # logits per chunk of the loss on a CPU: 26 MB
 
 
 @dataclass
 class GPTConfig:
     """The shape of a GPT-2. Names follow Hugging Face's GPT2Config.
 
-    Raises ValueError for a shape that cannot be built.
+    Raises:
+        ValueError: A shape that cannot be built.
     """
 
     vocab_size: int = 50257  # token ids
-    n_positions: int = 1024  # tokens, the longest window
+    n_positions: int = 1024  # tokens in the longest sequence
     n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads a block; divides n_embd
+    n_head: int = 12  # attention heads per block; n_embd is a multiple of it
     n_embd: int = 768  # channels
     dropout: float = 0.0  # probability, 0 <= p < 1
+    vocab_multiple: int = 1  # the output layer has rows up to a multiple of this, for speed alone
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
-            value, most = getattr(self, name), 1000 if name == "n_layer" else 1 << 20
-            if type(value) is not int or not 1 <= value <= most:  # it may be a stranger's
-                raise ValueError(f"{name} must be a number from 1 to {most:,}, not {value!r:.60}")
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "vocab_multiple"):
+            value = getattr(self, name)
+            limit = 1000 if name == "n_layer" else 1 << 20
+            if type(value) is not int or not 1 <= value <= limit:  # it may come from a file
+                raise ValueError(f"{name} must be a number from 1 to {limit:,}, not {value!r:.60}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: vocab_size, rounded up to a multiple of vocab_multiple."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -77,13 +84,15 @@ class Attention(nn.Module):
         causal = mask is None
         if cache is not None:  # a list that is empty or holds the keys and values so far
             if cache:
-                assert T == 1, "a second piece of several tokens would need a mask"
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
-                causal = False  # the one new token sees all that came before
+                assert T == 1, "with keys and values in the cache, one token at a time"
+                k = torch.cat((cache[0], k), dim=2)
+                v = torch.cat((cache[1], v), dim=2)
+                causal = False  # the one new token sees all tokens before it
             cache[:] = k, v
         if isinstance(mask, BlockMask):
-            whole = torch.compiler.is_compiling()  # flex_attention is compiled with all the rest
-            attend = flex_attention if whole else compiled_flex_attention()
+            # within a compiled model, flex_attention is compiled with everything else
+            compiling = torch.compiler.is_compiling()
+            attend = flex_attention if compiling else compiled_flex_attention()
             y = attend(q, k, v, block_mask=mask)
         else:
             dropout = self.dropout if self.training else 0.0
@@ -94,12 +103,12 @@ class Attention(nn.Module):
 
 @functools.cache
 def compiled_flex_attention():
-    """Not compiled, it would make all (B, n_head, T, T) weights at once."""
+    """Return flex_attention, compiled: uncompiled it makes (B, n_head, T, T) weights at once."""
     return torch.compile(flex_attention)
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C), four times as wide in between."""
+    """Two linear layers, four times as wide in between: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -108,40 +117,13 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.c_proj(gelu(self.c_fc(x)))
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # as in GPT-2 (Hendrycks and Gimpel 2016)
+        x = self.c_proj(x)
         return F.dropout(x, self.dropout, self.training)
 
 
-def gelu(x):
-    """GELU by its tanh formula, which GPT-2 has (Hendrycks and Gimpel 2016)."""
-    eager = not torch.compiler.is_compiling()
-    if x.is_cpu and x.dtype == torch.float32 and eager:
-        return SigmoidGELU.apply(x)
-    return F.gelu(x, approximate="tanh")
-
-
-class SigmoidGELU(torch.autograd.Function):
-    """The same function as x * sigmoid(u), u = C (x + 0.044715 x^3), in two thirds of the time:
-    torch's tanh on a CPU takes four times as long as its sigmoid."""
-
-    C = 2 * math.sqrt(2 / math.pi)
-
-    @staticmethod
-    def forward(ctx, x):
-        C = SigmoidGELU.C
-        u = (x * x).mul_(0.044715 * C).add_(C).mul_(x)
-        s = torch.sigmoid(u)
-        if ctx.needs_input_grad[0]:  # s + x s (1 - s) du/dx, where x du/dx = 3 u - 2 C x
-            ctx.save_for_backward(u.mul_(3).sub_(x, alpha=2 * C).mul_(1 - s).add_(1).mul_(s))
-        return s.mul_(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0]
-
-
 class Block(nn.Module):
-    """(B, T, C) -> (B, T, C): attention, then an MLP, each added to what comes in."""
+    """Attention, then an MLP, each added to its input: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -163,14 +145,14 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.n_positions, config.n_embd),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd),
             )
         )
-        for name, p in self.named_parameters():  # GPT-2's initialisation
-            if name.endswith("c_proj.weight"):  # two additions to the residual stream a block
+        for name, p in self.named_parameters():  # GPT-2's initialization
+            if name.endswith("c_proj.weight"):  # each block adds to the residual stream twice
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -178,65 +160,110 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def num_parameters(self) -> int:
-        """Parameters; the head shares the token embedding's and is not counted twice."""
-        return sum(p.numel() for p in self.parameters())
+        """Return the number of parameters; the output layer shares the token embedding's."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
-    def save_pretrained(self, folder, tokenizer=None) -> None:
-        """Writes config.json, generation_config.json and model.safetensors, by which transformers'
-        GPT2LMHeadModel loads this model; and the files of `tokenizer`, if one is given, whose
-        vocabulary then cuts off rows that are there for speed only.
+    def save_pretrained(self, folder: str | Path, tokenizer=None) -> None:
+        """Write config.json, generation_config.json and model.safetensors for transformers.
 
-        Raises OSError, and ValueError for a vocabulary that is larger than the model's.
+        GPT2LMHeadModel.from_pretrained(folder) then gives the same logits. Rows of the output layer
+        that are there for speed alone are cut off.
+
+        Args:
+            folder: Where to write; created if it does not exist.
+            tokenizer: Of corpus.tokenizer; its files are written, too.
+
+        Raises:
+            OSError: The folder cannot be written.
+            ValueError: The tokenizer has more ids than the model.
         """
-        from training.huggingface import write_model
-
-        shape, weights = dataclasses.asdict(self.config), self.state_dict()
+        vocab_size = self.config.vocab_size
         if tokenizer is not None:
-            if tokenizer.vocab_size > self.config.vocab_size:
+            if tokenizer.vocab_size > vocab_size:
                 raise ValueError(
-                    f"the model has {self.config.vocab_size:,} ids, too few for the "
-                    f"{tokenizer.vocab_size:,} of {tokenizer.name}: it learnt another vocabulary"
+                    f"the model has {vocab_size:,} ids, fewer than the {tokenizer.vocab_size:,} of "
+                    f"{tokenizer.name}: it was trained with another vocabulary"
                 )
-            shape["vocab_size"] = tokenizer.vocab_size
-            weights[EMBEDDING] = weights[EMBEDDING][: tokenizer.vocab_size]
+            vocab_size = tokenizer.vocab_size
+        weights = self.state_dict()
+        weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
+        shape = {
+            "vocab_size": vocab_size,
+            "n_positions": self.config.n_positions,
+            "n_layer": self.config.n_layer,
+            "n_head": self.config.n_head,
+            "n_embd": self.config.n_embd,
+            "dropout": self.config.dropout,
+        }
         write_model(Path(folder), shape, weights, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, folder, dropout=0.0) -> "GPT":
-        """The model of a folder that has config.json and model.safetensors of a GPT-2, as
-        transformers or save_pretrained writes them, or the hub of Hugging Face has them.
+    def from_pretrained(
+        cls, folder: str | Path, dropout: float = 0.0, vocab_multiple: int = 1
+    ) -> "GPT":
+        """Load a GPT-2 in the Hugging Face layout: config.json and model.safetensors.
 
-        Raises FileNotFoundError, or ValueError for another kind of model or a damaged file.
+        Args:
+            folder: Written by transformers, by save_pretrained, or downloaded from the hub.
+            dropout: Probability for further training.
+            vocab_multiple: See GPTConfig; rows that this adds are zero.
+
+        Raises:
+            FileNotFoundError: The folder lacks a file.
+            ValueError: Another kind of model, or a damaged file.
         """
-        from training.huggingface import read_shape, read_weights
-
-        shape = GPTConfig(**read_shape(Path(folder)), dropout=dropout)
-        with torch.device("meta"):  # no memory, nor time, for weights that are about to come
-            model = cls(shape)
+        config = GPTConfig(
+            **read_shape(Path(folder)), dropout=dropout, vocab_multiple=vocab_multiple
+        )
+        with torch.device("meta"):  # neither memory nor time for weights that are about to come
+            model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(read_weights(Path(folder), shapes), assign=True)
+        shapes[EMBEDDING] = (config.vocab_size, config.n_embd)
+        weights = read_weights(Path(folder), shapes)
+        padding = config.padded_vocab_size - config.vocab_size
+        weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, padding))
+        model.load_state_dict(weights, assign=True)
         return model.requires_grad_()
 
-    def flops_per_token(self, T: int) -> int:
-        """Of training on windows of T tokens: 6 a parameter that is in a matrix product, and 12 a
-        layer, channel and token of the window for attention (Chowdhery et al. 2022, appendix B)."""
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Return the FLOPs of training on one token (Chowdhery et al. 2022, appendix B).
+
+        6 per parameter in a matrix product, and 12 per layer, channel and token of the sequence
+        for attention.
+        """
         matrices = self.num_parameters() - self.transformer.wpe.weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * sequence_length
 
-    def forward(self, idx, targets=None, reduction="mean", positions=None, mask=None, cache=None):
-        """idx: (B, T) token ids, T <= n_positions. targets: (B, T) ids, -100 where there is none.
+    def forward(
+        self, idx, targets=None, reduction: str = "mean", positions=None, mask=None, cache=None
+    ):
+        """Compute logits, or the loss if there are targets.
 
-        Returns (logits, None): (B, T, vocab_size); or, with targets, (None, loss): the
-        cross-entropy in nats over the targets that are there, their "mean" or "sum". Without
-        positions, (B, T), and mask, which is (B, T, T) bool, true where the second axis sees the
-        last, or a BlockMask of flex_attention, a row is one text, read from its start. `cache` is a
-        list of n_layer lists, empty at first; the first call fills it, later ones take one token.
+        Without positions and mask, a row is one text, read from its start.
+
+        Args:
+            idx: (B, T) token ids, T <= n_positions.
+            targets: (B, T) token ids, -100 where there is no target.
+            reduction: "mean" or "sum" of the loss over the targets.
+            positions: (B, T), from 0 in each document.
+            mask: (B, T, T) bool, true where the second axis sees the third; or a BlockMask of
+                flex_attention.
+            cache: n_layer lists, empty at first. The first call fills them with keys and values;
+                later calls take one token.
+
+        Returns:
+            (logits, None) with logits (B, T, vocab_size); or, with targets, (None, loss), the
+            cross-entropy in nats.
+
+        Raises:
+            ValueError: More tokens than n_positions.
         """
         T = idx.shape[1]
         start = cache[0][0].shape[2] if cache and cache[0] else 0
         if start + T > self.config.n_positions:
             raise ValueError(
-                f"a window of {start + T} tokens is longer than the model's "
+                f"a sequence of {start + T} tokens is longer than the model's "
                 f"{self.config.n_positions} positions"
             )
         if positions is None:
@@ -247,21 +274,54 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, cache[i] if cache is not None else None)
-        x, head = self.transformer.ln_f(x), self.transformer.wte.weight
+        x = self.transformer.ln_f(x)
         if targets is None:
-            return F.linear(x, head), None  # (B, T, vocab_size)
-        return None, head_loss(x.flatten(0, 1), head, targets.flatten(), reduction)
+            return self.logits(x)[..., : self.config.vocab_size], None
+        return None, self.loss(x.flatten(0, 1), targets.flatten(), reduction)
+
+    def logits(self, x):
+        """(..., C) -> (..., padded_vocab_size); -inf for ids beyond the vocabulary."""
+        logits = F.linear(x, self.transformer.wte.weight)
+        if self.config.padded_vocab_size > self.config.vocab_size:
+            logits[..., self.config.vocab_size :] = -math.inf
+        return logits
+
+    def loss(self, x, targets, reduction: str):
+        """(N, C) and (N,) targets -> cross-entropy in nats, a 0-d tensor."""
+        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
+        padded = self.config.padded_vocab_size > self.config.vocab_size
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or padded
+        if x.is_cpu and len(x) > rows and not plain:
+            # A few rows of logits at a time: all of them, 150 MB for GPT-2's vocabulary, would be
+            # taken from the kernel page by page again in every step (python -m bench.train).
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+            head = self.transformer.wte.weight
+            return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
+        return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
 
     @torch.inference_mode()
     def generate(
         self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, generator=None
     ) -> Iterator[torch.Tensor]:
-        """Continues idx, (B, T) token ids with T >= 1, yielding (B,) ids after each step.
+        """Continue token ids, one sampled token at a time.
 
-        Up to n_positions tokens each step costs one token, through a cache of keys and values;
-        beyond, the last n_positions tokens are run again, since every position has moved.
+        While the sequence fits n_positions, each step runs one token through the model, with a
+        cache of keys and values. Beyond, each step runs the last n_positions tokens again, since
+        every position has moved.
+
+        Args:
+            idx: (B, T) token ids, T >= 1.
+            max_new_tokens: Steps.
+            temperature: See next_token_probs.
+            top_k: See next_token_probs.
+            top_p: See next_token_probs.
+            generator: Random numbers, on the device of idx.
+
+        Yields:
+            (B,) token ids after each step.
         """
-        cache, new = [[] for _ in self.transformer.h], idx
+        cache = [[] for _ in self.transformer.h]
+        new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.n_positions:
                 idx = new = idx[:, -self.config.n_positions :]
@@ -273,33 +333,22 @@ class GPT(nn.Module):
             yield new[:, 0]
 
 
-def head_loss(x, head, targets, reduction):
-    """Cross-entropy of the logits that head, (vocab_size, C), makes of x, (N, C); targets: (N,)."""
-    large = len(x) * len(head) > LOGITS
-    if large and x.is_cpu and CHUNKED_LOSS and not torch.is_autocast_enabled("cpu"):
-        compiling = torch.compiler.is_compiling()  # disable() by itself imports the whole compiler
-        loss = torch.compiler.disable(chunked_loss) if compiling else chunked_loss
-        return loss(x, head, targets, reduction)
-    return F.cross_entropy(F.linear(x, head).float(), targets, reduction=reduction)
+def next_token_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """Turn logits into the probabilities to sample from.
 
+    Example: probabilities [0.4, 0.3, 0.2, 0.1] become [4/7, 3/7, 0, 0] with top_k=2.
 
-def chunked_loss(x, head, targets, reduction):
-    """head_loss in float32 on a CPU, a few rows at a time: GPT-2's vocabulary makes 150 MB of 768
-    tokens, which glibc takes from the kernel, page by page, again at every step (1.5 times slower,
-    all told)."""
-    rows = max(1, LOGITS // len(head))
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-    return F.linear_cross_entropy(x, head, targets, reduction=reduction, options=options)
+    Args:
+        logits: (B, vocab_size).
+        temperature: Divides the logits; 0 gives the most likely id probability 1.
+        top_k: Keep this many of the most likely ids; 0 keeps all.
+        top_p: Keep the smallest set of ids with at least this probability (Holtzman et al. 2020).
 
-
-def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """(B, vocab_size) logits -> probabilities.
-
-    temperature 0 puts everything on the largest logit; top_k keeps that many ids (0: all); top_p
-    keeps the smallest set of ids that holds that much probability (Holtzman et al. 2020).
+    Returns:
+        (B, vocab_size) float32.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-5:  # greedy; to divide by it would overflow
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
     if top_k:
@@ -308,6 +357,7 @@ def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, ids = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the mass before it is already enough
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p, 0)  # the ids before it hold enough
         probs = torch.zeros_like(probs).scatter(1, ids, ordered)
     return probs / probs.sum(-1, keepdim=True)

@@ -22,9 +22,10 @@ from corpus.tokenizer import (
     vocabularies_beside,
 )
 from model import GPT
-from training.checkpoint import best_checkpoint, load_model, newest_run
+from training.checkpoint import best_checkpoint, load_model
 from training.device import choose_device, memory_errors
 from training.huggingface import pretrained_folder
+from training.run_folder import newest_run
 
 
 @dataclass
@@ -84,7 +85,7 @@ def main():
 
 def load(config):
     """The model, ready to generate, and its tokenizer."""
-    config.device = choose_device(config.device)
+    config.device = choose_device(config.device).value
     vocabularies_beside(config.data_dir)
     if config.init_from:
         folder = pretrained_folder(config.init_from, config.data_dir)

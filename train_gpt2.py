@@ -1,74 +1,88 @@
-"""Trains a GPT-2 on a corpus that prepare_data.py has prepared.
+"""Train a GPT-2 on a corpus that prepare_data.py has prepared.
 
     python train_gpt2.py                                      # the corpus prepared last
-    python train_gpt2.py --max_steps 5000 --dropout 0.2       # every constant below is a flag
+    python train_gpt2.py --max_steps 5000 --dropout 0.2       # every setting below is a flag
     python train_gpt2.py --resume out/mine
     torchrun --standalone --nproc_per_node 2 train_gpt2.py    # several processes
 
 Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, previous.pt, best.pt,
 sample.txt.
 
-Exit codes: 0 where the run is at its end (or at stop_at); 130, 138, 143 where a SIGINT, SIGUSR1 or
-SIGTERM ended it after a checkpoint, and --resume goes on; 1 for an error. torchrun makes all 1.
+Exit codes: 0 when the run is complete (or at stop_at); 129, 130, 138, 143 when SIGHUP, SIGINT,
+SIGUSR1 or SIGTERM ended it after a checkpoint, from which --resume continues; 1 for an error.
+torchrun turns all of them into 1.
 """
 
-import math
-import os
-from dataclasses import dataclass, fields
+import time
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from common.files import folder_name
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from batches.block_mask import document_block_mask
 from common.script import run
-from common.settings import check, parse_flags
-from corpus.tokenizer import vocabularies_beside
-from dataset import newest_corpus
+from corpus.metadata import read_metadata
+from dataset import create_dataloaders, document_ids, document_mask, document_positions
 from model import GPT2_SIZES
-from training.checkpoint import SHAPE, last_checkpoint
-from training.device import choose_device, choose_dtype, join_processes, memory_errors
-from training.trainer import Trainer
+from training.checkpoint import Progress, check_finite, check_weights, create_model, restore, save
+from training.device import Choice, choose_device, memory_errors, move_to_device
+from training.distributed import Ranks, join_processes
+from training.metrics import open_metrics
+from training.optimizer import create_optimizer
+from training.report import print_model, print_report
+from training.run_folder import run_folder, write_config
+from training.run_settings import (
+    ComputeChoices,
+    choose_compute,
+    fill_in_steps,
+    load_settings,
+    resolve_size,
+)
+from training.signals import StopSignal
 
 
 @dataclass
-class Config:
+class Settings:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
-    resume: str = ""  # folder of a run to go on with, as it was; auto: run_name's, if there is one
+    resume: str = ""  # folder of a run to continue; auto: run_name's, if it has a checkpoint
     init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, or a folder
     size: str = "auto"  # tiny, small, gpt2, gpt2-medium, -large, -xl; auto: tiny on a CPU
-    n_layer: int | None = None  # blocks; without this flag, and those below: by size
-    n_head: int | None = None  # attention heads a block; n_embd is a multiple of it
+    n_layer: int | None = None  # blocks; this and all settings without a default depend on size
+    n_head: int | None = None  # attention heads per block; n_embd is a multiple of it
     n_embd: int | None = None  # channels
-    sequence_length: int | None = None  # tokens a window
-    dropout: float | None = None  # probability that training leaves a value out; below 1
-    replace: float = 0.0  # share of input tokens replaced by random ones, against overfitting
-    document_mask: str = "auto"  # true: documents don't see each other; auto: where there are any
-    batch_size: int | None = None  # windows a step, over all processes
-    micro_batch_size: int | None = None  # windows a forward pass; default: all that a process has
-    max_steps: int | None = None  # optimizer steps; default: as many as train_flops pays for
-    train_flops: float | None = None  # FLOPs the run may take: 6 a parameter and token
-    stop_at: int | None = None  # step to save and stop at, as by Ctrl-C; --resume goes on
+    sequence_length: int | None = None  # tokens per sequence
+    dropout: float | None = None  # probability that training sets a value to 0; below 1
+    token_noise: float = 0.0  # share of input tokens replaced by random ones
+    document_mask: str = "auto"  # true: documents do not attend to each other; auto: if any
+    batch_size: int | None = None  # sequences per step, over all processes
+    micro_batch_size: int | None = None  # sequences per forward pass; default: all of a process
+    max_steps: int | None = None  # optimizer steps; default: as many as train_flops allows
+    train_flops: float | None = None  # FLOPs of the whole run, as MFU counts them
+    stop_at: int | None = None  # step to save and stop at, as Ctrl-C does; --resume continues
     eval_every: int | None = None  # steps between validations, each saved; default: max_steps / 5
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
-    patience: int = 0  # end the run after so many validations without a new best; 0: never
+    patience: int = 0  # validations without a new best that end the run; 0: none do
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
-    optimizer: str = "muon"  # muon (for the blocks' matrices, adamw for the rest) or adamw
+    optimizer: str = "muon"  # muon (matrices inside the blocks; adamw for the rest) or adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
-    warmup_steps: int = 100  # steps over which learning_rate rises; at most a tenth of max_steps
-    weight_decay: float = 0.1  # times the learning rate, what a step takes off the blocks' matrices
-    grad_clip: float = 1.0  # norm that a larger gradient is scaled down to; 0: none is
-    seed: int = 0  # where random weights, the order of the data and dropout start
-    device: str = "auto"  # cpu, cuda, mps; auto: cuda when there, else cpu
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: what the hardware is made for
-    compile: str = "auto"  # true, false; auto: torch.compile on cuda, and where a CPU run repays it
+    warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
+    weight_decay: float = 0.1  # of the blocks' matrices, times the learning rate, per step
+    grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
+    seed: int = 0  # of initial weights, data order and dropout
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
+    dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: the hardware's fastest
+    compile: str = "auto"  # true, false; auto: torch.compile where it works and pays
 
 
-# What a size stands for where no flag says otherwise. tiny is about three minutes of two cores,
-# small some minutes of a GPU, pretrained is for --init_from, whose weights have a shape of their
-# own; the others are OpenAI's shapes, trained on ten billion tokens and fewer.
+# What a size stands for where no flag says otherwise. tiny takes about three minutes on two cores,
+# small some minutes on a GPU. pretrained is for --init_from, whose weights have their own shape.
+# The others are OpenAI's shapes, trained on up to ten billion tokens.
 SIZES = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
@@ -88,97 +102,236 @@ for _name, _shape in GPT2_SIZES.items():
         train_flops=8e18, learning_rate=2e-3,
     )  # fmt: skip
 
-FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")  # --resume
-CHOICES = {
-    "size": ("auto", *SIZES),
-    "optimizer": ("muon", "adamw"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "compile": ("auto", "true", "false"),
-    "document_mask": ("auto", "true", "false"),
-}
-AT_LEAST_1 = (
-    *SHAPE, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
-    "eval_every", "log_every",
-)  # fmt: skip
-LIMITS = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
-    "dropout": (0, 0.999), "replace": (0, 1), "train_flops": (1, math.inf),
-}  # fmt: skip
-WITHOUT = {"max_steps": ("train_flops",)}
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear from 0 to the peak over warmup_steps, then linear to 0 at max_steps."""
+    warmup = min(settings.warmup_steps, settings.max_steps // 10)
+    rising = (step + 1) / (warmup + 1)
+    falling = (settings.max_steps - step) / (settings.max_steps - warmup)
+    return settings.learning_rate * min(rising, falling)
+
+
+def compute_loss(model, x, y, compute: ComputeChoices) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the targets of a micro-batch.
+
+    Args:
+        model: A GPT, perhaps compiled or wrapped for several processes.
+        x: (B, T) token ids on the CPU.
+        y: (B, T) targets on the CPU, -100 where there is none.
+        compute: Device, number type, and whether documents are kept apart.
+
+    Returns:
+        A 0-d tensor on the device.
+    """
+    document_arguments = {}
+    if compute.separate_documents:
+        ids = document_ids(x, compute.eot_token)
+        positions = document_positions(ids)
+        x, y, ids, positions = move_to_device((x, y, ids, positions), compute.device)
+        mask = document_block_mask(ids) if compute.flex_attention else document_mask(ids)
+        document_arguments = {"positions": positions, "mask": mask}
+    else:
+        x, y = move_to_device((x, y), compute.device)
+    with compute.autocast():
+        return model(x, y, reduction="sum", **document_arguments)[1]
+
+
+def mask_targets(x, y, compute: ComputeChoices):
+    """Return y with -100 where x ends a document and documents are kept apart.
+
+    Nothing predicts the first token of the next document.
+    """
+    if not compute.separate_documents:
+        return y
+    return y.masked_fill(x == compute.eot_token, -100)
+
+
+@torch.no_grad()
+def evaluate(model, val_loader, micro_batch_size: int, compute, ranks: Ranks) -> float:
+    """Return the validation loss in nats per token: one full pass, in fixed order.
+
+    Every token but the first of the split (and of each document, where documents are kept apart)
+    is predicted once. The ranks divide the batches among them.
+    """
+    model.eval()
+    losses = []
+    num_targets = 0
+    for x, y in validation_batches(val_loader, ranks):
+        y = mask_targets(x, y, compute)
+        num_targets += (y != -100).sum().item()
+        for rows_x, rows_y in zip(x.split(micro_batch_size), y.split(micro_batch_size)):
+            missing = micro_batch_size - len(rows_x)  # one shape, so that it is compiled once
+            rows_x = torch.nn.functional.pad(rows_x, (0, 0, 0, missing))
+            rows_y = torch.nn.functional.pad(rows_y, (0, 0, 0, missing), value=-100)
+            losses.append(compute_loss(model, rows_x, rows_y, compute))
+    model.train()
+    nats = torch.stack(losses).cpu().double().sum() if losses else torch.zeros(()).double()
+    total = ranks.sum(torch.stack([nats, torch.tensor(float(num_targets)).double()]))
+    return (total[0] / total[1]).item()
+
+
+def validation_batches(val_loader, ranks: Ranks):
+    """Yield the (x, y) of this rank, and on rank 0 what no whole sequence holds."""
+    yield from val_loader
+    dataset = val_loader.dataset
+    T = dataset.sequence_length
+    num_tokens = dataset.num_tokens()
+    rest = num_tokens - 1 - len(dataset) * T  # targets after the last whole sequence
+    if rest and ranks.is_first:
+        tokens = torch.from_numpy(dataset.tokens.read([num_tokens - 1 - T], T + 1))
+        x = tokens[:, :-1]
+        y = tokens[:, 1:].clone()
+        y[:, :-rest] = -100  # counted already
+        yield x, y
+
+
+def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ranks) -> int:
+    """Train until max_steps, stop_at, patience or a signal.
+
+    Args:
+        settings: With a size filled in.
+        checkpoint: Of the run to resume, or None.
+        device: From choose_device.
+        ranks: This process among all.
+
+    Returns:
+        The number of the signal that ended the run, or 0.
+
+    Raises:
+        ValueError: A setting does not fit the corpus, the weights or the machine.
+        OSError: A file cannot be read or written.
+    """
+    # --- data: the order is a function of (seed, position), so that it resumes anywhere
+    corpus_dir = Path(settings.data_dir) / settings.corpus
+    metadata = read_metadata(corpus_dir)
+    train_loader, val_loader = create_dataloaders(
+        corpus_dir, settings.sequence_length, settings.batch_size, settings.seed,
+        rank=ranks.rank, world_size=ranks.world_size, token_noise=settings.token_noise,
+    )  # fmt: skip
+
+    # --- model and optimizer
+    torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")  # tf32 on a GPU
+    model = create_model(settings, metadata, checkpoint, device.value).to(device.value)
+    fill_in_steps(settings, model)
+    compute = choose_compute(settings, metadata, checkpoint, device, model, ranks)
+    optimizer = create_optimizer(
+        model, settings.optimizer, settings.learning_rate, settings.weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.value.type, enabled=compute.dtype == torch.float16)
+    progress = Progress()
+    if checkpoint:
+        progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
+    compiled = torch.compile(model) if compute.compile else model  # shares the parameters
+    parallel = DistributedDataParallel(compiled) if ranks.world_size > 1 else compiled
+
+    # --- the run's folder
+    folder = ranks.broadcast(run_folder(settings) if ranks.is_first else None)
+    settings.run_name = folder.name
+    metrics = open_metrics(folder, progress.step, settings, ranks)  # locks the run
+    if ranks.is_first:
+        write_config(folder, settings, compute)
+        print_model(settings, compute, model, ranks)
+    saved = dict(settings=settings, compute=compute, metadata=metadata, model=model)
+
+    def save_last():
+        if ranks.is_first:
+            save(folder / "last.pt", progress, **saved, optimizer=optimizer, scaler=scaler)
+
+    # --- the loop
+    train_loader.batch_sampler.position = progress.position
+    batches = repeat(train_loader)
+    micro_batch_size = settings.micro_batch_size or settings.batch_size // ranks.world_size
+    signum = 0
+    tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
+    with StopSignal() as stop, closing(metrics):
+        done = is_complete(progress, settings)
+        while not done:
+            # forward and backward, one micro-batch after another
+            x, y = next(batches)  # (B, T) int64 each: this rank's share of batch_size
+            y = mask_targets(x, y, compute)
+            num_targets = max(1, ranks.sum((y != -100).sum()).item())
+            # dropout is a function of the step, so that a resumed run draws the same
+            torch.manual_seed((settings.seed << 32) + progress.step * ranks.world_size + ranks.rank)
+            micro_batches = list(zip(x.split(micro_batch_size), y.split(micro_batch_size)))
+            loss = torch.zeros((), device=compute.device)
+            for i, (micro_x, micro_y) in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                wait = ranks.world_size > 1 and not is_last  # the last one averages the gradients
+                with parallel.no_sync() if wait else nullcontext():
+                    micro_loss = compute_loss(parallel, micro_x, micro_y, compute) / num_targets
+                    # times world_size: an average over processes becomes a sum
+                    scaler.scale(micro_loss * ranks.world_size).backward()
+                loss += micro_loss.detach()
+
+            # update
+            scaler.unscale_(optimizer)
+            if settings.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            optimizer.set_learning_rate(learning_rate(progress.step, settings))
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            progress.skipped_steps += scaler.get_scale() < scale  # gradients beyond float16
+            optimizer.zero_grad()
+            progress.step += 1
+            progress.position += settings.batch_size
+            tokens += settings.batch_size * settings.sequence_length
+
+            # log
+            signum = ranks.max(stop.signum)
+            at_end = progress.step == settings.max_steps
+            done = at_end or progress.step == settings.stop_at or signum > 0
+            if done or progress.step % settings.log_every == 0:
+                train_loss = check_finite(ranks.sum(loss).item(), "the loss", progress.step, folder)
+                speed = tokens / (time.perf_counter() - since)
+                rate = learning_rate(progress.step - 1, settings)
+                metrics.train(progress, speed, compute.mfu(speed), train_loss, rate)
+                tokens, since = 0, time.perf_counter()
+
+            # validate and save
+            if at_end or progress.step % settings.eval_every == 0:
+                val_loss = evaluate(compiled, val_loader, micro_batch_size, compute, ranks)
+                check_finite(val_loss, "the validation loss", progress.step, folder)
+                check_weights(model, progress.step, folder)
+                metrics.validation(progress.step, val_loss, metadata["splits"]["val"])
+                if val_loss < progress.best_loss:
+                    progress.best_step, progress.best_loss = progress.step, val_loss
+                    if ranks.is_first:
+                        save(folder / "best.pt", progress, **saved)
+                save_last()
+                done = done or is_complete(progress, settings)
+                tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
+            elif done or time.monotonic() - last_save > 60 * settings.checkpoint_minutes:
+                check_weights(model, progress.step, folder)
+                save_last()
+                tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
+        if ranks.is_first:  # within the block: schedulers repeat their signal
+            print_report(folder, progress, settings, metadata, compute.device)
+    return signum
+
+
+def repeat(loader):
+    """Yield the batches of one pass after another, without end."""
+    while True:
+        yield from loader
+
+
+def is_complete(progress: Progress, settings: Settings) -> bool:
+    """Whether the run is at max_steps, or has had `patience` validations without a new best."""
+    validations_since_best = (progress.step - progress.best_step) // settings.eval_every
+    out_of_patience = 0 < settings.patience <= validations_since_best
+    return progress.step >= settings.max_steps or out_of_patience
 
 
 @memory_errors("--micro_batch_size or --sequence_length")
 def main() -> int:
-    config, checkpoint = configure()
-    with join_processes(config.device) as (rank, world_size):
-        signum = Trainer(config, checkpoint, rank, world_size).fit()
+    settings, checkpoint = load_settings(Settings, __doc__, SIZES)
+    device = choose_device(settings.device)
+    resolve_size(settings, SIZES, device.value)
+    with join_processes(device.value) as ranks:
+        signum = train(settings, checkpoint, device, ranks)
     return 128 + signum if signum else 0  # as a shell reports a signal
-
-
-def configure():
-    """The constants in use, with "auto" and sizes resolved, and the checkpoint to go on from, or
-    None. Raises ValueError for a value that can't be used."""
-    config, checkpoint = parse_flags(Config, __doc__), None
-    check(config, CHOICES, LIMITS, WITHOUT)
-    if config.resume == "auto":  # a job that may have been started before
-        folder = Path(config.out_dir) / folder_name(config.run_name, "--run_name")
-        if (folder / "last.pt").exists():
-            config.resume = str(folder)
-    elif config.resume and config.run_name not in ("", Path(config.resume).name):
-        raise ValueError(f"--run_name {config.run_name} is another than --resume {config.resume}'s")
-    if config.resume not in ("", "auto"):
-        folder = Path(config.resume)
-        checkpoint = last_checkpoint(folder)
-        saved = saved_config(folder, checkpoint["config"])
-        config = parse_flags(Config, __doc__, defaults=saved)  # flags given now still win
-        check(config, CHOICES, LIMITS)
-        for name in FIXED:
-            now, then = getattr(config, name), getattr(saved, name)
-            if now != then:
-                raise ValueError(f"{folder} has {name} {then}: --resume can't change it to {now}")
-        config.out_dir, config.run_name = str(folder.parent), folder.name
-        config.resume = str(folder)
-    config.device = choose_device(config.device)
-    config.dtype = choose_dtype(config.dtype, config.device)
-    if config.init_from and config.size not in ("auto", "pretrained"):
-        raise ValueError(f"--init_from {config.init_from} has a size of its own: leave out --size")
-    if config.size == "pretrained" and not config.init_from:
-        raise ValueError("size pretrained has no shape of its own: say --init_from, too")
-    if config.init_from:
-        config.size = "pretrained"
-    if config.size == "auto":
-        config.size = "tiny" if config.device == "cpu" else "small"
-    size = dict(SIZES[config.size])
-    if config.optimizer == "adamw":
-        size["learning_rate"] /= 3
-    if "micro_batch_size" in size:  # the largest number up to it that divides a process's share
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        share = (config.batch_size or size["batch_size"]) // world_size
-        most = size["micro_batch_size"]
-        size["micro_batch_size"] = max(n for n in range(1, most + 1) if share % n == 0)
-    for name, value in size.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    if checkpoint and (config.stop_at or math.inf) <= checkpoint["step"]:
-        raise ValueError(f"{config.resume} is at step {checkpoint['step']}: stop_at lies behind it")
-    config.corpus = config.corpus or newest_corpus(config.data_dir).name
-    vocabularies_beside(config.data_dir)
-    return config, checkpoint
-
-
-def saved_config(folder: Path, values: dict) -> Config:
-    """The constants of a checkpoint, but for stop_at. Raises ValueError for those of another
-    version."""
-    types = {f.name: f.type for f in fields(Config)}
-    for name, kind in types.items():
-        if float in (kind, *get_args(kind)):
-            types[name] = kind | int  # as one may write it, say dropout=0
-    for name, value in values.items():
-        if not isinstance(value, types.get(name, ())):
-            raise ValueError(
-                f"{folder} was trained with {name} {value!r:.40}, which is no constant of this "
-                f"train_gpt2.py: train anew"
-            )
-    return Config(**values | {"stop_at": None})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from common.script import run
 from common.settings import parse_flags
 from model import GPT, GPTConfig
 from training.device import choose_compile, choose_dtype
-from training.optimizer import create_optimizers
+from training.optimizer import create_optimizer
 
 ENGINES = {  # contestants, and prepare_data.py's flags
     "1 worker": ["--workers", "1"],
@@ -181,7 +181,7 @@ def step(config, dtype, channels, window, batch, vocab_size) -> tuple[float, flo
     torch.manual_seed(0)
     shape = GPTConfig(vocab_size, window, n_layer=4, n_head=max(1, channels // 32), n_embd=channels)
     model = GPT(shape).to(config.device)
-    optimizers = create_optimizers(model, "muon", 1e-3, 0.1)
+    optimizers = [create_optimizer(model, "muon", 1e-3, 0.1)]
     forward = torch.compile(model) if choose_compile("auto", config.device, 0) else model
     x, y = torch.randint(0, vocab_size, (2, batch, window), device=config.device)
 

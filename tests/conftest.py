@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from corpus.reader import Source, read
 from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from training.checkpoint import newest_run
 from training.metrics import read_metrics
+from training.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
@@ -140,7 +141,8 @@ def train(rhyme, tmp_path, monkeypatch):
     """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
     the folder of the run. It draws no loss.png."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.trainer.plot_losses", lambda folder: None)
+    for module in ("metrics", "report"):
+        monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
 
     def train(**flags):
         flags = flags if "resume" in flags else TINY | flags
@@ -160,6 +162,47 @@ def tiny_checkpoint(step: int) -> dict:
     metadata = {"vocab_size": config.vocab_size, "tokenizer": {"name": "bytes"}, "splits": {}}
     shape = {"model_config": asdict(config), "metadata": metadata}
     return known | shape | {"model": GPT(config).state_dict(), "optimizers": []}
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """driver(gpus=2, name=..., capability=...) makes torch.cuda find such GPUs.
+
+    Only what torch.cuda asks the C library is replaced; torch.cuda itself is the real one.
+    driver.current: the indices that were made the current device; driver.initialized: how often
+    the driver was initialized.
+    """
+    properties = types.SimpleNamespace(uuid="GPU-0", total_memory=int(80e9))
+
+    def driver(gpus=1, name="NVIDIA H100 80GB HBM3", capability=(9, 0)):
+        def set_device(index):
+            assert type(index) is int and 0 <= index < gpus
+            driver.current.append(index)
+
+        def init():
+            driver.initialized += 1
+
+        properties.name = name
+        properties.major, properties.minor = capability
+        fakes = {
+            "_cuda_getDeviceCount": lambda: gpus,
+            "_cuda_setDevice": set_device,
+            "_cuda_getDevice": lambda: driver.current[-1] if driver.current else 0,
+            "_cuda_init": init,
+            "_cuda_isInBadFork": lambda: False,
+        }
+        for function, fake in fakes.items():
+            monkeypatch.setattr(torch._C, function, fake, raising=False)
+        monkeypatch.setattr(torch.cuda, "_cudart", object(), raising=False)
+        monkeypatch.setattr(torch.cuda, "_initialized", False)
+        monkeypatch.setattr(torch.cuda, "_queued_calls", [])
+        monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
+        monkeypatch.setattr(
+            torch.cuda, "_get_device_properties", lambda index: properties, raising=False
+        )
+
+    driver.current, driver.initialized = [], 0
+    return driver
 
 
 def losses(folder, name="train_loss"):

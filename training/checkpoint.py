@@ -1,52 +1,146 @@
-"""Runs on disk: out/RUN/last.pt to go on from, previous.pt where that is damaged, best.pt to use.
+"""Checkpoints: out/RUN/last.pt to resume from, previous.pt in case that is damaged, best.pt to use.
 
-A checkpoint holds tensors and plain values only, so torch.load(weights_only=True) reads it:
-step, best (its step and val_loss), model (weights), model_config, metadata (of the corpus), config
-(the constants of the run); but for best.pt also position (windows used) and optimizers (their
-states).
+A checkpoint holds tensors and plain values only, so that torch.load(weights_only=True) reads it:
+step, position, best (its step and val_loss), model (weights), model_config, metadata (of the
+corpus), config (the settings asked for), chosen (device, dtype, compile); and, but for best.pt,
+optimizers (their states), scaler (of float16 gradients) and skipped_steps.
 """
 
 import contextlib
-import itertools
+import dataclasses
+import math
 import os
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common.files import atomic_write, folder_name
-from model import EMBEDDING, GPT, GPTConfig
-from training.huggingface import pretrained_folder
+from common.files import atomic_write
+from model import GPT, GPTConfig
+from training.huggingface import EMBEDDING, pretrained_folder
 
-SHAPE = ("n_layer", "n_head", "n_embd")  # constants that weights from elsewhere settle
+SHAPE = ("n_layer", "n_head", "n_embd")  # settings that weights from elsewhere decide
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps done
+    position: int = 0  # training sequences used
+    best_step: int = 0  # step of the best validation
+    best_loss: float = math.inf  # its loss, nats per token
+    skipped_steps: int = 0  # steps without an update, because of gradients beyond float16
+
+
+def save(
+    path: Path, progress: Progress, *, settings, compute, metadata, model, optimizer=None,
+    scaler=None,
+) -> None:  # fmt: skip
+    """Write a checkpoint; with `optimizer`, one that a run can be resumed from.
+
+    Raises:
+        OSError: It cannot be written. An older checkpoint is still whole.
+    """
+    checkpoint = {
+        "step": progress.step,
+        "position": progress.position,
+        "best": {"step": progress.best_step, "val_loss": progress.best_loss},
+        "config": dataclasses.asdict(settings),
+        "chosen": compute.saved(),
+        "metadata": metadata,
+        "model_config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
+    }
+    if optimizer is not None:
+        checkpoint["optimizers"] = optimizer.state_dicts()
+        checkpoint["scaler"] = scaler.state_dict()
+        checkpoint["skipped_steps"] = progress.skipped_steps
+    save_checkpoint(path, checkpoint)
+
+
+def restore(checkpoint: dict, settings, metadata: dict, model, optimizer, scaler) -> Progress:
+    """Load the state of a checkpoint into a run's model, optimizer and gradient scaler.
+
+    Returns:
+        How far the run was.
+
+    Raises:
+        ValueError: The corpus, or the optimizer, is another one.
+    """
+    for name in ("tokenizer", "splits"):
+        if checkpoint["metadata"][name] != metadata[name]:
+            raise ValueError(
+                f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
+                f"trained on it: prepare it as it was"
+            )
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_states(checkpoint["optimizers"], f"{settings.resume}/last.pt")
+    if scaler.is_enabled() and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    return Progress(
+        checkpoint["step"],
+        checkpoint["position"],
+        checkpoint["best"]["step"],
+        checkpoint["best"]["val_loss"],
+        checkpoint.get("skipped_steps", 0),
+    )
+
+
+def check_finite(value: float, what: str, step: int, folder: Path) -> float:
+    """Return `value`.
+
+    Raises:
+        ValueError: It is NaN or infinite; before anything is saved.
+    """
+    if not math.isfinite(value):
+        remedy = "start a new run"
+        if (folder / "last.pt").exists():
+            remedy = f"continue from {folder}/last.pt, which is good"
+        raise ValueError(f"{what} is {value} at step {step}: lower --learning_rate, and {remedy}")
+    return value
+
+
+def check_weights(model, step: int, folder: Path) -> None:
+    """Raise ValueError if a weight is NaN or infinite, before anything is saved."""
+    total = sum(p.detach().abs().max() for p in model.parameters())
+    check_finite(total.item(), "a weight", step, folder)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Replaces `path` once the new file is whole and on the disk; what a last.pt was is then
-    previous.pt. Raises OSError."""
-    keep = _kept(path) if path.name == "last.pt" else contextlib.nullcontext()
-    with keep, atomic_write(path) as f:
+    """Replace `path` once the new file is whole and on the disk.
+
+    An older last.pt becomes previous.pt.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    keeping = _keep_previous(path) if path.name == "last.pt" else contextlib.nullcontext()
+    with keeping, atomic_write(path) as f:
         try:
             torch.save(checkpoint, f)
-        except RuntimeError as error:  # what torch makes of a failed write
+        except RuntimeError as error:  # torch turns a failed write into this
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 @contextlib.contextmanager
-def _kept(path):
-    """What `path` is before the block that replaces it is previous.pt after it, and not earlier: at
-    any time, two checkpoints are there."""
+def _keep_previous(path):
+    """Around a block that replaces `path`: keep the old file as previous.pt.
+
+    previous.pt changes only after the block, so that there are two checkpoints at any time.
+    """
     previous = path.with_name("previous.pt")
     older = path.with_name("previous.pt.tmp")
-    older.unlink(missing_ok=True)  # of a run that was killed
+    older.unlink(missing_ok=True)  # by a run that was killed
     try:
         if path.exists():
             try:
                 os.link(path, older)  # another name for the same bytes
-            except OSError:  # a file system that can't
+            except OSError:  # a file system without links
                 shutil.copyfile(path, older)
         yield
         if older.exists():
@@ -56,48 +150,56 @@ def _kept(path):
 
 
 def last_checkpoint(run: Path) -> dict:
-    """What --resume goes on from: last.pt or, where that is damaged, the one before it. Raises what
-    load_checkpoint raises."""
+    """Load the checkpoint to resume from: last.pt or, where that is damaged, previous.pt.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Both are damaged, or of another program.
+    """
     try:
         return load_checkpoint(run / "last.pt")
     except ValueError as error:
         if not (run / "previous.pt").exists():
             raise
         checkpoint = load_checkpoint(run / "previous.pt")
-        if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
-            print(f"{error}\ngoing on from the one before: {run}/previous.pt")
+        if os.environ.get("RANK", "0") == "0":  # one of several processes prints it
+            print(f"{error}\ncontinuing from the checkpoint before it: {run}/previous.pt")
         return checkpoint
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Raises FileNotFoundError, or ValueError for what is damaged or no checkpoint of ours."""
+    """Load a checkpoint of train_gpt2.py onto the CPU.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: It is damaged, or not a checkpoint of this program.
+    """
     try:
         _check_parts(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} isn't there: "
+            f"{path} does not exist: "
             + ("nothing was saved" if path.parent.is_dir() else f"there is no folder {path.parent}")
-            + ", so name another run, or train anew"
+            + ". Name another run, or start a new one."
         ) from None
-    except Exception as error:  # torch raises whatever its reader stumbles on
+    except Exception as error:  # torch's reader raises errors of many types
         if isinstance(error, OSError) and error.filename:
-            raise  # it can't be opened
+            raise  # it cannot be opened
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        other = path.name == "best.pt" and (path.parent / "last.pt").exists()
-        remedy = "remove it, and last.pt is taken" if other else "take another, or train anew"
-        raise ValueError(f"{path} is no readable checkpoint ({reason[:60]}): {remedy}") from None
+        has_last = path.name == "best.pt" and (path.parent / "last.pt").exists()
+        remedy = "remove it to use last.pt" if has_last else "name another, or start a new run"
+        raise ValueError(f"{path} is not a readable checkpoint ({reason[:60]}): {remedy}") from None
     needed = {"step", "best", "model", "model_config", "metadata", "config"}
     if path.name != "best.pt":
         needed |= {"position", "optimizers"}
-    if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys() and _whole(checkpoint)):
-        raise ValueError(f"{path} is no checkpoint of train_gpt2.py, or of another version")
+    if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys() and _is_sound(checkpoint)):
+        raise ValueError(f"{path} is not a checkpoint of this version of train_gpt2.py")
     return checkpoint
 
 
-def _whole(checkpoint) -> bool:
-    """Whether it has the weights of the shape that it tells, and all their memory, and plain values
-    of the right types."""
+def _is_sound(checkpoint) -> bool:
+    """Whether the weights have the shapes of model_config, and other values their types."""
     try:
         numbers = checkpoint["step"], checkpoint["best"]["step"], checkpoint.get("position", 0)
         with torch.device("meta"):  # no memory yet: the shape may be anything
@@ -120,84 +222,78 @@ def _whole(checkpoint) -> bool:
 
 
 def _check_parts(path) -> None:
-    """Raises BadZipFile where a bit isn't as it was written: torch looks at no checksum."""
+    """Raise BadZipFile where a bit has changed: torch itself checks no checksum."""
     with zipfile.ZipFile(path) as parts:
-        changed = (p for p in parts.infolist() if p.external_attr)  # no CRC has it; torch writes 0
+        # torch writes 0 here, and no checksum covers it
+        changed = (part for part in parts.infolist() if part.external_attr)
         damaged = parts.testzip() or next(changed, None)
     if damaged:
-        raise zipfile.BadZipFile(f"{damaged} isn't what was saved")
+        raise zipfile.BadZipFile(f"{damaged} differs from what was saved")
 
 
 def best_checkpoint(run: Path) -> dict:
-    """The checkpoint to use of a run: its best, or its last where it was never validated."""
+    """Load the checkpoint to use of a run: best.pt, or last.pt if it was never validated.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or not a checkpoint of this program.
+    """
     best = run / "best.pt"
     return load_checkpoint(best) if best.exists() else last_checkpoint(run)
 
 
-def load_model(checkpoint: dict, device="cpu") -> GPT:
-    """The model of a checkpoint, on `device`, ready to generate, without the rows that its
-    vocabulary was padded by."""
-    vocab_size, weights = checkpoint["metadata"]["vocab_size"], dict(checkpoint["model"])
+def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
+    """Return the model of a checkpoint on `device`, in evaluation mode.
+
+    Rows of the output layer beyond the corpus's vocabulary are cut off.
+    """
+    vocab_size = checkpoint["metadata"]["vocab_size"]
+    weights = dict(checkpoint["model"])
     weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
-    model = GPT(GPTConfig(**checkpoint["model_config"] | {"vocab_size": vocab_size}))
+    shape = checkpoint["model_config"] | {"vocab_size": vocab_size, "vocab_multiple": 1}
+    model = GPT(GPTConfig(**shape))
     model.load_state_dict(weights)
     return model.to(device).eval()
 
 
-def create_model(config, metadata: dict, checkpoint: dict | None) -> GPT:
-    """The model that a run trains: of its checkpoint's shape, or with the weights that
-    config.init_from names, or new. Raises ValueError where those weights don't go with the corpus
-    or the constants."""
-    vocab_size, T = metadata["vocab_size"], config.sequence_length
+def create_model(settings, metadata: dict, checkpoint: dict | None, device: torch.device) -> GPT:
+    """Create the model that a run trains.
+
+    It has the shape of the checkpoint, or the weights of --init_from (whose shape is then filled
+    into the settings), or is new.
+
+    Raises:
+        ValueError: The weights of --init_from do not fit the corpus or the settings.
+        FileNotFoundError: There are no such weights.
+        ConnectionError: They cannot be downloaded.
+    """
+    vocab_size = metadata["vocab_size"]
+    T = settings.sequence_length
     if checkpoint:
-        return GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": config.dropout}))
-    if not config.init_from:
-        shape = {name: getattr(config, name) for name in (*SHAPE, "dropout")}
-        # a GPU multiplies faster by multiples of 64; the rows beyond are never a target
-        padded = -(-vocab_size // 64) * 64 if config.device.startswith("cuda") else vocab_size
-        return GPT(GPTConfig(padded, n_positions=T, **shape))
-    folder = pretrained_folder(config.init_from, config.data_dir)
-    model = GPT.from_pretrained(folder, config.dropout)
-    shape = model.config
-    if not 0 <= shape.vocab_size - vocab_size < 1024:  # which may be padding
+        shape = checkpoint["model_config"] | {"dropout": settings.dropout}
+        return GPT(GPTConfig(**shape))
+    # a GPU multiplies faster by multiples of 64
+    vocab_multiple = 64 if device.type == "cuda" else 1
+    if not settings.init_from:
+        shape = {name: getattr(settings, name) for name in (*SHAPE, "dropout")}
+        config = GPTConfig(vocab_size, n_positions=T, vocab_multiple=vocab_multiple, **shape)
+        return GPT(config)
+    folder = pretrained_folder(settings.init_from, settings.data_dir)
+    model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
+    config = model.config
+    if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
         raise ValueError(
-            f"{config.corpus} has {vocab_size:,} ids and {config.init_from} {shape.vocab_size:,}: "
-            f"prepare the corpus with the vocabulary of those weights"
+            f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
+            f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
         )
-    if shape.n_positions < T:
+    if config.n_positions < T:
         raise ValueError(
-            f"sequence_length ({T}) is longer than the {shape.n_positions} positions of "
-            f"{config.init_from}: lower it"
+            f"--sequence_length {T} is longer than the {config.n_positions} positions of "
+            f"{settings.init_from}: lower it"
         )
     for name in SHAPE:
-        own = getattr(shape, name)
-        if getattr(config, name) not in (None, own):
-            raise ValueError(f"{config.init_from} has {name} {own}: leave out --{name}")
-        setattr(config, name, own)
+        value = getattr(config, name)
+        if getattr(settings, name) not in (None, value):
+            raise ValueError(f"{settings.init_from} has {name} {value}: leave out --{name}")
+        setattr(settings, name, value)
     return model
-
-
-def newest_run(out_dir) -> Path:
-    """The folder under `out_dir` whose checkpoint was saved last."""
-    checkpoints = sorted(Path(out_dir).glob("*/last.pt"), key=os.path.getmtime)
-    if not checkpoints:
-        raise FileNotFoundError(f"{out_dir}/ has no trained model: run `python train_gpt2.py`")
-    return checkpoints[-1].parent
-
-
-def new_run(config) -> Path:
-    """Makes the folder of a new run: out_dir/run_name, or out_dir/corpus-size-1, -2, ...; raises
-    FileExistsError rather than take an old one."""
-    out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    numbered = (f"{config.corpus}-{config.size}-{i}" for i in itertools.count(1))
-    for name in [folder_name(config.run_name, "--run_name")] if config.run_name else numbered:
-        folder = out_dir / name
-        try:  # not looked up first: two runs may start at once
-            # but a job of a scheduler may have been killed before its first checkpoint
-            folder.mkdir(exist_ok=config.resume == "auto")
-            return folder
-        except FileExistsError:
-            continue
-    goes_on = f"--resume {folder} goes on with it, " if (folder / "last.pt").exists() else ""
-    raise FileExistsError(f"{folder} is there already: {goes_on}another --run_name starts anew")

@@ -1,85 +1,243 @@
-"""What the machine can do: device, number type, compiler, other processes, signals."""
+"""Chooses what a run computes with: device, number type, compiler.
+
+    device = choose_device("auto")              # cuda:0, else mps, else cpu
+    dtype = choose_dtype("auto", device.value)  # bfloat16, float16 or float32
+    print(device, dtype, sep="\\n")              # each choice in one line, with its reason
+
+A choice that the user makes by name is kept or refused, never replaced.
+"""
 
 import contextlib
-import importlib.util
 import math
 import os
 import re
 import shutil
-import signal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 
-def choose_device(name: str) -> str:
-    """ "auto" is cuda when there, else cpu. Under torchrun each process has a GPU of its own.
+@dataclass(frozen=True)
+class Choice:
+    """A value and, for people, why it was chosen: str() is one line."""
 
-    Raises ValueError for a device that isn't there.
+    what: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        value = str(self.value).removeprefix("torch.").lower()
+        return f"{self.what} {value}: {self.reason}"
+
+
+def choose_device(name: str) -> Choice:
+    """Choose the device of this process and, for CUDA, make it the current one.
+
+    A CUDA device always carries an index. A process that a launcher started (LOCAL_RANK is set)
+    takes GPU number LOCAL_RANK modulo the number of visible GPUs: under Slurm a task may see all
+    GPUs of its node, or only its own.
+
+    Args:
+        name: "auto" (cuda, then mps, then cpu), "cpu", "mps", "cuda" or "cuda:N".
+
+    Returns:
+        A Choice whose value is a torch.device.
+
+    Raises:
+        ValueError: There is no such device.
     """
+    reason = "asked for by --device"
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # whichever rank 0 had and saved
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if num_gpus:
+            name, reason = "cuda", "auto takes a CUDA GPU where there is one"
+        elif has_mps:
+            name, reason = "mps", "auto takes the Apple GPU where there is no CUDA GPU"
+        else:
+            name, reason = "cpu", "auto found neither a CUDA GPU nor an Apple GPU"
     try:
         device = torch.device(name)
-        there = {
-            "cpu": 1,
-            "cuda": torch.cuda.device_count(),
-            "mps": int(torch.backends.mps.is_available()),
-        }.get(device.type, 0)
     except RuntimeError:
-        there, device = 0, torch.device("cpu")
-    if (device.index or 0) >= there:
-        raise ValueError(f"there is no device {name!r} here; --device auto takes what there is")
+        device = torch.device("meta")  # an unknown name, refused below
+    available = {"cpu": 1, "mps": int(has_mps), "cuda": num_gpus}.get(device.type, 0)
+    if device.type == "cuda" and device.index is None and num_gpus:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank % num_gpus)
+    if (device.index or 0) >= available:
+        raise ValueError(
+            f"--device {name}: this machine does not have it. Use --device auto, or one of "
+            f"{', '.join(_available_devices(num_gpus, has_mps))}."
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return name
+        reason += f" ({torch.cuda.get_device_name(device)})"
+    return Choice("device", device, reason)
 
 
-def choose_dtype(name: str, device: str) -> str:
-    """ "auto" is bfloat16 where the processor multiplies in it, and float32 elsewhere, where it
-    would be emulated, a hundred times slower."""
+def _available_devices(num_gpus: int, has_mps: bool) -> list[str]:
+    gpus = [f"cuda:{index}" for index in range(num_gpus)]
+    return gpus + ["mps"] * has_mps + ["cpu"]
+
+
+def choose_dtype(name: str, device: torch.device) -> Choice:
+    """Choose the number type of matrix products; parameters are always float32.
+
+    Args:
+        name: "auto", "float32", "bfloat16" or "float16". "auto" is bfloat16 where the hardware has
+            units for it, float16 on older CUDA GPUs, and float32 elsewhere. float16 needs a
+            gradient scaler, which PyTorch has for CUDA and CPU.
+        device: Where the run computes.
+
+    Returns:
+        A Choice whose value is a torch.dtype.
+
+    Raises:
+        ValueError: float16 on a device without a gradient scaler.
+    """
+    if name == "float16" and device.type == "mps":
+        raise ValueError(
+            "--dtype float16: PyTorch has no gradient scaler for mps. Use --dtype float32."
+        )
     if name != "auto":
-        return name
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features = torch.cpu.get_capabilities()
-    bfloat16 = features.get("avx512_bf16") or features.get("amx_bf16")
-    return "bfloat16" if device == "cpu" and bfloat16 else "float32"
+        return Choice("dtype", getattr(torch, name), "asked for by --dtype")
+    if device.type == "cuda":
+        if has_bfloat16_units(device):
+            return Choice("dtype", torch.bfloat16, "this GPU has bfloat16 units")
+        reason = "this GPU has no bfloat16 units; gradients are scaled"
+        return Choice("dtype", torch.float16, reason)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return Choice("dtype", torch.bfloat16, "this processor has bfloat16 instructions")
+        return Choice("dtype", torch.float32, "this processor has no bfloat16 instructions")
+    return Choice("dtype", torch.float32, "the number type that works on every Apple GPU")
 
 
-def choose_compile(name: str, device: str, flops: float) -> bool:
-    """ "auto" compiles on cuda where Triton is installed, and on a CPU that has a C++ compiler and
-    so many FLOPs of training before it that half a minute of compiling is repaid."""
-    if name != "auto":
-        return name == "true"
-    if device == "cpu":
-        return flops > 2e14 and shutil.which(os.environ.get("CXX", "c++")) is not None
-    return device.startswith("cuda") and importlib.util.find_spec("triton") is not None
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Return whether a CUDA device computes in bfloat16 itself (Ampere and later, or AMD)."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def choose_compile(name: str, device: torch.device, train_flops: float) -> Choice:
+    """Choose whether torch.compile compiles the model.
+
+    "auto" compiles on CUDA, and on a CPU for runs of more than 2e14 FLOPs, before which half a
+    minute of compiling is not repaid. Where a tiny function does not compile (no C compiler, no
+    Triton, a GPU that Triton does not support), "auto" runs uncompiled.
+
+    Args:
+        name: "auto", "true" or "false".
+        device: Where the run computes.
+        train_flops: FLOPs of the whole run.
+
+    Returns:
+        A Choice whose value is a bool.
+
+    Raises:
+        ValueError: "true", but a tiny function does not compile here.
+    """
+    if name == "false":
+        return Choice("compile", False, "asked for by --compile")
+    if name == "auto" and device.type == "mps":
+        return Choice("compile", False, "torch.compile is not used on Apple GPUs")
+    if name == "auto" and device.type == "cpu" and train_flops <= 2e14:
+        return Choice("compile", False, "compiling takes longer than it saves on a short CPU run")
+    failure = compile_failure(device)
+    if failure and name == "true":
+        raise ValueError(
+            f"--compile true: torch.compile does not work here ({failure}). Leave out --compile to "
+            f"train without it."
+        )
+    if failure:
+        return Choice("compile", False, f"torch.compile does not work here ({failure})")
+    reason = "asked for by --compile" if name == "true" else "a test function compiled"
+    return Choice("compile", True, reason)
+
+
+def compile_failure(device: torch.device) -> str:
+    """Compile and run a tiny function, forward and backward.
+
+    Returns:
+        "" where that works, else the reason in a few words.
+    """
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        return "no C++ compiler was found"
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: (x.sin() * x).sum())(x).backward()
+    except Exception as error:  # the compiler raises whatever it meets
+        return _first_words(error)
+    return ""
+
+
+def flex_attention_failure(device: torch.device, head_size: int, dtype: torch.dtype) -> str:
+    """Compile and run flex_attention once, forward and backward, on one block of tokens.
+
+    Args:
+        device: A CUDA device.
+        head_size: Channels of an attention head.
+        dtype: Number type of queries, keys and values.
+
+    Returns:
+        "" where that works, else the reason in a few words.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from batches.block_mask import document_block_mask
+
+    if head_size < 16:
+        return "it needs heads of at least 16 channels"
+    try:
+        q = torch.ones(1, 1, 128, head_size, device=device, dtype=dtype, requires_grad=True)
+        mask = document_block_mask(torch.zeros(1, 128, dtype=torch.int64, device=device))
+        torch.compile(flex_attention)(q, q, q, block_mask=mask).sum().backward()
+    except Exception as error:  # the compiler raises whatever it meets
+        return _first_words(error)
+    return ""
+
+
+def _first_words(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]
 
 
 # FLOP/s of dense bfloat16 matrix products, by the makers' data sheets. (Some sheets count zeros of
-# sparse matrices: twice as much.) The first name that is part of the device's own counts.
+# sparse matrices: twice as much.) The first name that is part of the device's own name counts.
 PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
     "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "Tesla T4": 65e12, "Tesla V100-PCIE": 112e12, "Tesla V100": 125e12,
+    "Tesla P100-PCIE": 18.7e12, "Tesla P100": 21.2e12,
 }  # fmt: skip
+NO_BFLOAT16 = ("Tesla T4", "Tesla V100", "Tesla P100")  # their peak is that of float16
 
 
-def peak_flops(device: str, dtype: str) -> float | None:
-    """Of one device, FLOP/s; None where it isn't known, or numbers aren't bfloat16."""
-    if not device.startswith("cuda") or dtype != "bfloat16":
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return a device's peak in FLOP/s, or None where it is not known.
+
+    It is known for whole GPUs of the table above in their 16-bit type. A MIG slice is part of a
+    GPU whose share the name does not tell reliably: not known.
+    """
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = (of for of in PEAKS if re.search(rf"\b{of}\b(?! (Ti|Laptop))", name))
-    return PEAKS.get(next(known, None))
+    if "MIG" in name.split():
+        return None
+    for known, peak in PEAKS.items():
+        if re.search(rf"\b{known}\b(?! (Ti|Laptop))", name):
+            half_types = {torch.float16, torch.bfloat16}
+            if known.startswith(NO_BFLOAT16):
+                half_types = {torch.float16}
+            return peak if dtype in half_types else None
+    return None
 
 
-def memory(device: str) -> float:
-    """Bytes of it, taken and free; math.inf where that can't be asked for."""
-    if device.startswith("cuda"):
+def total_memory(device: torch.device) -> float:
+    """Return the bytes of memory of a device, used and free; math.inf where unknown."""
+    if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -89,53 +247,22 @@ def memory(device: str) -> float:
 
 @contextlib.contextmanager
 def memory_errors(flags: str):
-    """Around a function: to run out of memory is a ValueError that names the flags to lower."""
+    """Around a function: turn running out of memory into a ValueError that names flags to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not told and "can't allocate memory" not in str(error):  # the CPU's has no type
+        has_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not has_type and "can't allocate memory" not in str(error):  # the CPU's has no type
             raise
         raise ValueError(f"out of memory: lower {flags}") from None
 
 
-@contextlib.contextmanager
-def join_processes(device: str):
-    """(rank, world_size); under torchrun, joined to the other processes."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield rank, world_size
-        return
-    if device.startswith("cuda"):
-        # gloo carries what lies in main memory, such as a flag no one should wait on a GPU for
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    yield rank, world_size
-    dist.barrier()  # leave together
-    dist.destroy_process_group()
+def move_to_device(tensors: tuple[torch.Tensor, ...], device: torch.device) -> tuple:
+    """Copy CPU tensors to a device.
 
-
-class StopSignal:
-    """Within its block, a SIGINT, SIGTERM or SIGUSR1 is only kept, in `signum`. A second SIGINT,
-    which a person sends, acts as if there were no block; schedulers and torchrun repeat theirs, to
-    the same process, and have SIGKILL for what is urgent."""
-
-    def __enter__(self):
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        self.signum = 0
-        self.before = {s: signal.signal(s, self.keep) for s in (getattr(signal, n) for n in names)}
-        return self
-
-    def __exit__(self, *error):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def keep(self, signum, frame):
-        again = b"; once more stops at once" if signum == signal.SIGINT else b""
-        if not self.signum and os.environ.get("RANK", "0") == "0":
-            # not print, which a signal may find in the middle of another print
-            os.write(2, b"\nstopping after this step" + again + b"\n")
-        if again:
-            signal.signal(signum, self.before[signum])
-        self.signum = signum
+    A copy that does not wait is safe only from pinned memory to CUDA: from pageable memory to an
+    Apple GPU it can silently give other values (pytorch#189690).
+    """
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device) for t in tensors)

@@ -1,11 +1,11 @@
-"""What the Hugging Face hub has and transformers reads: GPT-2's weights, tokenizer.json.
+"""GPT-2's weights and vocabulary in the layout of Hugging Face.
 
     folder = pretrained_folder("gpt2-medium", "data")    # downloaded, unless it is there
     model = GPT.from_pretrained(folder)
 
-There, the blocks' matrices lie the other way round than in nn.Linear ("Conv1D"), `transformer.` may
-be missing before names, and masks may lie among the weights. Pickled weights (pytorch_model.bin)
-are never read: a pickle can run anything.
+In that layout the matrices of the blocks are transposed ("Conv1D"), names may lack `transformer.`,
+and causal masks may lie among the weights. Pickled weights (pytorch_model.bin) are never read: a
+pickle can run any code.
 """
 
 import itertools
@@ -18,11 +18,12 @@ import torch
 
 from common.files import atomic_write, fcntl, read_json
 from corpus.download import download
-from model import EMBEDDING, GPT2_SIZES, GPTConfig
 
+RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
 FILES = ("config.json", "model.safetensors")
 SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-PLAIN = {  # what config.json may say of a GPT-2 beside its shape; first what it means by silence
+EMBEDDING = "transformer.wte.weight"
+SUPPORTED = {  # what config.json may say of a GPT-2 beside its shape; first the default
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
@@ -35,15 +36,23 @@ CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 
 
-def pretrained_folder(name: str, data_dir) -> Path:
-    """The folder of a GPT-2's files: `name` itself, or DATA_DIR/pretrained/NAME for one of
-    OpenAI's four, which is downloaded where it isn't there. Raises FileNotFoundError for a folder
-    without them, ConnectionError where they can't be had."""
-    if name not in GPT2_SIZES:
+def pretrained_folder(name: str, data_dir: str | Path) -> Path:
+    """Return the folder that holds a GPT-2's config.json and model.safetensors.
+
+    Args:
+        name: The folder itself, or one of OpenAI's four models, which is downloaded once to
+            DATA_DIR/pretrained/NAME (from HF_ENDPOINT, where a mirror is set).
+        data_dir: Folder of prepared corpora.
+
+    Raises:
+        FileNotFoundError: `name` is neither a model of OpenAI's nor such a folder.
+        ConnectionError: A file cannot be downloaded.
+    """
+    if name not in RELEASED:
         if not all((Path(name) / file).is_file() for file in FILES):
             raise FileNotFoundError(
-                f"{name} is no folder with {' and '.join(FILES)}, and none of "
-                f"{', '.join(GPT2_SIZES)}"
+                f"{name} is neither a folder with {' and '.join(FILES)} nor one of "
+                f"{', '.join(RELEASED)}"
             )
         return Path(name)
     folder = Path(data_dir) / "pretrained" / name
@@ -52,7 +61,7 @@ def pretrained_folder(name: str, data_dir) -> Path:
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
-        if fcntl:  # of the processes of a torchrun one downloads, and the others wait for it
+        if fcntl:  # one of the processes of a torchrun downloads, and the others wait for it
             fcntl.flock(lock, fcntl.LOCK_EX)
         for file in FILES:
             if not (folder / file).exists():
@@ -63,33 +72,50 @@ def pretrained_folder(name: str, data_dir) -> Path:
 
 
 def read_shape(folder: Path) -> dict[str, int]:
-    """The SHAPE that folder/config.json tells. Raises FileNotFoundError, and ValueError for a
-    damaged file or another kind of model."""
+    """Return vocab_size, n_positions, n_layer, n_head and n_embd from folder/config.json.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or describes another kind of model.
+    """
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: {config!r:.60} is no model's configuration")
-    inner = 4 * config["n_embd"] if type(config.get("n_embd")) is int else None
-    for name, known in PLAIN.items():
-        found = config.get(name, known[0])
-        if found not in known and (name, found) != ("n_inner", inner):
-            raise ValueError(f"{folder} is no plain GPT-2: its {name} is {found!r:.60}")
+        raise ValueError(f"{path} is damaged: it does not hold a model configuration")
+    n_embd = config.get("n_embd")
+    inner = 4 * n_embd if type(n_embd) is int else None
+    for name, supported in SUPPORTED.items():
+        value = config.get(name, supported[0])
+        if value not in supported and (name, value) != ("n_inner", inner):
+            raise ValueError(f"{folder} is not a plain GPT-2: its {name} is {value!r:.60}")
     shape = {name: config.get(name) for name in SHAPE}
-    try:
-        GPTConfig(**shape)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, value in shape.items():
+        if type(value) is not int or not 1 <= value <= 1 << 20:
+            raise ValueError(f"{path} is damaged: its {name} is {value!r:.60}")
+    if n_embd % shape["n_head"]:
+        raise ValueError(f"{path} is damaged: n_embd is not a multiple of n_head")
     return shape
 
 
 def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """The weights of folder/model.safetensors, float32 on the CPU, as a model takes them whose
-    state_dict has these shapes. Raises ValueError for a file that is damaged or holds others."""
-    path, weights = folder / "model.safetensors", {}
+    """Return the weights of folder/model.safetensors under the names of model.GPT.
+
+    Args:
+        folder: In the Hugging Face layout.
+        shapes: Name -> shape of every weight that the model has.
+
+    Returns:
+        float32 tensors on the CPU.
+
+    Raises:
+        ValueError: The file is damaged, or holds other weights.
+    """
+    path = folder / "model.safetensors"
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    weights = {}
     for name, tensor in tensors.items():
         name = "transformer." + name.removeprefix("transformer.")
         if not name.endswith(MASKS):
@@ -97,18 +123,30 @@ def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tens
     head = weights.pop("transformer.lm_head.weight", None)
     for name in sorted(shapes.keys() ^ weights.keys()):
         fault = "lacks" if name in shapes else "has an unknown"
-        raise ValueError(f"{path} {fault} {name}: no GPT-2 of this shape")
+        raise ValueError(f"{path} {fault} {name}: it does not fit config.json")
     for name, shape in shapes.items():
         if weights[name].shape != shape or not weights[name].is_floating_point():
             found = f"{tuple(weights[name].shape)}, {weights[name].dtype}"
             raise ValueError(f"{path}: {name} is {found}, not {shape} of floats")
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{path}: {name} has NaN or infinite values")
     if head is not None and not torch.equal(head, weights[EMBEDDING]):
-        raise ValueError(f"{path}: its lm_head.weight isn't the token embedding, as GPT-2's is")
+        raise ValueError(f"{path}: lm_head.weight differs from the token embedding: not a GPT-2")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
 def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> None:
-    """The opposite of both; shape: SHAPE and dropout. config.json comes last. Raises OSError."""
+    """Write a model in the Hugging Face layout; config.json last, when all else is there.
+
+    Args:
+        folder: Created if it does not exist.
+        shape: The fields of SHAPE, and dropout.
+        weights: As GPT.state_dict() names them.
+        tokenizer: Of corpus.tokenizer, written too.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (p.T if name.endswith(CONV1D) else p).detach().float().cpu().contiguous()
@@ -116,11 +154,11 @@ def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> Non
     }
     eot = tokenizer.eot_token if tokenizer is not None else None
     ends = {"bos_token_id": eot, "eos_token_id": eot}
-    config = {name: known[0] for name, known in PLAIN.items()}
+    config = {name: supported[0] for name, supported in SUPPORTED.items()}
     config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | ends
     config |= {name: shape[name] for name in SHAPE}
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
-    # save_file's own file would be for no one else to read
+    # not save_file: its file can be read by its owner alone
     _write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     _write(folder / "generation_config.json", json.dumps(ends, indent=2).encode())
     if tokenizer is not None:
@@ -129,8 +167,16 @@ def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> Non
 
 
 def write_tokenizer(folder: Path, tokenizer, **more) -> None:
-    """tokenizer.json and tokenizer_config.json, the latter with `more`, by which transformers'
-    AutoTokenizer gives the same ids. Raises OSError."""
+    """Write tokenizer.json and tokenizer_config.json; AutoTokenizer then gives the same ids.
+
+    Args:
+        folder: Where to write.
+        tokenizer: Of corpus.tokenizer.
+        **more: Further fields of tokenizer_config.json.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     end = tokenizer.decode([tokenizer.eot_token])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
     _write(folder / "tokenizer.json", tokenizer_json(tokenizer).encode())
@@ -143,15 +189,15 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def tokenizer_json(tokenizer) -> str:
-    """A tokenizer of tokenizer.py's -> the tokenizer.json that gives the same ids."""
+    """Return the text of a tokenizer.json that gives the same ids as `tokenizer`."""
     if hasattr(tokenizer, "tokenizer"):
-        return tokenizer.tokenizer.to_str()  # it was made of one
+        return tokenizer.tokenizer.to_str()  # it came from a tokenizer.json
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     special, before = {"<|endoftext|>": tokenizer.eot_token}, [level]
     encoding = getattr(tokenizer, "encoding", None)  # tiktoken's
     if encoding is not None:
         special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        # there, $ ends a line and {1,3}+ repeats a repetition
+        # in that syntax $ ends a line and {1,3}+ repeats a repetition
         pattern = encoding._pat_str.replace("$", r"\z").replace("{1,3}+", "{1,3}")
         split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         before.insert(0, {"type": "Split", **split})
@@ -162,7 +208,7 @@ def tokenizer_json(tokenizer) -> str:
         "type": "BPE",
         "vocab": {_letters(piece): i for piece, i in ranks.items()} | special,
         "merges": [[_letters(part) for part in pair] for pair in pairs if len(pair) == 2],
-        "ignore_merges": encoding is not None,  # a piece that is in the vocabulary is one id
+        "ignore_merges": encoding is not None,  # token bytes in the vocabulary are one id
     }
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": i, "content": name, "special": True} | flags for name, i in special.items()]

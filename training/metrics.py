@@ -1,10 +1,11 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, loss.png."""
+"""What a run logs: a progress bar or plain lines, metrics.jsonl, loss.png."""
 
 import contextlib
 import datetime
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -15,107 +16,157 @@ from tqdm import tqdm
 from common.files import atomic_write, lock
 from common.packages import optional
 
-EVERY = 60  # seconds between lines where there is no terminal for a bar
+SECONDS_BETWEEN_LINES = 60  # where there is no terminal for a progress bar
+
+
+def open_metrics(folder: Path, step: int, settings, ranks):
+    """Return the Metrics of a run on rank 0, and an object that logs nothing on other ranks."""
+    if not ranks.is_first:
+        return NoMetrics()
+    return Metrics(folder, step, settings.max_steps, settings.tensorboard)
+
+
+class NoMetrics:
+    """The metrics of ranks other than 0: nothing."""
+
+    def train(self, *args) -> None:
+        """Log nothing."""
+
+    def validation(self, *args) -> None:
+        """Log nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
 
 
 class Metrics:
     """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows where the run is.
 
-    Each line of the file holds `step` (optimizer steps done) and what is known then: train_loss
-    (nats per token, of that step's batch), learning_rate, tokens_per_second (of training alone) and
-    mfu (the share of the device's peak, where that is known); or val_loss (nats per token) and
-    val_bpb (bits per byte of text, all of it: documents' first tokens, which nothing foretells and
-    val_loss leaves out, are counted as tokens like any other). Lines beyond `step`, which a killed
-    run leaves behind, are dropped. The file is locked, so that no two processes train one run:
-    raises BlockingIOError (OSError) where another does.
+    Each line of the file holds `step` (optimizer steps done) and either
+
+    - train_loss (nats per token, of that step's batch), learning_rate, tokens_per_second (of
+      training alone), mfu (the share of the devices' peak) where that is known, and skipped_steps
+      once a step was skipped; or
+    - val_loss (nats per token) and val_bpb (bits per byte of text, all of it: the first tokens of
+      documents, which val_loss leaves out, count as much as others).
+
+    Lines after `step`, which a killed run leaves, are dropped. The file is locked, so that no two
+    processes train one run.
+
+    Raises:
+        BlockingIOError: Another process trains this run.
     """
 
-    def __init__(self, folder: Path, step: int, max_steps: int, tensorboard=False):
-        self.path, self.first, self.max_steps = folder / "metrics.jsonl", step, max_steps
+    def __init__(self, folder: Path, step: int, max_steps: int, tensorboard: bool = False):
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.first_step = step
+        self.max_steps = max_steps
         self.file = open(self.path, "a", buffering=1)  # a line at a time
         if not lock(self.file):
             raise BlockingIOError(
                 f"{folder} is being trained by another process: wait for it, or choose another "
                 f"--run_name"
             )
-        self.file.truncate(sum(size for size, n in _lines(self.path) if n["step"] <= step))
+        kept = sum(size for size, values in _lines(self.path) if values["step"] <= step)
+        self.file.truncate(kept)
         self.tensorboard = None
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
             self.tensorboard = writer.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.start = self.told = time.perf_counter()
+        self.start = self.last_line = time.perf_counter()
         self.status = "training"
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", leave=False,
             disable=not sys.stderr.isatty(), delay=1e-9,  # not before the first step is done
         )  # fmt: skip
 
-    def train(self, step: int, tokens_per_second: float, mfu: float | None = None, **values):
-        known = {} if mfu is None else {"mfu": round(mfu, 4)}
-        self._write(step, **values, tokens_per_second=round(tokens_per_second, 1), **known)
-        self.status = f"train {values['train_loss']:.4f}, {tokens_per_second:,.0f} tokens/s"
-        if known:
+    def train(self, progress, tokens_per_second, mfu, train_loss, learning_rate) -> None:
+        """Log a training step; mfu may be None."""
+        values = {
+            "train_loss": train_loss,
+            "learning_rate": learning_rate,
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+        self.status = f"train {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        if mfu is not None:
+            values["mfu"] = round(mfu, 4)
             self.status += f", MFU {100 * mfu:.0f}%"
+        if progress.skipped_steps:
+            values["skipped_steps"] = progress.skipped_steps
+            self.status += f", {progress.skipped_steps} skipped"
+        self._write(progress.step, values)
         self.bar.set_postfix_str(self.status, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.perf_counter() - self.told >= EVERY:
-            self.tell(step)
+        self.bar.update(progress.step - self.bar.n)
+        if self.bar.disable and time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.print_line(progress.step)
 
-    def validation(self, step: int, val_loss: float, val_bpb: float):
-        self._write(step, val_loss=val_loss, val_bpb=val_bpb)
-        self.tell(step, f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; ")
+    def validation(self, step: int, val_loss: float, split: dict) -> None:
+        """Log a validation and draw loss.png; split: of metadata.json, with tokens and bytes."""
+        # every byte has to be paid for: tokens without a prediction cost as much as others
+        val_bpb = val_loss / math.log(2) * split["tokens"] / split["bytes"]
+        self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
+        text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; "
+        self.print_line(step, text)
+        plot_losses(self.folder)
 
-    def tell(self, step: int, text: str = "") -> None:
-        """A line of its own, above the bar."""
-        self.told = time.perf_counter()
-        pace = (self.told - self.start) / max(1, step - self.first)
+    def print_line(self, step: int, text: str = "") -> None:
+        """Print a line above the progress bar."""
+        self.last_line = time.perf_counter()
+        pace = (self.last_line - self.start) / max(1, step - self.first_step)
         left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
         number = f"{step:>{len(str(self.max_steps))}}/{self.max_steps}"
         with self.bar.external_write_mode():
             print(f"step {number}: {text}{self.status}; {left} left", flush=True)
 
     def close(self) -> None:
+        """End the progress bar and close the files."""
         self.bar.close()
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
 
-    def _write(self, step, **values):
+    def _write(self, step, values):
         try:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            error.filename = str(self.path)  # a failed write doesn't know it
+            error.filename = str(self.path)  # a failed write does not know it
             with contextlib.suppress(OSError):
-                self.file.close()  # which writes again; a later close() doesn't
+                self.file.close()  # which writes again; a later close() does not
             raise
-        for name, value in values.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, if it is there, without one that a kill has cut short. Raises
-    ValueError for a damaged one."""
+    """Return the lines of a metrics.jsonl, without one that a kill has cut short.
+
+    Raises:
+        ValueError: A line is damaged.
+    """
     return [line for _, line in _lines(path)] if path.exists() else []
 
 
 def _lines(path):
-    """(bytes, what it says) of each whole line."""
+    """Yield (bytes, values) of each whole line."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield len(line), (told := json.loads(line)) | {"step": int(told["step"])}
+                values = json.loads(line)
+                yield len(line), values | {"step": int(values["step"])}
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path}, line {number} is damaged: remove that line") from None
 
 
 def plot_losses(folder: Path) -> None:
-    """metrics.jsonl -> loss.png: both losses against steps, the best validation marked."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home it can't write to
+    """Draw loss.png from metrics.jsonl: both losses against steps, the best validation marked."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a read-only home
     from matplotlib.figure import Figure  # no pyplot: no window, no state
 
-    gc.collect()  # the last figure, whose parts hold each other: a megabyte, found late
+    gc.collect()  # the last figure: its parts refer to each other, and take a megabyte
     lines = read_metrics(folder / "metrics.jsonl")
     train = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]

@@ -2,60 +2,77 @@
 
 import torch
 
-STEPS = 4  # of Newton and Schulz; a fifth, which torch takes, changes no loss here
+NEWTON_SCHULZ_STEPS = 4  # a fifth, which torch takes, changes no loss here (bench/RECIPES.md)
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024), stepping all matrices of one shape as one stack.
+    """torch.optim.Muon (Jordan et al. 2024), which steps all matrices of one shape as one stack.
 
-    The orthogonalisation runs in bfloat16 on a GPU and in float32 on a CPU, where torch's own
-    (always bfloat16) is tens of times slower unless the processor has bfloat16 instructions.
+    The orthogonalization runs in 16 bits on a GPU and in float32 elsewhere. torch's own always
+    takes bfloat16, which is tens of times slower on a processor without bfloat16 instructions.
     """
 
     @torch.no_grad()
     def step(self):
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            stacks = {}  # a matrix and its transpose orthogonalise alike: rows <= columns
+            stacks = {}  # a matrix and its transpose orthogonalize alike: rows <= columns
             for p in group["params"]:
                 if p.grad is not None:
-                    stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
+                    shape = (min(p.shape), max(p.shape))
+                    stacks.setdefault(shape, []).append(p)
             for params in stacks.values():
-                grads = []
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum_buffer"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    grad = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-                    grads.append(grad.T if p.shape[0] > p.shape[1] else grad)
-                updates = orthogonalize(
-                    torch.stack(grads), group["ns_coefficients"], group["ns_steps"]
-                )
-                for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update.T if p.shape[0] > p.shape[1] else update
-                    # an update as large as AdamW's: one learning rate serves both (Liu et al. 2025)
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                self._step_stack(params, group)
+
+    def _step_stack(self, params, group):
+        grads = []
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum_buffer"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            grad = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+            grads.append(grad.T if p.shape[0] > p.shape[1] else grad)
+        updates = orthogonalize(torch.stack(grads), group["ns_coefficients"], group["ns_steps"])
+        for p, update in zip(params, updates):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            update = update.T if p.shape[0] > p.shape[1] else update
+            # an update as large as AdamW's: one learning rate serves both (Liu et al. 2025)
+            p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=STEPS):
-    """(N, rows, columns) matrices, rows <= columns -> the nearest semi-orthogonal ones, roughly
-    (singular values between 0.7 and 1.2), by a quintic Newton-Schulz iteration."""
+def orthogonalize(
+    matrices: torch.Tensor,
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    steps: int = NEWTON_SCHULZ_STEPS,
+) -> torch.Tensor:
+    """Return approximately the nearest semi-orthogonal matrices.
+
+    A quintic Newton-Schulz iteration; singular values end between about 0.7 and 1.2.
+
+    Args:
+        matrices: (N, rows, columns) float32, rows <= columns.
+        coefficients: Of the polynomial a x + b x^3 + c x^5 (Jordan et al. 2024).
+        steps: Iterations.
+
+    Returns:
+        (N, rows, columns) float32.
+    """
     a, b, c = coefficients
-    x = g.bfloat16() if g.is_cuda else g
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
 
     def polynomial(gram):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=1, dim2=2).add_(a)
         return p
 
-    if g.is_cuda:
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if matrices.is_cuda:
+        x = x.to(_half_type(matrices.device))
         for _ in range(steps):
             x = polynomial(x @ x.mT) @ x
-        return x.to(g.dtype)
+        return x.to(matrices.dtype)
     # Each step multiplies x by a polynomial of x x^T. To multiply these with each other, rows by
-    # rows, and only the last by x, is half the work; bfloat16 has too few digits for it.
+    # rows, and only the last by x, is half the work; 16 bits have too few digits for it.
     gram = x @ x.mT
     product = factor = polynomial(gram)
     for _ in range(steps - 1):
@@ -65,42 +82,90 @@ def orthogonalize(g, coefficients=(3.4445, -4.7750, 2.0315), steps=STEPS):
     return product @ x
 
 
-def load_states(optimizers: list, saved: list, run) -> None:
-    """Takes over the states that optimizers of the same parameters have saved in `run`; their
-    constants stay as they are. Raises ValueError for states of others."""
-    try:
-        for optimizer, state in zip(optimizers, [part["state"] for part in saved], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for p, values in zip(params, [state[i] for i in range(len(params))], strict=True):
-                if not all(value.shape in ((), p.shape) for value in values.values()):
-                    raise ValueError
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{run}/last.pt has no optimizer of this model: train anew") from None
+def _half_type(device: torch.device) -> torch.dtype:
+    """The 16-bit type that a CUDA device multiplies matrices in."""
+    old = not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
 
 
-def create_optimizers(model, name: str, learning_rate: float, weight_decay: float):
-    """[Muon, AdamW] for name "muon", [AdamW] for "adamw"; step() and zero_grad() each of them.
+class OptimizerGroup:
+    """Several optimizers, of disjoint parameters, that step together.
 
-    Matrices inside the blocks decay; embeddings, norms and biases don't. Raises ValueError for
-    another name.
+    It has what torch.amp.GradScaler and the training loop need of an optimizer. Under a gradient
+    scaler either all of them step or none.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of every parameter group."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dicts(self) -> list[dict]:
+        """Return one state_dict per optimizer."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_states(self, saved: list[dict], path) -> None:
+        """Load the states of `saved`, which state_dicts() gave; settings stay as they are.
+
+        Raises:
+            ValueError: The states in the file `path` belong to other parameters.
+        """
+        try:
+            states = [state_dict["state"] for state_dict in saved]
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                for p, values in zip(params, [state[i] for i in range(len(params))], strict=True):
+                    if not all(value.shape in ((), p.shape) for value in values.values()):
+                        raise ValueError
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(
+                f"{path} holds no optimizer state of this model: start a new run"
+            ) from None
+
+
+def create_optimizer(model, name: str, learning_rate: float, weight_decay: float) -> OptimizerGroup:
+    """Create Muon and AdamW (name "muon"), or AdamW alone (name "adamw"), for a GPT.
+
+    Matrices inside the blocks are decayed; embeddings, norms and biases are not.
+
+    Raises:
+        ValueError: Another name.
     """
     blocks = dict(model.transformer.h.named_parameters())
     matrices = [p for p in blocks.values() if p.dim() == 2]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    ids_of_matrices = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ids_of_matrices]
     fused = others[0].device.type in ("cpu", "cuda")  # one pass over memory instead of ten
     adamw = dict(lr=learning_rate, betas=(0.9, 0.99), fused=fused)
     if name == "muon":
-        return [
-            Muon(matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=STEPS),
-            torch.optim.AdamW(others, weight_decay=0.0, **adamw),
-        ]
+        muon = Muon(
+            matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=NEWTON_SCHULZ_STEPS
+        )
+        return OptimizerGroup([muon, torch.optim.AdamW(others, weight_decay=0.0, **adamw)])
     if name == "adamw":
         groups = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return [torch.optim.AdamW(groups, **adamw)]
+        return OptimizerGroup([torch.optim.AdamW(groups, **adamw)])
     raise ValueError(f"optimizer must be muon or adamw, not {name!r}")

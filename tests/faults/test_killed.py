@@ -200,7 +200,7 @@ def test_saving_a_checkpoint(tmp_path, damaged):
 def test_training_again_and_again(train, tmp_path, monkeypatch):
     """Killed before its first call, after a restart before its 16th, and so on to its end: it ends
     as if it had never been killed."""
-    monkeypatch.setattr("training.trainer.plot_losses", plot_losses)  # which writes, too
+    monkeypatch.setattr("training.metrics.plot_losses", plot_losses)  # which writes, too
     flags = TINY | {"max_steps": 4, "eval_every": 2, "checkpoint_minutes": 0, "resume": "auto"}
     whole = train(**flags, run_name="whole")
     go_on = functools.partial(train, **flags, run_name="killed")

@@ -275,7 +275,7 @@ def test_nothing_in_a_checkpoint_is_executed(weights, tmp_path):
         torch.save(evil, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(tmp_path)))
     for path in sorted(tmp_path.glob("*.pt")):
-        assert f"{path} is no readable checkpoint" in refusal(load_checkpoint, path)
+        assert f"{path} is not a readable checkpoint" in refusal(load_checkpoint, path)
     assert tree(tmp_path) == ["new.pt", "old.pt", "plain.pt"]
 
 
@@ -305,7 +305,9 @@ def test_a_checkpoint_that_is_none(weights, tmp_path, case):
     torch.save(checkpoint(weights), path)
     assert load_model(load_checkpoint(path)).config.n_embd == 8
     torch.save(checkpoint(weights, **CHECKPOINTS[case]), path)
-    assert f"{path} is no checkpoint of train_gpt2.py" in refusal(load_checkpoint, path)
+    assert f"{path} is not a checkpoint of this version of train_gpt2.py" in refusal(
+        load_checkpoint, path
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

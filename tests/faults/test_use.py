@@ -124,7 +124,8 @@ def kind(script, name):
 def test_any_value_of_any_flag_works_or_is_refused_in_a_line(
     call, tmp_path, monkeypatch, script, name
 ):
-    monkeypatch.setattr("training.trainer.plot_losses", lambda folder: None)
+    for module in ("metrics", "report"):
+        monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
     base = ALONE.get(name, SCRIPTS[script][1]).split()
     values = [v for v in VALUES[kind(script, name)] if (name, v) != ("max_new_tokens", str(10**9))]
     for value in values[1:] if name in ("tokenizer", "describe", "verify") else values:

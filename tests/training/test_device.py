@@ -1,66 +1,212 @@
-import os
-import signal
+"""Choices of device, number type and compiler: the real functions, above fakes of the driver."""
+
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-from training.device import StopSignal, choose_compile, choose_device, choose_dtype, peak_flops
+from training import device as device_module
+from training.device import (
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    compile_failure,
+    flex_attention_failure,
+    move_to_device,
+    peak_flops,
+    total_memory,
+)
+from training.distributed import check_gpus_differ
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
-def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
-    """Also where a run is resumed whose rank 0 has saved its own cuda:0."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    for name in ("cuda", "cuda:0"):
-        assert choose_device(name) == "cuda:3"
-    assert [str(device) for device in chosen] == ["cuda:3", "cuda:3"]
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(ValueError, match="no device 'cuda:4'"):
-        choose_device("cuda")
-
-
-def test_choices_by_flag_win():
-    assert choose_device("cpu") == "cpu"
-    assert choose_dtype("float32", "cuda") == "float32"
-    assert choose_compile("true", "cpu", 0) and not choose_compile("false", "cuda", 1e20)
-    assert not choose_compile("auto", "cpu", 1e12)  # a short run doesn't repay it
+def test_a_cuda_device_has_an_index(driver):
+    """torch.cuda.set_device raises for torch.device("cuda")."""
+    driver(gpus=2)
+    for name in ("auto", "cuda"):
+        choice = choose_device(name)
+        assert choice.value == torch.device("cuda", 0)
+    assert choose_device("cuda:1").value == torch.device("cuda", 1)
+    assert driver.current == [0, 0, 1]
+    assert str(choice) == "device cuda:0: asked for by --device (NVIDIA H100 80GB HBM3)"
 
 
 @pytest.mark.parametrize(
-    "name, peak",
+    "gpus, local_rank, index",
+    [(8, 3, 3), (4, 3, 3), (1, 3, 0), (1, 7, 0), (2, 3, 1)],
+)
+def test_each_process_has_a_gpu(driver, monkeypatch, gpus, local_rank, index):
+    """Under Slurm a task sees all GPUs of its node, or (--gpus-per-task=1) only its own."""
+    driver(gpus=gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    for name in ("auto", "cuda"):
+        assert choose_device(name).value == torch.device("cuda", index)
+    assert choose_device("cuda:0").value == torch.device("cuda", 0)  # by name
+    assert driver.current == [index, index, 0]
+
+
+def test_processes_that_share_a_gpu_are_refused():
+    check_gpus_differ([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")])
+    with pytest.raises(ValueError, match="processes 1, 2 share one GPU of b"):
+        check_gpus_differ([("a", "1"), ("b", "1"), ("b", "1")])
+
+
+def test_devices_that_are_not_there(driver):
+    for name in ("cuda", "cuda:0", "mps", "abacus", "cpu:1", "xpu"):
+        with pytest.raises(ValueError, match=f"--device {name}: this machine does not have it"):
+            choose_device(name)
+    driver(gpus=2)
+    with pytest.raises(ValueError, match="one of cuda:0, cuda:1, cpu"):
+        choose_device("cuda:2")
+
+
+def test_auto_takes_cuda_then_mps_then_cpu(driver, monkeypatch):
+    is_available = torch.backends.mps.is_available  # cached
+    is_available.cache_clear()
+    assert choose_device("auto").value == CPU
+    is_available.cache_clear()
+    monkeypatch.setattr(torch._C, "_mps_is_available", lambda: True)
+    assert choose_device("auto").value == torch.device("mps")
+    driver(gpus=1)
+    assert choose_device("auto").value == CUDA
+    is_available.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype",
     [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA L40", None),
-        ("NVIDIA GB200", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3", (9, 0), torch.bfloat16),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), torch.bfloat16),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("Tesla V100-SXM2-16GB", (7, 0), torch.float16),
+        ("Tesla P100-PCIE-16GB", (6, 0), torch.float16),
     ],
 )
-def test_a_peak_is_that_of_the_very_device(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops("cuda", "bfloat16") == peak
+def test_the_number_type_of_a_gpu(driver, name, capability, dtype):
+    driver(gpus=1, name=name, capability=capability)
+    assert choose_dtype("auto", CUDA).value == dtype
+    assert choose_dtype("float32", CUDA).value == torch.float32  # by name
+    assert choose_dtype("float16", CUDA).value == torch.float16
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_schedulers_signal_is_kept_however_often_it_comes(signum):
-    before = signal.getsignal(signum)
-    with StopSignal() as stop:
-        assert stop.signum == 0
-        for _ in range(3):
-            os.kill(os.getpid(), signum)
-        assert stop.signum == signum
-    assert signal.getsignal(signum) is before
+def test_the_number_type_elsewhere(monkeypatch):
+    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has_units=has_units: {"avx512_bf16": has_units}
+        )
+        assert choose_dtype("auto", CPU).value == dtype
+    mps = torch.device("mps")
+    assert choose_dtype("auto", mps).value == torch.float32
+    with pytest.raises(ValueError, match="float16: PyTorch has no gradient scaler for mps"):
+        choose_dtype("float16", mps)
 
 
-def test_a_persons_second_signal_acts_at_once(capfd):
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
-        assert "once more stops at once" in capfd.readouterr().err
-        os.kill(os.getpid(), signal.SIGINT)
+def test_what_is_compiled(monkeypatch):
+    mps = torch.device("mps")
+    assert not choose_compile("false", CUDA, 1e20).value
+    assert not choose_compile("auto", CPU, 1e12).value  # a short run does not repay it
+    assert not choose_compile("auto", mps, 1e20).value
+    monkeypatch.setattr(device_module, "compile_failure", lambda device: "")
+    assert choose_compile("auto", CPU, 1e15).value
+    assert choose_compile("true", CPU, 0).value
+
+
+def test_a_compiler_that_fails_is_found_out_once(monkeypatch, tmp_path):
+    """No compiler, and one that is broken: auto goes without it in one line, true is refused."""
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    for compiler in ("no-such-compiler", str(broken)):
+        code = (
+            "import torch\n"
+            "from training.device import choose_compile\n"
+            "cpu = torch.device('cpu')\n"
+            "print(choose_compile('auto', cpu, 1e20))\n"
+            "try:\n"
+            "    choose_compile('true', cpu, 0)\n"
+            "except ValueError as error:\n"
+            "    print(error)\n"
+        )
+        env = {"CXX": compiler, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        first, second = result.stdout.splitlines()
+        assert first.startswith("compile false: torch.compile does not work here ("), first
+        assert second.startswith("--compile true: torch.compile does not work here ("), second
+        assert "Traceback" not in result.stderr
+
+
+def test_a_compiler_that_works():
+    if not shutil.which("c++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    assert compile_failure(CPU) == ""
+
+
+def test_heads_that_flex_attention_cannot_take():
+    assert "at least 16 channels" in flex_attention_failure(CUDA, 8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, peak",
+    [
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float16, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", torch.bfloat16, None),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165e12),
+        ("Tesla T4", torch.float16, 65e12),
+        ("Tesla T4", torch.bfloat16, None),
+        ("Tesla V100-SXM2-16GB", torch.float16, 125e12),
+        ("NVIDIA L40", torch.bfloat16, None),
+        ("NVIDIA GB200", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(driver, name, dtype, peak):
+    driver(gpus=1, name=name)
+    assert peak_flops(CUDA, dtype) == peak
+    assert peak_flops(CPU, dtype) is None
+
+
+def test_memory(driver):
+    driver(gpus=1)
+    assert total_memory(CUDA) == 80e9
+    assert total_memory(CPU) > 1e8
+
+
+def test_only_copies_from_pinned_memory_to_cuda_do_not_wait():
+    copies = []
+
+    class Recorded:
+        pinned = False
+
+        def pin_memory(self):
+            other = Recorded()
+            other.pinned = True
+            return other
+
+        def to(self, device, non_blocking=False):
+            copies.append((device.type, self.pinned, non_blocking))
+
+    for name in ("cuda:0", "mps", "cpu"):
+        move_to_device((Recorded(),), torch.device(name))
+    assert copies == [("cuda", True, True), ("mps", False, False), ("cpu", False, False)]
+
+
+def test_a_cpu_run_on_a_machine_with_a_gpu_makes_no_cuda_context(driver, train):
+    """Neither pinned memory nor anything else of the run touches the driver."""
+    driver(gpus=1)
+    train(max_steps=2)
+    assert driver.current == [] and driver.initialized == 0

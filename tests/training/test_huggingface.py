@@ -112,7 +112,7 @@ def test_a_folder_is_for_everyone_to_read_and_a_full_disk_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         small().save_pretrained(tmp_path / "file")
-    with pytest.raises(ValueError, match="the model has 60 ids, too few for the 257 of bytes"):
+    with pytest.raises(ValueError, match="the model has 60 ids, fewer than the 257 of bytes"):
         small(60).save_pretrained(tmp_path / "x", get_tokenizer("bytes"))
     assert not (tmp_path / "x").exists()
 
@@ -214,7 +214,7 @@ FAULTS = {
     "is (3,), torch.float32, not (16,)": lambda t: t.update(
         {"transformer.ln_f.bias": torch.zeros(3)}
     ),
-    "lm_head.weight isn't the token embedding": lambda t: t.update(
+    "lm_head.weight differs from the token embedding": lambda t: t.update(
         {"lm_head.weight": torch.zeros(257, 16)}
     ),
     "torch.int64": lambda t: t.update({"transformer.ln_f.bias": torch.zeros(16).long()}),
@@ -235,7 +235,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change in ({"model_type": "llama"}, {"activation_function": "relu"}, {"n_inner": 7}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"no plain GPT-2: its {next(iter(change))}"):
+        with pytest.raises(ValueError, match=f"is not a plain GPT-2: its {next(iter(change))}"):
             GPT.from_pretrained(tmp_path)
     for text in (json.dumps(config | {"n_embd": "many"}), '{"n_embd":', "3", "\ufffd", "{}"):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
@@ -249,7 +249,9 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
             GPT.from_pretrained(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")  # which is no substitute
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no folder with config.json and model.safetensor"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither a folder with config.json and model.safetensor"
+    ):
         pretrained_folder(str(tmp_path), tmp_path)
 
 
@@ -293,12 +295,12 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned, monkeypat
         return str(error.value)
 
     error = refused("--sequence_length", "25")
-    assert "sequence_length (25)" in error and "24 positions of weights" in error
+    assert "--sequence_length 25" in error and "24 positions of weights" in error
     assert "weights has n_layer 2: leave out --n_layer" in refused("--n_layer", "3")
     assert "leave out --size" in refused("--size", "tiny")
     assert "say --init_from, too" in refused("--size", "pretrained", "--init_from", "")
     error = refused("--init_from", "nowhere")
-    assert "nowhere is no folder with config.json" in error and "gpt2-xl" in error
+    assert "nowhere is neither a folder with config.json" in error and "gpt2-xl" in error
     small(60).save_pretrained(tmp_path / "weights")
     assert "c has 257 ids and weights 60" in refused()
     assert not list(tmp_path.glob("out/*"))
@@ -318,7 +320,8 @@ def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     """By two processes at once, as under torchrun, and then by a third."""
     script = tmp_path / "fetch.py"
     script.write_text(
-        "from training.huggingface import pretrained_folder\nprint(pretrained_folder('gpt2', 'data'))"
+        "from training.huggingface import pretrained_folder\n"
+        "print(pretrained_folder('gpt2', 'data'))"
     )
     processes = []
     for name in ("one", "other"):

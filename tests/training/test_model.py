@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dataset import attention_mask, document_ids, document_positions
-from model import CHUNKED_LOSS, GPT, GPT2_SIZES, GPTConfig, gelu, head_loss, next_token_probs
+from batches.block_mask import document_block_mask
+from dataset import document_ids, document_mask, document_positions
+from model import EMBEDDING, GPT, GPT2_SIZES, GPTConfig, next_token_probs
+from training.huggingface import RELEASED
 
 
 def small(seed=0, **changes) -> GPT:
@@ -31,15 +33,8 @@ def test_parameter_counts_are_openais(name, parameters):
     assert model.num_parameters() == parameters
 
 
-def test_gelu_is_the_tanh_formula_with_its_slope():
-    x = torch.linspace(-12, 12, 4801, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
-    y, expected = gelu(x), F.gelu(exact, approximate="tanh")
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-6)
-    (slope,), (expected,) = (
-        torch.autograd.grad(v.sum(), i) for v, i in ((y, x), (expected, exact))
-    )
-    torch.testing.assert_close(slope.double(), expected, rtol=0, atol=1e-5)
+def test_the_released_models_are_known_by_the_same_names():
+    assert tuple(GPT2_SIZES) == RELEASED
 
 
 def test_flops_by_hand():
@@ -121,23 +116,46 @@ def test_loss_is_the_mean_over_the_targets_that_are_there():
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
 
 
-@pytest.mark.skipif(not CHUNKED_LOSS, reason="torch 2.13 brought linear_cross_entropy")
 def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
     torch.manual_seed(0)
-    x, head = torch.randn(300, 8), torch.randn(60_000, 8)  # chunks of 108 rows
-    targets = torch.randint(60_000, (300,))
+    model, idx = small(vocab_size=600), torch.randint(600, (20, 15))
+    targets = torch.randint(600, (20, 15))
     targets[::7] = -100
-    found = []
-    compiled = torch.compile(head_loss, backend="eager")
-    for chunked, compute in ((False, head_loss), (True, head_loss), (True, compiled)):
-        monkeypatch.setattr("model.CHUNKED_LOSS", chunked)
-        leaves = [x.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss = compute(*leaves, targets, "sum")
-        (loss / 7).backward()
-        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    for name, *parts in zip(("loss", "x", "head"), *found):
-        for part in parts[1:]:
-            torch.testing.assert_close(part, parts[0], atol=1e-4, rtol=1e-4, msg=name)
+    results = []
+    for chunk_logits in (10**9, 600 * 108):  # one chunk, and chunks of 108 rows
+        monkeypatch.setattr("model.CHUNK_LOGITS", chunk_logits)
+        loss = model(idx, targets, reduction="sum")[1]
+        gradients = torch.autograd.grad(loss / 7, model.parameters())
+        results.append([loss, *gradients])
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_rows_of_the_output_layer_change_nothing(tmp_path):
+    """Neither loss nor logits, gradients, samples or exports; whatever the rows hold."""
+    plain = small()
+    padded = small(vocab_multiple=64)
+    weights = plain.state_dict()
+    rows = torch.cat((weights[EMBEDDING], torch.full((14, 32), 9.0)))
+    padded.load_state_dict(weights | {EMBEDDING: rows})
+    idx, targets = torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
+    assert padded.transformer.wte.weight.shape == (64, 32)
+    assert padded(idx)[0].shape == (2, 8, 50)
+    torch.testing.assert_close(padded(idx)[0], plain(idx)[0])
+    losses = [model(idx, targets)[1] for model in (plain, padded)]
+    torch.testing.assert_close(*losses)
+    gradients = [
+        torch.autograd.grad(loss, model.transformer.wte.weight)[0]
+        for loss, model in zip(losses, (plain, padded))
+    ]
+    torch.testing.assert_close(gradients[1][:50], gradients[0])
+    assert gradients[1][50:].abs().max() == 0
+    assert padded.num_parameters() == plain.num_parameters()
+    padded.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path, vocab_multiple=64)
+    assert again.transformer.wte.weight.shape == (64, 32)
+    torch.testing.assert_close(again(idx)[0], plain(idx)[0])
+    assert GPT.from_pretrained(tmp_path).transformer.wte.weight.shape == (50, 32)
 
 
 def test_initial_loss_is_that_of_a_guess():
@@ -203,7 +221,7 @@ def test_next_token_probs():
         return next_token_probs(logits, **options)[0].tolist()
 
     assert probs() == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert probs(temperature=0) == [1, 0, 0, 0]
+    assert probs(temperature=0) == probs(temperature=1e-39) == [1, 0, 0, 0]
     assert probs(temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
     assert probs(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert probs(top_k=99) == pytest.approx([0.4, 0.3, 0.2, 0.1])
@@ -227,7 +245,7 @@ def packed():
 
 def logits_of(model, row, ids):
     with torch.no_grad():
-        return model(row, positions=document_positions(ids), mask=attention_mask(ids))[0]
+        return model(row, positions=document_positions(ids), mask=document_mask(ids))[0]
 
 
 def test_a_packed_documents_logits_are_those_it_has_alone(packed):
@@ -262,30 +280,39 @@ def test_gradients_stay_in_a_document(packed):
         embedded["x"] = output
 
     model.transformer.wte.register_forward_hook(keep)
-    model(row, targets, positions=document_positions(ids), mask=attention_mask(ids))[1].backward()
+    model(row, targets, positions=document_positions(ids), mask=document_mask(ids))[1].backward()
     moved = embedded["x"].grad.abs().amax(-1)
     assert moved[:, 10:20].min() > 0 and moved[:, :10].max() == 0 and moved[:, 20:].max() == 0
 
 
+@pytest.mark.parametrize("T", [32, 128, 300, 512])
+def test_the_block_mask_is_that_of_create_block_mask(T):
+    torch.manual_seed(T)
+    ids = (torch.rand(5, T) < torch.tensor([0.0, 0.001, 0.01, 0.1, 1.0])[:, None]).cumsum(1)
+
+    def sees(b, h, query, key):
+        return (ids[b, query] == ids[b, key]) & (query >= key)
+
+    expected = create_block_mask(sees, 5, None, T, T, device="cpu")
+    found = document_block_mask(ids)
+    assert found.shape == expected.shape
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(expected, f"{kind}_num_blocks")
+        used = torch.arange(counts.shape[-1]) < counts[..., None]
+        indices = [getattr(mask, f"{kind}_indices")[used] for mask in (found, expected)]
+        assert torch.equal(*indices), kind
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_flex_attention_is_the_dense_mask(packed):
-    """Where it also runs on a CPU, without gradients; alone, and in a model traced whole."""
+    """On a CPU it runs without gradients; alone, and in a model that is traced whole."""
     model, row, ids = packed
-
-    def sees(b, _, i, j):
-        return (ids[b, i] == ids[b, j]) & (i >= j)
-
-    mask = create_block_mask(sees, 2, None, 32, 32, device="cpu")
     for compiled in (model, torch.compile(model, fullgraph=True, backend="eager")):
         with torch.no_grad():
-            found = compiled(row, positions=document_positions(ids), mask=mask)[0]
+            found = compiled(row, positions=document_positions(ids), mask=document_block_mask(ids))[
+                0
+            ]
         torch.testing.assert_close(found, logits_of(model, row, ids), atol=1e-5, rtol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention trains on a GPU alone")
-def test_flex_attention_on_a_gpu_is_the_dense_mask(packed):
-    model, row, ids = packed
-    model, row, ids = model.cuda(), row.cuda(), ids.cuda()
-    with torch.no_grad():
-        dense = model(row, positions=document_positions(ids), mask=attention_mask(ids, dense=True))
-    torch.testing.assert_close(logits_of(model, row, ids), dense[0], atol=1e-4, rtol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.optimizer import Muon, create_optimizers, orthogonalize
+from training.optimizer import Muon, create_optimizer, orthogonalize
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (64, 65)])
@@ -53,11 +53,10 @@ def test_muon_is_torchs_muon():
 def test_every_parameter_has_one_optimizer():
     model = GPT(GPTConfig(50, 16, 2, 2, 8))
     for name in ("muon", "adamw"):
-        optimizers = create_optimizers(model, name, learning_rate=0.1, weight_decay=0.2)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        groups = create_optimizer(model, name, learning_rate=0.1, weight_decay=0.2).param_groups
         ids = [id(p) for group in groups for p in group["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
         decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         matrices = {id(p) for p in model.transformer.h.parameters() if p.dim() == 2}
         assert decayed == matrices
-    assert type(create_optimizers(model, "muon", 0.1, 0.2)[0]) is Muon
+    assert type(create_optimizer(model, "muon", 0.1, 0.2).optimizers[0]) is Muon

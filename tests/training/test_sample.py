@@ -180,7 +180,7 @@ WRONG = {
     "no such run": (["--run", "out/x"], "out/x/last.pt"),
     "two models": (["--run", "out/x", "--init_from", "gpt2"], "leave one out"),
     "two prompts": (["--prompt", "a", "--prompt_file", "b"], "leave one out"),
-    "no such weights": (["--init_from", "nowhere"], "nowhere is no folder with config.json"),
+    "no such weights": (["--init_from", "nowhere"], "nowhere is neither a folder with config.json"),
     "no such file": (["--prompt_file", "nowhere"], "nowhere"),
     "no text": (["--prompt", "-"], "standard input is no UTF-8 text: see its byte 2"),
 }

@@ -20,8 +20,10 @@ from processes import start
 
 import train_gpt2
 from corpus.metadata import sealed
-from training.checkpoint import load_checkpoint, load_model, newest_run
+from training.checkpoint import Progress, load_checkpoint, load_model
 from training.metrics import Metrics, read_metrics
+from training.run_folder import newest_run
+from training.run_settings import load_settings, resolve_size, saved_settings
 
 
 def test_a_run_and_its_files(rhyme, tmp_path):
@@ -42,9 +44,9 @@ def test_a_run_and_its_files(rhyme, tmp_path):
         if "val_loss" in line:
             assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2))
     config = json.loads((folder / "config.json").read_text())
-    assert (config["n_layer"], config["max_steps"], config["dtype"]) == (2, 40, "float32")
+    assert (config["n_layer"], config["max_steps"], config["chosen"]["dtype"]) == (2, 40, "float32")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "batch_size=4" in result.stdout and "64 tokens a step" in result.stdout
+    assert "batch_size=4" in result.stdout and "64 tokens per step" in result.stdout
     assert "best validation" in result.stdout
     assert "sample.py --run out/rhyme-tiny-1" in result.stdout
 
@@ -83,7 +85,7 @@ def test_micro_batches_add_up_to_the_batch(train):
 def test_a_resumed_run_is_the_same_run_bit_for_bit(train, tmp_path, optimizer, corpus):
     make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     options = {"max_steps": 30, "dropout": 0.2, "optimizer": optimizer, "micro_batch_size": 2}
-    options |= {"corpus": corpus, "replace": 0.1}
+    options |= {"corpus": corpus, "token_noise": 0.1}
     before = signal.getsignal(signal.SIGTERM)
     whole = train(**options, run_name="whole")
     train(**options, run_name="parts", stop_at=11)
@@ -107,18 +109,18 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
     train(max_steps=2, stop_at=1)
     changes = {"n_layer": 3, "sequence_length": 8, "corpus": "x", "optimizer": "adamw", "seed": 1}
     for flag, value in changes.items():
-        with pytest.raises(ValueError, match=f"{flag}.*--resume can't change it to {value}"):
+        with pytest.raises(ValueError, match=f"{flag}.*--resume cannot change it to {value}"):
             train(resume="out/rhyme-tiny-1", **{flag: value})
-    with pytest.raises(ValueError, match="at step 1: stop_at lies behind"):
+    with pytest.raises(ValueError, match="at step 1, not before --stop_at 1"):
         train(resume="out/rhyme-tiny-1", stop_at=1)
     path = tmp_path / "data" / "rhyme" / "metadata.json"
     metadata = json.loads(path.read_text())
     metadata["tokenizer"]["sha256"] = "another"
     path.write_text(json.dumps(sealed(metadata)))
-    with pytest.raises(ValueError, match="rhyme was prepared anew"):
+    with pytest.raises(ValueError, match="rhyme has another text or vocabulary"):
         train(resume="out/rhyme-tiny-1")
     make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])
-    with pytest.raises(ValueError, match="rhyme was prepared anew"):
+    with pytest.raises(ValueError, match="rhyme has another text or vocabulary"):
         train(resume="out/rhyme-tiny-1")
 
 
@@ -145,17 +147,17 @@ def test_the_order_goes_on_with_another_batch_size(train):
 def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
     metrics = Metrics(tmp_path, step=2, max_steps=9)
-    metrics.train(3, 10.0, train_loss=1.0, learning_rate=0.1)
+    metrics.train(Progress(3), 10.0, None, 1.0, 0.1)
     metrics.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_without_a_terminal_there_is_a_plain_line_a_minute(tmp_path, capsys, monkeypatch):
     for every, lines in ((60, 0), (0, 2)):
-        monkeypatch.setattr("training.metrics.EVERY", every)
+        monkeypatch.setattr("training.metrics.SECONDS_BETWEEN_LINES", every)
         metrics = Metrics(tmp_path, step=0, max_steps=10)
         for step in (1, 2):
-            metrics.train(step, 8.0, mfu=0.5, train_loss=1.25, learning_rate=0.1)
+            metrics.train(Progress(step), 8.0, 0.5, 1.25, 0.1)
         metrics.close()
         out, err = capsys.readouterr()
         assert out.count("\n") == lines and not err
@@ -168,7 +170,7 @@ def test_on_a_terminal_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", os.fdopen(end, "w"))
     metrics = Metrics(tmp_path, step=0, max_steps=10)
     for step in (1, 2):
-        metrics.train(step, 8.0, train_loss=1.25, learning_rate=0.1)
+        metrics.train(Progress(step), 8.0, None, 1.25, 0.1)
     metrics.bar.refresh()  # as it does ten times a second
     shown = ""
     while "tokens/s" not in shown:  # a read takes what has arrived so far
@@ -207,7 +209,7 @@ def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
     """By hand: each validation window's documents alone, all their tokens but the first."""
     make_corpus(tmp_path / "data" / "d", ["abcdef", "xyz", "pqrstuvw"] * 60, documents=True)
     folder = train(max_steps=2, corpus="d")
-    assert json.loads((folder / "config.json").read_text())["document_mask"] == "true"
+    assert json.loads((folder / "config.json").read_text())["chosen"]["document_mask"] == "true"
     checkpoint = load_checkpoint(folder / "last.pt")
     model = load_model(checkpoint)
     tokens = torch.from_numpy(np.fromfile(tmp_path / "data/d/val.bin", np.uint16).astype(np.int64))
@@ -231,7 +233,7 @@ def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
     other = train(max_steps=2, corpus="d", document_mask="false")
     assert losses(other) != losses(folder)
     assert (
-        json.loads((train(max_steps=1, corpus="rhyme") / "config.json").read_text())[
+        json.loads((train(max_steps=1, corpus="rhyme") / "config.json").read_text())["chosen"][
             "document_mask"
         ]
         == "false"
@@ -251,7 +253,9 @@ def test_bfloat16_and_the_compiler_give_the_same_curve(train):
 
 
 def test_train_flops_pay_for_the_steps(train):
-    folder = train(train_flops=6 * 10_992 * 4 * 16 * 12.2)  # 10,992 parameters, 64 tokens a step
+    matrices = 10_992 - 16 * 16  # parameters, but for the positions
+    flops = 6 * matrices + 12 * 2 * 16 * 16  # per token; 2 layers, 16 channels, 16 tokens
+    folder = train(train_flops=flops * 64 * 12.2)  # 64 tokens per step
     assert load_checkpoint(folder / "last.pt")["step"] == 12
 
 
@@ -289,7 +293,7 @@ def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
     out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
     assert process.exitcode == 128 + signum, err
     assert "Traceback" not in err
-    assert out.splitlines()[-1].endswith("python train_gpt2.py --resume out/rhyme-tiny-1 goes on")
+    assert out.splitlines()[-1].endswith("python train_gpt2.py --resume out/rhyme-tiny-1")
     step = load_checkpoint(tmp_path / "out/rhyme-tiny-1/last.pt")["step"]
     assert out.splitlines()[-1].startswith(f"stopped at step {step};")
     assert step == read_metrics(metrics)[-1]["step"]
@@ -342,7 +346,7 @@ def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
     process.join()
     out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
     assert process.exitcode == 1
-    assert err.count("stopping after this step") == out.count("goes on\n") == 1, err
+    assert err.count("stopping after this step") == out.count("continue with: ") == 1, err
     assert (
         load_checkpoint(run / "last.pt")["step"] == read_metrics(run / "metrics.jsonl")[-1]["step"]
     )
@@ -377,12 +381,12 @@ def test_tensorboard_has_the_same_numbers(train):
 
 
 STRANGE = {
-    "a constant that is gone": (("config", "rotary"), 1, "rotary 1, which is no constant"),
+    "a constant that is gone": (("config", "rotary"), 1, "rotary 1, which is not a setting"),
     "a constant of another type": (("config", "max_steps"), "x", "max_steps 'x', which"),
-    "no optimizers": (("optimizers",), [], "no optimizer of this model"),
-    "an optimizer without a state": (("optimizers", 0, "state"), {}, "no optimizer of this"),
+    "no optimizers": (("optimizers",), [], "holds no optimizer"),
+    "an optimizer without a state": (("optimizers", 0, "state"), {}, "holds no optimizer"),
     "another matrix's": (
-        ("optimizers", 0, "state", 0, "momentum_buffer"), torch.zeros(3), "no optimizer of this",
+        ("optimizers", 0, "state", 0, "momentum_buffer"), torch.zeros(3), "holds no optimizer",
     ),
 }  # fmt: skip
 
@@ -401,7 +405,7 @@ def test_a_checkpoint_that_this_version_cant_go_on_from(train, case):
 
 
 def test_whole_numbers_are_good_where_others_are_asked_for():
-    saved = train_gpt2.saved_config(Path("out/mine"), {"dropout": 0, "grad_clip": 1})
+    saved = saved_settings(train_gpt2.Settings, Path("out/mine"), {"dropout": 0, "grad_clip": 1})
     assert (saved.dropout, saved.grad_clip) == (0, 1)
 
 
@@ -417,7 +421,9 @@ def test_damaged_metrics_are_refused(train):
 def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size, expected):
     argv = ["train_gpt2.py", "--size", "gpt2", "--batch_size", str(batch_size), "--corpus", "c"]
     monkeypatch.setattr(sys, "argv", argv)
-    assert train_gpt2.configure()[0].micro_batch_size == expected
+    settings, _ = load_settings(train_gpt2.Settings, "", train_gpt2.SIZES)
+    resolve_size(settings, train_gpt2.SIZES, torch.device("cpu"))
+    assert settings.micro_batch_size == expected
 
 
 WRONG = {
@@ -468,19 +474,19 @@ def test_nothing_prepared(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(train):
     wild = {"learning_rate": 1e30, "grad_clip": 0, "run_name": "mine"}
-    with pytest.raises(ValueError, match=r"is nan at step \d+: lower --learning_rate, and .* anew"):
+    with pytest.raises(ValueError, match=r"is nan at step \d+: lower .* start a new run"):
         train(max_steps=50, **wild, resume="auto")
     train(**TINY, max_steps=30, run_name="mine", resume="auto", stop_at=4)
-    with pytest.raises(ValueError, match=r"go on from out/mine/last\.pt, which is good"):
+    with pytest.raises(ValueError, match=r"continue from out/mine/last\.pt, which is good"):
         train(**wild, resume="out/mine")
     assert load_checkpoint(Path("out/mine/last.pt"))["step"] == 4
 
 
 def test_out_of_memory_names_two_constants(train, monkeypatch):
-    def fit(self):
+    def run_out(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("training.trainer.Trainer.fit", fit)  # of a GPU, that is
+    monkeypatch.setattr(train_gpt2, "compute_loss", run_out)  # of a GPU, that is
     with pytest.raises(ValueError, match="lower --micro_batch_size or --sequence_length"):
         train(max_steps=1)
 
@@ -498,11 +504,11 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     path = tmp_path / "last.pt"
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 half a zip"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"last.pt is no readable checkpoint"):
+        with pytest.raises(ValueError, match=r"last.pt is not a readable checkpoint"):
             load_checkpoint(path)
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"last.pt is no checkpoint of train_gpt2.py"):
+    with pytest.raises(ValueError, match=r"last.pt is not a checkpoint of this version"):
         load_checkpoint(path)
     torch.save({"model_config": signal.SIGINT}, path)  # an object, not a plain value
-    with pytest.raises(ValueError, match=r"last.pt is no readable checkpoint"):
+    with pytest.raises(ValueError, match=r"last.pt is not a readable checkpoint"):
         load_checkpoint(path)
