@@ -195,6 +195,8 @@ def driver(monkeypatch):
             monkeypatch.setattr(torch._C, function, fake, raising=False)
         monkeypatch.setattr(torch.cuda, "_cudart", object(), raising=False)
         monkeypatch.setattr(torch.cuda, "_initialized", False)
+        generators = tuple(torch.Generator() for _ in range(gpus))
+        monkeypatch.setattr(torch.cuda, "default_generators", generators)
         monkeypatch.setattr(torch.cuda, "_queued_calls", [])
         monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
         monkeypatch.setattr(

@@ -33,9 +33,10 @@ class Ranks:
 
     def max(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
+        if self.world_size == 1:
+            return number
         value = torch.tensor(number)
-        if self.world_size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
     def broadcast(self, value):

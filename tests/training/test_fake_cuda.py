@@ -1,288 +1,40 @@
-"""The real training, validation, checkpoint and sampling code on a GPU that computes nothing.
+"""Runs fake_cuda_cases.py in a process of its own, whose torch believes in a GPU."""
 
-Fake tensors on cuda:0 have shapes, types and devices, and no values. An operation whose tensors lie
-on different devices raises as it does on a GPU. So does a device without an index, a random
-generator of another device, and an optimizer whose state lies elsewhere. The last tests plant each
-of these faults once.
-"""
-
-import contextlib
-import dataclasses
+import os
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, losses, make_corpus
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT
 
-import sample
-import train_gpt2
-from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint
-from training.device import choose_device
-from training.optimizer import create_optimizer
-
-CUDA = torch.device("cuda", 0)
-
-
-class Generator(torch.Generator):
-    """A CPU generator that says it is on the device asked for: a CPU build has no other."""
-
-    def __new__(cls, device="cpu"):
-        self = super().__new__(cls, "cpu")
-        self.asked = torch.device(device)
-        return self
-
-    def manual_seed(self, seed):
-        super().manual_seed(seed)
-        return self
-
-
-class Values(TorchDispatchMode):
-    """What fake tensors cannot do: become numbers (1), be pinned, and check a generator."""
-
-    def __init__(self, fake_mode):
-        super().__init__()
-        self.fake_mode = fake_mode
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._to_copy.default and not isinstance(args[0], FakeTensor):
-            args = (self.fake_mode.from_tensor(args[0]), *args[1:])  # or it would copy for real
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0 if args[0].is_floating_point() else 1
-        if func is torch.ops.aten._pin_memory.default:
-            return args[0]
-        generator = kwargs.pop("generator", None)
-        if isinstance(generator, Generator) and generator.asked != args[0].device:
-            raise RuntimeError(f"a generator on {generator.asked} for {args[0].device}")
-        return func(*args, **kwargs)
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def fake_cuda(driver, monkeypatch):
-    """A context in which cuda:0 is there and its tensors are fake."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # before the driver: it then needs no GPU
-    driver(gpus=1)
-    monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(CUDA),), raising=False)
-
-    @contextlib.contextmanager
-    def fake_cuda():
-        with mode, Values(mode):
-            yield
-
-    return fake_cuda
-
-
-@pytest.fixture
-def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
-    """run_on_fake_cuda(dtype="float16") trains two steps and returns the checkpoints it saves."""
-    monkeypatch.chdir(tmp_path)
-    create_model, saved = train_gpt2.create_model, {}
-
-    def create_real(*args):
-        with unset_fake_temporarily():  # a fake module cannot move to another device
-            return create_model(*args)
-
-    def keep(path, checkpoint):  # instead of the bytes, which are not there
-        saved[path.name] = checkpoint
-
-    monkeypatch.setattr(train_gpt2, "create_model", create_real)
-    monkeypatch.setattr("training.checkpoint.save_checkpoint", keep)
-    monkeypatch.setattr(train_gpt2, "print_report", lambda *args: None)  # it reads a checkpoint
-
-    def run(**flags):
-        flags = TINY | {"max_steps": 2, "eval_every": 1, "n_embd": 32} | flags
-        flags |= {"device": "cuda", "compile": "false"}
-        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
-        with fake_cuda():
-            assert train_gpt2.main() == 0
-        return saved
-
-    return run
+def cuda_stub(tmp_path) -> Path:
+    """The compiled cuda_stub.cpp."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not compiler:
+        pytest.skip("needs a C++ compiler, for the backend that the fake GPU has")
+    torch_folder = Path(torch.__file__).parent
+    library = tmp_path / "cuda_stub.so"
+    include, libraries = torch_folder / "include", torch_folder / "lib"
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{include}", HERE / "cuda_stub.cpp"]
+    command += ["-o", library, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
+    subprocess.run(command, check=True)
+    return library
 
 
-def tensors_of(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_of(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_of(part)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"dtype": "bfloat16"},
-        {"dtype": "float32", "optimizer": "adamw", "grad_clip": 0},
-        {"dtype": "float16"},
-        {"dtype": "bfloat16", "dropout": 0.2, "micro_batch_size": 2, "token_noise": 0.1},
-        {"dtype": "bfloat16", "corpus": "documents"},
-        {"dtype": "float16", "corpus": "documents", "dropout": 0.2, "micro_batch_size": 1},
-    ],
-    ids=lambda flags: ",".join(map(str, flags.values())),
-)
-def test_training(run_on_fake_cuda, tmp_path, flags):
-    """Steps, validations and checkpoints, with everything that lasts on the GPU."""
-    make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
-    saved = run_on_fake_cuda(**{"corpus": "rhyme"} | flags)
-    assert sorted(saved) == ["best.pt", "last.pt"]
-    last = saved["last.pt"]
-    assert last["step"] == 2 and last["best"]["step"] == 1
-    assert all(weight.device == CUDA for weight in last["model"].values())
-    assert last["model"]["transformer.wte.weight"].shape[0] == 320  # 257, padded
-    assert last["chosen"]["device"] == "cuda" and last["chosen"]["dtype"] == flags["dtype"]
-    for state in last["optimizers"]:
-        assert all(t.device == CUDA for t in tensors_of(state) if t.dim())
-    assert bool(last["scaler"]) == (flags["dtype"] == "float16")
-    assert list(losses(tmp_path / "out/documents-small-1" if "corpus" in flags else
-                       tmp_path / "out/rhyme-small-1")) == [1, 2]  # fmt: skip
-
-
-def test_every_mask(fake_cuda, monkeypatch):
-    """Documents kept apart by flex_attention and by the dense mask, with gradients."""
-    model = GPT(GPTConfig(vocab_size=31, n_positions=256, n_layer=1, n_head=2, n_embd=32))
-    monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
-    x, y = torch.randint(31, (2, 256)), torch.randint(31, (2, 256))
-    with fake_cuda():
-        model = model.to(CUDA)
-        for flex in (True, False):
-            compute = choices(flex_attention=flex)
-            loss = train_gpt2.compute_loss(model, x, y, compute)
-            loss.backward()
-            assert loss.device == CUDA
-            assert all(p.grad.device == CUDA for p in model.parameters())
-
-
-def choices(**changes):
-    values = dict(
-        device=CUDA, dtype=torch.bfloat16, compile=False, separate_documents=True,
-        flex_attention=False, eot_token=30, flops_per_token=1, peak=None, lines=(),
-    )  # fmt: skip
-    return train_gpt2.ComputeChoices(**values | changes)
-
-
-def test_sampling(fake_cuda, train, monkeypatch, capsys):
-    """sample.py from the weights of a real run: with the cache, and beyond the last position."""
-    train(max_steps=2)
-    capsys.readouterr()
-    flags = ["--device", "cuda", "--max_new_tokens", "40", "--num_samples", "3", "--top_p", "0.9"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
-    load_model = sample.load_model
-
-    def load_real(checkpoint, device):
-        with unset_fake_temporarily():
-            model = load_model(checkpoint, "cpu")
-        return model.to(device)
-
-    monkeypatch.setattr(sample, "load_model", load_real)
-    with fake_cuda():
-        sample.main()
-    assert capsys.readouterr().out.count("---") == 3
-
-
-def test_a_gpus_checkpoint_continues_on_a_cpu_and_back(train, driver, tmp_path):
-    """What was asked for, "auto", is chosen anew on another type of device, and kept otherwise."""
-    folder = train(max_steps=4, stop_at=2, dtype="auto", device="auto", run_name="mine")
-    checkpoint = load_checkpoint(folder / "last.pt")
-    assert checkpoint["config"]["device"] == checkpoint["config"]["dtype"] == "auto"
-    assert checkpoint["chosen"]["device"] == "cpu"
-    chosen = {"device": "cuda", "dtype": "float16", "compile": "true", "document_mask": "false"}
-    torch.save(checkpoint | {"chosen": chosen}, folder / "last.pt")  # as a T4 would have saved it
-    train(resume="out/mine", stop_at=3)
-    now = load_checkpoint(folder / "last.pt")["chosen"]
-    assert now["device"] == "cpu" and now["compile"] == "false"
-    assert now["dtype"] == checkpoint["chosen"]["dtype"]
-    driver(gpus=1)
-    settings = train_gpt2.Settings(
-        max_steps=4, resume="out/mine", batch_size=4, sequence_length=16, n_layer=2, n_embd=16
-    )
-    model = GPT(GPTConfig(257, 16, 2, 2, 16))
-    compute = train_gpt2.choose_compute(
-        dataclasses.replace(settings, compile="false"),
-        checkpoint["metadata"], load_checkpoint(folder / "last.pt"), choose_device("auto"), model,
-        train_gpt2.Ranks(),
-    )  # fmt: skip
-    assert compute.device == CUDA and compute.dtype == torch.bfloat16
-
-
-# Faults of the kind that hid before, each planted once: the tests above would have seen them.
-
-
-def test_a_tensor_left_on_the_cpu_is_seen(run_on_fake_cuda, monkeypatch):
-    def forget(tensors, device):
-        x, *others = tensors
-        return (x, *(t.to(device) for t in others))
-
-    monkeypatch.setattr(train_gpt2, "move_to_device", forget)
-    with pytest.raises(RuntimeError, match="same device"):
-        run_on_fake_cuda()
-
-
-def test_a_missing_index_is_seen(run_on_fake_cuda, monkeypatch):
-    def without_index(name):
-        choice = choose_device(name)
-        torch.cuda.set_device(torch.device("cuda"))
-        return choice
-
-    monkeypatch.setattr(train_gpt2, "choose_device", without_index)
-    with pytest.raises(ValueError, match=r"Expected a torch\.device with a specified index"):
-        run_on_fake_cuda()
-
-
-def test_a_mask_on_the_wrong_device_is_seen(run_on_fake_cuda, monkeypatch, tmp_path):
-    make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
-    document_mask = train_gpt2.document_mask
-    monkeypatch.setattr(train_gpt2, "document_mask", lambda ids: document_mask(ids.cpu()))
-    with pytest.raises(RuntimeError, match="device"):
-        run_on_fake_cuda(corpus="documents", dtype="float32")
-
-
-def test_a_block_mask_on_the_wrong_device_is_seen(fake_cuda, monkeypatch):
-    model = GPT(GPTConfig(vocab_size=31, n_positions=256, n_layer=1, n_head=2, n_embd=32))
-    monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
-    block_mask = train_gpt2.document_block_mask
-    monkeypatch.setattr(train_gpt2, "document_block_mask", lambda ids: block_mask(ids.cpu()))
-    x = torch.randint(31, (2, 256))
-    with fake_cuda():
-        model = model.to(CUDA)
-        with pytest.raises((RuntimeError, ValueError), match="device"):
-            train_gpt2.compute_loss(model, x, x, choices(flex_attention=True))
-
-
-def test_a_generator_on_the_wrong_device_is_seen(fake_cuda):
-    model = GPT(GPTConfig(31, 16, 1, 2, 32))
-    with fake_cuda():
-        model = model.to(CUDA).eval()
-        idx = torch.zeros(1, 1, dtype=torch.int64, device=CUDA)
-        list(model.generate(idx, 3, generator=torch.Generator(CUDA)))
-        with pytest.raises(RuntimeError, match="a generator on cpu"):
-            list(model.generate(idx, 3, generator=torch.Generator("cpu")))
-
-
-def test_an_optimizer_state_on_the_wrong_device_is_seen(fake_cuda):
-    model = GPT(GPTConfig(31, 16, 1, 2, 32))
-    with fake_cuda():
-        model = model.to(CUDA)
-        optimizer = create_optimizer(model, "muon", 0.01, 0.1)
-        idx = torch.zeros(1, 8, dtype=torch.int64, device=CUDA)
-
-        def step():
-            model(idx, idx)[1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        muon = optimizer.optimizers[0]
-        for p in muon.param_groups[0]["params"]:
-            muon.state[p]["momentum_buffer"] = muon.state[p]["momentum_buffer"].cpu()
-        with pytest.raises(RuntimeError, match="same device"):
-            step()
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library with LD_PRELOAD")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build runs tests/cuda instead")
+def test_the_whole_training_step_on_a_fake_gpu(cuda_stub):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--tb=short", HERE / "fake_cuda_cases.py"]
+    env = os.environ | {"LD_PRELOAD": str(cuda_stub), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0
+    assert int(re.search(r"\d+(?= passed)", result.stdout)[0]) >= 15
