@@ -233,7 +233,7 @@ def test_a_bit_of_a_checkpoint(tmp_path, name):
     (tmp_path / "last.pt").touch()
     good, content, harmless = load_checkpoint(path), path.read_bytes(), 0
     remedy = (
-        "remove it, and last.pt is taken" if name == "best.pt" else "take another, or train anew"
+        "remove it to use last.pt" if name == "best.pt" else "name another, or start a new run"
     )
     for damaged in flips(content, range(0, len(content), 13)):
         path.write_bytes(damaged)
@@ -261,7 +261,7 @@ def test_the_one_before_is_gone_on_with(train, capsys):
     train(resume=folder, stop_at=99)
     out = capsys.readouterr().out
     assert f"{folder}/last.pt is not a readable checkpoint" in out
-    assert f"going on from the one before: {folder}/previous.pt" in out
+    assert f"continuing from the checkpoint before it: {folder}/previous.pt" in out
     assert losses(folder) == losses(whole)
     assert files(folder).keys() == files(whole).keys()
     one, other = (load_checkpoint(run / "last.pt")["model"] for run in (folder, whole))

@@ -9,6 +9,7 @@ of these faults once.
 import contextlib
 import dataclasses
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Generator(torch.Generator):
     Operations get a copy of it, which is known again by its seed.
     """
 
-    device_of_seed = {}
+    device_of_seed: ClassVar = {}
 
     def __new__(cls, device="cpu"):
         self = super().__new__(cls, "cpu")

@@ -298,7 +298,7 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned, monkeypat
     assert "--sequence_length 25" in error and "24 positions of weights" in error
     assert "weights has n_layer 2: leave out --n_layer" in refused("--n_layer", "3")
     assert "leave out --size" in refused("--size", "tiny")
-    assert "say --init_from, too" in refused("--size", "pretrained", "--init_from", "")
+    assert "add --init_from" in refused("--size", "pretrained", "--init_from", "")
     error = refused("--init_from", "nowhere")
     assert "nowhere is neither a folder with config.json" in error and "gpt2-xl" in error
     small(60).save_pretrained(tmp_path / "weights")
