@@ -170,11 +170,14 @@ def tatm(folder, checkout):
 
 def transformers(folder, _):
     """DataCollatorForLanguageModeling, padding the same documents."""
-    from transformers import DataCollatorForLanguageModeling, GPT2TokenizerFast
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-    from bench.tokenize import gpt2_files
-
-    tokenizer = GPT2TokenizerFast(*gpt2_files(str(folder)), pad_token="<|endoftext|>")
+    # To pad ids, a tokenizer needs only the id to pad with.
+    end_of_text = "<|endoftext|>"
+    vocabulary = Tokenizer(WordLevel({end_of_text: EOT}, unk_token=end_of_text))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token=end_of_text)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     data = DocumentDataset(folder / "train", max_length=T)
     rows = [{"input_ids": data[i].tolist()} for i in range(min(len(data), 2000))]
