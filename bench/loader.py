@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from bench.report import RESULTS, bars, contest, contest_table, private_mib, write
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from dataset import (
     DocumentDataset,
     ShuffledBatches,
@@ -43,7 +43,7 @@ B, T, EOT = 32, 256, 50256
 
 
 @dataclass
-class Config:
+class Settings:
     tokens: int = 20_000_000  # of the split
     nanogpt: str = ""  # checkout of nanoGPT
     tatm: str = ""  # checkout of tatm
@@ -53,7 +53,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     groups, left_out, unit = {}, [], "million tokens/s"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -24,7 +24,7 @@ from bench.report import RESULTS, ROOT, curves, private_mib, table, whole_proces
 from bench.tokenize import make as make_documents
 from bench.tokenize import ours as prepare
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from model import GPT, GPTConfig
 from training.device import choose_compile, choose_dtype
 from training.optimizer import create_optimizer
@@ -37,7 +37,7 @@ ENGINES = {  # contestants, and prepare_data.py's flags
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file whose words the documents are made of; "": numbers
     megabytes: tuple[int, ...] = (1, 10, 100, 1000)  # of documents
     tokens: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9, 10**10)  # of a split
@@ -54,7 +54,7 @@ class Config:
 def main():
     if len(sys.argv) > 2 and sys.argv[1] == "open":
         return open_split(Path(sys.argv[2]))
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     tokenizing(config)
     opening(config)
     training_step(config)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -117,6 +117,8 @@ def files(folder):
 
 def kind(script, name):
     of = get_type_hints(SCRIPTS[script][0].Config)[name]
+    if get_origin(of) is Literal:
+        return str
     return next((t for t in get_args(of) if t in VALUES), of)
 
 
@@ -189,7 +191,7 @@ REFUSED = [  # flags, and words of the line
     (
         PREPARE,
         "--input raw --engine rai",
-        "engine is one of processes, ray, not 'rai'; did you mean",
+        "--engine must be one of processes, ray, not 'rai'; did you mean ray?",
     ),
     (
         PREPARE,
@@ -217,7 +219,7 @@ REFUSED = [  # flags, and words of the line
     (
         "dataset.py",
         "mine --split tran",
-        "split is one of train, val, test, not 'tran'; did you mean",
+        "--split must be one of train, val, test, not 'tran'; did you mean train?",
     ),
 ]
 
@@ -229,7 +231,8 @@ def test_what_makes_no_sense_is_refused(call, monkeypatch, script, flags, words)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts to download
     there = [*Path().rglob("*.bin"), *Path("out").iterdir()]
     code, err = call(script, *flags.split(" "))
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert code == (2 if "must be one of" in words else 1), err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     assert words in err
     assert [*Path().rglob("*.bin"), *Path("out").iterdir()] == there
 
