@@ -62,10 +62,17 @@ VALUES = {
     str: ["", "x", "../x", "-x", "a\n?*[", "x" * 300],
 }
 NEVER = {"", "x", "1.5", "nan", "inf", "-inf", "-1", str(10**30)}  # what no number may be
+
+
+def settings_class(script):
+    module, _ = SCRIPTS[script]
+    return getattr(module, "Settings", None) or module.Config
+
+
 FIELDS = [
     (script, field.name)
-    for script, (module, _) in SCRIPTS.items()
-    for field in dataclasses.fields(module.Config)
+    for script in SCRIPTS
+    for field in dataclasses.fields(settings_class(script))
 ]
 
 
@@ -116,7 +123,7 @@ def files(folder):
 
 
 def kind(script, name):
-    of = get_type_hints(SCRIPTS[script][0].Config)[name]
+    of = get_type_hints(settings_class(script))[name]
     if get_origin(of) is Literal:
         return str
     return next((t for t in get_args(of) if t in VALUES), of)
@@ -142,7 +149,7 @@ def test_any_value_of_any_flag_works_or_is_refused_in_a_line(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_misspelt_flag_gets_the_nearest(call, script):
-    for field in dataclasses.fields(SCRIPTS[script][0].Config):
+    for field in dataclasses.fields(settings_class(script)):
         code, err = call(script, f"--{field.name}x", "1")
         assert err.startswith(
             f"error: unknown --{field.name}x; did you mean --{field.name}? (python"
