@@ -13,10 +13,11 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from common.files import folder_name
 from common.script import run
-from common.settings import check, parse_flags, print_flags
+from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
 from corpus import inputs
 from corpus.descriptions import describe
 from corpus.shards import prepare
@@ -36,17 +37,17 @@ class Config:
     corpus: str = ""  # name of the corpus; "": TinyShakespeare, or after what --input names
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
-    documents: str = ""  # what ends a document of a .txt: blank-line, file, line; "": nothing does
+    documents: Literal["", "blank-line", "file", "line"] = ""  # what ends a document of a .txt
     max_length: int = 0  # tokens that are kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
     train_split_ratio: float = 0.9  # share for training, where the corpus isn't split already
     seed: int = 0  # which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
-    engine: str = "processes"  # what does the work: processes (of this machine) or ray
+    engine: Literal["processes", "ray"] = "processes"  # what does the work: this machine, or Ray
     workers: int = 0  # pieces worked on at once, here at most four a core; 0: one a core
     ray_address: str = ""  # of a running Ray cluster (auto: this node's); "": starts one here
     part: str = ""  # I/N: only every N-th piece, from the I-th; whoever ends last joins them
-    on_error: str = "stop"  # what is no document: stop there, or skip it, counted and listed
+    on_error: Literal["stop", "skip"] = "stop"  # an invalid document: stop, or skip and list it
     list: bool = False  # show the corpora that are known by name, and do nothing else
     describe: str = ""  # write a description into this folder of raw text, and do nothing else
     description: str = ""  # what the text is, for --describe
@@ -56,11 +57,6 @@ class Config:
     verify: str = ""  # check this prepared corpus against checksums and source, and nothing else
 
 
-CHOICES = {
-    "documents": ("", "blank-line", "file", "line"),
-    "engine": ("processes", "ray"),
-    "on_error": ("stop", "skip"),
-}
 LIMITS = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
 MODES = {  # that do nothing else -> the flags that they take
     "list": (),
@@ -74,8 +70,9 @@ NEEDS["ray_address"] = "engine ray"
 
 
 def main():
-    config = parse_flags(Config, __doc__)
-    check(config, CHOICES, LIMITS, WITHOUT, NEEDS)
+    config = parse_settings(Config, __doc__)
+    check_ranges(config, LIMITS)
+    check_conflicts(config, WITHOUT, NEEDS)
     part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", config.part)
     if config.part and not (part and int(part[1]) < int(part[2])):
         raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
@@ -100,7 +97,7 @@ def main():
     if config.verify:
         folder = data_dir / folder_name(config.verify, "--verify")
         return verify(folder)
-    print_flags(config)
+    print_settings(config)
     named = config.corpus or config.input or config.tokenizer
     try:
         corpus, tokenizer = load(config, data_dir)

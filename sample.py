@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common.script import run
-from common.settings import check, parse_flags
+from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import (
     HuggingFaceTokenizer,
     fetch_vocabulary,
@@ -60,8 +60,9 @@ WITHOUT = {
 
 @memory_errors("--num_samples")
 def main():
-    config = parse_flags(Config, __doc__)
-    check(config, limits=LIMITS, without=WITHOUT)
+    config = parse_settings(Config, __doc__)
+    check_ranges(config, LIMITS)
+    check_conflicts(config, WITHOUT)
     prompt = read_prompt(config)
     model, tokenizer = load(config)
     if config.export:

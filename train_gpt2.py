@@ -17,6 +17,7 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,12 @@ from training.run_settings import (
 )
 from training.signals import StopSignal
 
+Size = Literal[
+    "auto", "tiny", "small", "pretrained", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
+]
+Switch = Literal["auto", "true", "false"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass
 class Settings:
@@ -51,14 +58,14 @@ class Settings:
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to continue; auto: run_name's, if it has a checkpoint
     init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, or a folder
-    size: str = "auto"  # tiny, small, gpt2, gpt2-medium, -large, -xl; auto: tiny on a CPU
+    size: Size = "auto"  # what the flags below are by default; auto: tiny on a CPU, else small
     n_layer: int | None = None  # blocks; this and all settings without a default depend on size
     n_head: int | None = None  # attention heads per block; n_embd is a multiple of it
     n_embd: int | None = None  # channels
     sequence_length: int | None = None  # tokens per sequence
     dropout: float | None = None  # probability that training sets a value to 0; below 1
     token_noise: float = 0.0  # share of input tokens replaced by random ones
-    document_mask: str = "auto"  # true: documents do not attend to each other; auto: if any
+    document_mask: Switch = "auto"  # documents do not attend to each other; auto: if any
     batch_size: int | None = None  # sequences per step, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass; default: all of a process
     max_steps: int | None = None  # optimizer steps; default: as many as train_flops allows
@@ -69,15 +76,15 @@ class Settings:
     patience: int = 0  # validations without a new best that end the run; 0: none do
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
-    optimizer: str = "muon"  # muon (matrices inside the blocks; adamw for the rest) or adamw
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
     weight_decay: float = 0.1  # of the blocks' matrices, times the learning rate, per step
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
     seed: int = 0  # of initial weights, data order and dropout
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: the hardware's fastest
-    compile: str = "auto"  # true, false; auto: torch.compile where it works and pays
+    dtype: Dtype = "auto"  # of matrix products (autocast); auto: the hardware's fastest
+    compile: Switch = "auto"  # auto: torch.compile where it works and pays
 
 
 # What a size stands for where no flag says otherwise. tiny takes about three minutes on two cores,

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from batches.documents import DocumentDataset, document_ids, pack_documents, pad_documents
 from batches.order import ShuffledBatches
 from batches.tokens import Tokens
-from common.settings import check, parse_flags
+from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
 from corpus.tokenizer import get_tokenizer
 from dataset import TextDataset
@@ -32,14 +33,13 @@ SAMPLE = 100_000_000  # tokens whose documents are looked at
 class Config:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
-    split: str = "train"  # part of the corpus: train, val or test
+    split: Literal["train", "val", "test"] = "train"  # part of the corpus
     sequence_length: int = 64  # tokens a row
     batch_size: int = 8  # rows of a batch
     rows: int = 3  # how many of them are shown as text
     seed: int = 0  # of the random order of the rows
 
 
-CHOICES = {"split": ("train", "val", "test")}
 LIMITS = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
 
 
@@ -47,8 +47,8 @@ LIMITS = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
 def main():
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--corpus")
-    config = parse_flags(Config, __doc__)
-    check(config, CHOICES, LIMITS)
+    config = parse_settings(Config, __doc__)
+    check_ranges(config, LIMITS)
     name = config.corpus or newest_corpus(config.data_dir).name
     folder = Path(config.data_dir) / name
     metadata = read_metadata(folder)

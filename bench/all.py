@@ -15,7 +15,7 @@ import torch
 
 from bench.report import RESULTS, ROOT, update_readme, write
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 
 SCRIPTS = ("tokenize", "loader", "train", "learn", "scale", "faults")
 ON_GPU = {  # scripts that can use one, and the section that they then write
@@ -26,7 +26,7 @@ ON_GPU = {  # scripts that can use one, and the section that they then write
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file to tokenize and train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     tatm: str = ""  # checkout of tatm; "": left out
@@ -34,14 +34,14 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     if not config.text:
         raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
     for script in config.scripts:
         if script not in SCRIPTS:
             raise ValueError(f"scripts are {', '.join(SCRIPTS)}, not {script}")
         known = {
-            f.name for f in dataclasses.fields(importlib.import_module(f"bench.{script}").Config)
+            f.name for f in dataclasses.fields(importlib.import_module(f"bench.{script}").Settings)
         }
         values = {k: v for k, v in dataclasses.asdict(config).items() if k in known and v}
         flags = [part for name, value in values.items() for part in (f"--{name}", value)]

@@ -33,7 +33,7 @@ from bench.report import RESULTS, private_mib, table, write
 from bench.tokenize import make
 from common.packages import optional
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from corpus import shards
 from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
@@ -50,7 +50,7 @@ TRAINING = dict(
 
 
 @dataclass
-class Config:
+class Settings:
     kills: int = 200  # in preparing
     training_kills: int = 100  # in training and saving checkpoints
     steps: int = 50_000  # of the long training run
@@ -62,7 +62,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     results = config.results and os.path.abspath(config.results)
     torch.set_num_threads(1)
     home = os.getcwd()

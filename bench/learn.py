@@ -25,7 +25,7 @@ import torch
 from bench.report import RESULTS, ROOT, table, whole_process, write
 from bench.train import prepare
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from model import GPT, GPTConfig
 
 RECIPES = "bench/RECIPES.md"
@@ -64,7 +64,7 @@ TRIED = {  # flags of train_gpt2.py, by vocabulary
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     recipes: bool = False  # write RECIPES.md instead: an hour and more on two cores
@@ -77,7 +77,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     if not config.text:
         raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from bench.report import RESULTS, bars, contest, contest_table, private_mib, write
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from dataset import (
     DocumentDataset,
     ShuffledBatches,
@@ -43,7 +43,7 @@ B, T, EOT = 32, 256, 50256
 
 
 @dataclass
-class Config:
+class Settings:
     tokens: int = 20_000_000  # of the split
     nanogpt: str = ""  # checkout of nanoGPT
     tatm: str = ""  # checkout of tatm
@@ -53,7 +53,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     groups, left_out, unit = {}, [], "million tokens/s"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -170,11 +170,14 @@ def tatm(folder, checkout):
 
 def transformers(folder, _):
     """DataCollatorForLanguageModeling, padding the same documents."""
-    from transformers import DataCollatorForLanguageModeling, GPT2TokenizerFast
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-    from bench.tokenize import gpt2_files
-
-    tokenizer = GPT2TokenizerFast(*gpt2_files(str(folder)), pad_token="<|endoftext|>")
+    # To pad ids, a tokenizer needs only the id to pad with.
+    end_of_text = "<|endoftext|>"
+    vocabulary = Tokenizer(WordLevel({end_of_text: EOT}, unk_token=end_of_text))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token=end_of_text)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     data = DocumentDataset(folder / "train", max_length=T)
     rows = [{"input_ids": data[i].tolist()} for i in range(min(len(data), 2000))]

@@ -24,7 +24,7 @@ from bench.report import RESULTS, ROOT, curves, private_mib, table, whole_proces
 from bench.tokenize import make as make_documents
 from bench.tokenize import ours as prepare
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from model import GPT, GPTConfig
 from training.device import choose_compile, choose_dtype
 from training.optimizer import create_optimizer
@@ -37,13 +37,14 @@ ENGINES = {  # contestants, and prepare_data.py's flags
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file whose words the documents are made of; "": numbers
     megabytes: tuple[int, ...] = (1, 10, 100, 1000)  # of documents
     tokens: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9, 10**10)  # of a split
     channels: tuple[int, ...] = (64, 128, 256, 512)  # of a model of 4 layers, GPT-2's 768 once
     windows: tuple[int, ...] = (64, 256, 1024)  # tokens
     batches: tuple[int, ...] = (1, 4, 16, 64)  # windows a step
+    tokenizer: str = "gpt2"  # of the documents
     rounds: int = 3  # of each
     seconds: float = 2.0  # at least, of each step's timing
     device: str = "cpu"  # of the training step: cpu, cuda
@@ -53,7 +54,7 @@ class Config:
 def main():
     if len(sys.argv) > 2 and sys.argv[1] == "open":
         return open_split(Path(sys.argv[2]))
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     tokenizing(config)
     opening(config)
     training_step(config)
@@ -65,7 +66,8 @@ def tokenizing(config) -> None:
         corpus = Path(folder) / "corpus.jsonl"
         for megabytes in config.megabytes:
             make_documents(corpus, megabytes, config.text)
-            for name, flags in ENGINES.items():
+            for name, engine in ENGINES.items():
+                flags = [*engine, "--tokenizer", config.tokenizer]
                 seconds, mib = [], 0
                 for _ in range(config.rounds if megabytes < 1000 else 1):
                     with tempfile.TemporaryDirectory() as out:
@@ -75,9 +77,10 @@ def tokenizing(config) -> None:
                 rows.append((f"{megabytes:,} MB", name, took, megabytes / took, mib))
                 lines[name].append((megabytes, took))
     text = (
-        "A .jsonl of documents of about 150 bytes, GPT-2's vocabulary, whole processes, the median "
-        f"of {config.rounds} (1,000 MB: once). MiB: the largest process at its peak, Ray's own not "
-        "counted.\n\n" + table(["corpus", "", "seconds", "MB/s", "MiB"], rows)
+        f"A .jsonl of documents of about 150 bytes, --tokenizer {config.tokenizer}, whole "
+        f"processes, the median of {config.rounds} (1,000 MB: once). MiB: the largest process at "
+        "its peak, Ray's own not counted.\n\n"
+        + table(["corpus", "", "seconds", "MB/s", "MiB"], rows)
     )
     figure = curves({"tokenizing": lines}, "MB", "seconds")
     write(config.results, "Scale: tokenizing", text, figure)

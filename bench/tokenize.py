@@ -20,13 +20,13 @@ import numpy as np
 
 from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 
 EOT = 50256
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file whose words the documents are made of; "": numbers
     megabytes: tuple[int, ...] = (20, 200)  # of documents
     workers: int = 2  # processes, or threads where that is all a contestant has
@@ -37,7 +37,7 @@ class Config:
 def main():
     if len(sys.argv) > 1 and sys.argv[1] in PEERS:
         return PEERS[sys.argv[1]](sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     groups, unit = {}, "MB/s"
     for megabytes in config.megabytes:
         with tempfile.TemporaryDirectory() as folder:

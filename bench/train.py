@@ -25,7 +25,7 @@ import torch
 
 from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_process, write
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from model import GPT, GPTConfig
 from training.device import peak_flops
 
@@ -43,7 +43,7 @@ TITLES = {"cpu": "Training on a CPU", "cuda": "Training on a GPU"}
 
 
 @dataclass
-class Config:
+class Settings:
     text: str = ""  # file to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     rounds: int = 3  # of each contestant, in turn
@@ -53,7 +53,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     if not config.text:
         raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
     goals = SHAPES[config.device]

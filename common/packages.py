@@ -1,12 +1,25 @@
-"""Optional packages."""
+"""Packages that only some features need."""
 
 import importlib
+from types import ModuleType
 
 
-def optional(module: str, what: str, package: str = ""):
-    """Imports an optional package. Raises ValueError that tells how to install it."""
+def optional(module: str, feature: str, package: str = "") -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: Name of the module, such as `pyarrow.parquet`.
+        feature: What needs the package. It begins the error message.
+        package: Name for pip, if it differs from the first part of `module`.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: The package is not installed. The message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
         package = package or module.split(".")[0]
-        raise ValueError(f"{what} needs a package: pip install {package}") from None
+        raise ValueError(f"{feature} needs a package: pip install {package}") from None

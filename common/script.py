@@ -1,58 +1,75 @@
-"""Runs a script: errors for people, exit codes."""
+"""Run a script: exit codes, and errors as one line instead of a traceback."""
 
 import contextlib
 import errno
 import faulthandler
 import os
 import sys
+from collections.abc import Callable
 
 
-def run(main) -> None:
-    """Runs a script's main(); an error that is the user's to mend becomes one line, exit code 1.
+def run(main: Callable[[], int | None]) -> None:
+    """Run the `main()` of a script and end the process with its exit code.
 
-    ValueError and OSError carry messages for people (what, where, what to do); anything else is a
-    bug of ours and keeps its traceback.
+    A ValueError, OSError or MemoryError is printed as one line: `error: ...`, exit code 1. The
+    message of these errors says what is wrong, where, and what to do. Any other exception is a
+    bug of the project and keeps its traceback.
+
+    Args:
+        main: Returns an exit code, or None for 0.
+
+    Raises:
+        SystemExit: Always, unless the process is one of several (WORLD_SIZE above 1), which ends
+            at once. 130 stands for Ctrl-C, and 141 for a reader of the output that is gone, as in
+            a shell.
     """
-    for name in ("stdin", "stdout", "stderr"):  # one that is closed is as good as an empty one
+    for name in ("stdin", "stdout", "stderr"):  # None if the stream was closed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    with contextlib.suppress(OSError):  # standard error may be no file
-        faulthandler.enable()  # a crash in C code tells where
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
+    with contextlib.suppress(OSError):  # standard error may have no file descriptor
+        faulthandler.enable()  # print a traceback of a crash in C code
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     try:
         code = main() or 0
         sys.stdout.flush()
-    except SystemExit as stop:  # argparse's
+    except SystemExit as stop:  # from parse_settings
         code = stop.code or 0
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
+    except BrokenPipeError:  # the reader of the output, such as head, is gone
         code = 128 + 13  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
-        code = 130  # as a shell reports Ctrl-C
+        code = 128 + 2  # as a shell reports SIGINT
     except (ValueError, OSError, MemoryError) as error:
         with contextlib.suppress(OSError):
-            print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
+            print(f"error: {_message(error)}", file=sys.stderr, flush=True)
         code = 1
     try:
         sys.stdout.flush()
-    except OSError:  # Python would try again, and complain
+    except OSError:  # the interpreter would flush again and print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # one of several, without taking Python down in order: gloo's threads may hold the last
-        # tensors, and abort when they let them go (pytorch/pytorch#179291)
+        # Skip the interpreter's shutdown: gloo's threads may hold the last tensors and abort when
+        # they release them (pytorch/pytorch#179291).
         os._exit(code)
     sys.exit(code)
 
 
-def _sentence(error: Exception) -> str:
-    text = str(error)  # raised by us
+def _message(error: Exception) -> str:
+    """The error as one line."""
     if isinstance(error, MemoryError):
-        text = f"there is not enough memory: {text}"
+        text = f"there is not enough memory: {error}"
     elif isinstance(error, OSError) and error.errno and error.filename:
-        remedy = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = "; make room there, or choose another folder, and run it again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "; get the right to, or choose another folder"
-        text = f"{error.filename}: {error.strerror}{remedy}"
-    return " ".join(text.splitlines())  # a file's name may have several
+        text = f"{error.filename}: {error.strerror}{_remedy(error.errno)}"
+    else:
+        text = str(error)
+    return " ".join(text.splitlines())  # a file name may contain line breaks
+
+
+def _remedy(number: int) -> str:
+    """What to do about an operating system error, as the end of a sentence."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; make room there, or choose another folder, and run the command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; change the permissions, or choose another folder"
+    return ""

@@ -1,99 +1,210 @@
-"""Settings of a script: a dataclass whose fields are also flags."""
+"""The settings of a script: a dataclass whose fields are also flags of the command line.
 
-import argparse
+`tyro` parses the flags and writes the help text from the comments in the dataclass. The checks of
+ranges and of flags that exclude each other are ours.
+"""
+
 import dataclasses
 import difflib
-import inspect
 import math
 import re
+import sys
 import textwrap
-from typing import get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
+
+import tyro
+import tyro._errors  # not a public module: requirements.txt pins tyro's version exactly
+
+Settings = TypeVar("Settings")
+Number = TypeVar("Number", int, float)
+LARGEST_INT = 2**31 - 1
+
+_number_types = tyro.constructors.ConstructorRegistry()
 
 
-def parse_flags(cls, doc: str, defaults=None):
-    """Fills the dataclass `cls` from --field value flags; each field's comment is its help.
+def parse_settings(cls: type[Settings], doc: str, defaults: Settings | None = None) -> Settings:
+    """Return the settings that the command line gives.
 
-    Returns a `cls`; flags that aren't given keep their value in `defaults`, another `cls`. Of a
-    flag given twice the last value counts, or all, where it takes several. An unknown flag or a
-    value of the wrong type ends the program with a line that names it, code 2.
+    Each field is a flag of the same name: `--name value` or `--name=value`. A `bool` field is a
+    flag without a value, `--name` or `--no_name`. A tuple takes several values. The trailing
+    comment of a field is its help text. Of a scalar flag that is given twice, the last value
+    counts; the values of a tuple that is given twice are joined.
+
+    A wrong flag or value ends the program with one line on standard error and exit code 2.
+
+    Args:
+        cls: A dataclass. Field types are `int`, `float`, `str`, `bool`, `Literal`, tuples of
+            these, and each of them `| None`.
+        doc: The docstring of the script. `--help` prints it above the flags.
+        defaults: An instance of `cls`: the values of the flags that are not given.
+
+    Returns:
+        An instance of `cls`. All numbers are finite.
     """
-    parser = _Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-    types, defaults = get_type_hints(cls), defaults or cls()
-    for field in dataclasses.fields(cls):
-        default, kind = getattr(defaults, field.name), types[field.name]
-        several = get_origin(kind) is tuple
-        kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # "int | None": int
-        shown = "" if default in ("", (), None) or default is False else f" [{default!r}]"
-        parser.add_argument(
-            f"--{field.name}",
-            **dict(action="store_true")
-            if kind is bool
-            else dict(type=_number if kind is float else kind, metavar=kind.__name__.upper()),
-            **dict(nargs="+", action="extend") if several else {},
-            default=argparse.SUPPRESS,
-            help=f"{comments[field.name]}{shown}".replace("%", "%%"),
+    types = get_type_hints(cls)
+    flags = [f"--{name}" for name in types]
+    tuple_flags = {f"--{name}" for name, kind in types.items() if get_origin(kind) is tuple}
+    with tyro._errors.on_parse_error(lambda event: _usage_error(_reason(event, flags))):
+        return tyro.cli(
+            cls,
+            description=doc,
+            args=_join_tuples(sys.argv[1:], tuple_flags),
+            default=cls() if defaults is None else defaults,
+            use_underscores=True,
+            config=(tyro.conf.DisallowNone,),
+            registry=_number_types,
         )
-    given, unknown = parser.parse_known_args()
-    if unknown:
-        flags = [f"--{field.name}" for field in dataclasses.fields(cls)]
-        parser.error(f"unknown {unknown[0]}{near(unknown[0].split('=')[0], flags)}")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
-    return dataclasses.replace(defaults, **given)
 
 
-def check(config, choices=None, limits=None, without=None, needs=None) -> None:
-    """Raises ValueError for a value that can't be used, by four tables of the config's fields:
+def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]] | None = None) -> None:
+    """Check that the numbers in the settings are in their ranges.
 
-    choices: the texts that one may be. limits: (least, most) of a number; elsewhere 0 and, for a
-    whole one, 2**31 - 1. without: what has no effect beside it. needs: the flag that it has no
-    effect without.
+    Args:
+        settings: A dataclass.
+        ranges: Field name -> (smallest, largest) allowed number. A number without an entry must
+            be at least 0, and an integer at most 2**31 - 1.
+
+    Raises:
+        ValueError: A number is outside its range. The message names the field and the bound.
     """
-    for name, value in vars(config).items():
-        known = (choices or {}).get(name)
-        if known and value not in known:
-            names = ", ".join(text or '""' for text in known)
-            raise ValueError(f"{name} is one of {names}, not {value!r}{near(value, known)}")
-        if isinstance(value, (int, float)):
-            usual = (0, math.inf if isinstance(value, float) else 2**31 - 1)
-            least, most = (limits or {}).get(name, usual)
-            if not least <= value <= most:
-                bound = f"at least {least}" if value < least else f"at most {most}"
-                raise ValueError(f"{name} must be {bound}, not {value}")
-    fields = dataclasses.fields(config)
-    given = [field.name for field in fields if getattr(config, field.name) != field.default]
+    for name, value in vars(settings).items():
+        if not isinstance(value, (int, float)):
+            continue
+        default = (0, math.inf if isinstance(value, float) else LARGEST_INT)
+        smallest, largest = (ranges or {}).get(name, default)
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, not {value}")
+        if value > largest:
+            raise ValueError(f"{name} must be at most {largest}, not {value}")
+
+
+def check_conflicts(
+    settings: Any,
+    excludes: Mapping[str, Collection[str]] | None = None,
+    requires: Mapping[str, str] | None = None,
+) -> None:
+    """Check that no flag is given that has no effect. A field is given if it is not its default.
+
+    Args:
+        settings: A dataclass.
+        excludes: Field name -> fields that have no effect if the first one is given.
+        requires: Field name -> the flag without which the field has no effect, such as `describe`
+            or, with its value, `engine ray`.
+
+    Raises:
+        ValueError: A flag has no effect. The message names both flags.
+    """
+    fields = dataclasses.fields(settings)
+    given = [field.name for field in fields if getattr(settings, field.name) != field.default]
     for name in given:
         for other in given:
-            if other in (without or {}).get(name, ()):
+            if other in (excludes or {}).get(name, ()):
                 raise ValueError(f"--{other} has no effect beside --{name}: leave one out")
-        need = (needs or {}).get(name, name)
-        if need.split()[0] not in given:
-            raise ValueError(f"--{name} has no effect without --{need}")
+        required = (requires or {}).get(name, name)
+        if required.split()[0] not in given:
+            raise ValueError(f"--{name} has no effect without --{required}")
 
 
-def near(name: str, known) -> str:
-    """The one of `known` that `name` was probably meant for, as the end of a sentence; or ""."""
-    return "".join(
-        f"; did you mean {found}?" for found in difflib.get_close_matches(name, known, 1)
+def near(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" for the name in `known` that is most like `name`, or ""."""
+    matches = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def print_settings(settings: Any) -> None:
+    """Print the settings in use, without the empty ones, on as few lines as they need."""
+    parts = []
+    for name, value in dataclasses.asdict(settings).items():
+        if value in (None, "", (), False):
+            continue
+        if isinstance(value, float):
+            text = f"{value:g}"
+        elif isinstance(value, tuple):
+            text = " ".join(map(str, value))
+        else:
+            text = str(value)
+        parts.append(f"{name}={text}")
+    print(textwrap.fill(" ".join(parts), width=100))
+
+
+@_number_types.primitive_rule
+def _int_rule(info: tyro.constructors.PrimitiveTypeInfo):
+    return _number_spec(int, "a whole number") if info.type is int else None
+
+
+@_number_types.primitive_rule
+def _float_rule(info: tyro.constructors.PrimitiveTypeInfo):
+    return _number_spec(float, "a finite number") if info.type is float else None
+
+
+def _number_spec(
+    kind: Callable[[str], Number], description: str
+) -> tyro.constructors.PrimitiveConstructorSpec[Number]:
+    """How tyro makes an int or a float of a text, with messages for people."""
+
+    def parse(texts: list[str]) -> Number:
+        try:
+            number = kind(texts[0])
+            if math.isfinite(number):
+                return number
+        except (ValueError, OverflowError):
+            pass
+        raise ValueError(f"must be {description}, not {texts[0]!r}")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-def print_flags(config) -> None:
-    """The values in use, on as few lines as they need."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, "", (), False)}
-    shown = {float: "{:g}".format, tuple: " ".join}
-    text = " ".join(f"{k}={shown.get(type(v), str)(v)}" for k, v in values.items())
-    print(textwrap.fill(text, width=100))
+def _join_tuples(arguments: Sequence[str], tuple_flags: Collection[str]) -> list[str]:
+    """Join the values of tuples that are given twice: -> `--input a b` for `--input a --input b`.
+
+    tyro would keep the last ones only.
+    """
+    scalars: list[str] = []
+    tuples: dict[str, list[str]] = {}
+    target = scalars
+    for argument in arguments:
+        flag, equals_sign, value = argument.partition("=")
+        if flag in tuple_flags:
+            target = tuples.setdefault(flag, [])
+            target += [value] if equals_sign else []
+        elif argument.startswith("--"):
+            target = scalars
+            target.append(argument)
+        else:
+            target.append(argument)
+    for flag, values in tuples.items():
+        if not values:
+            _usage_error(f"{flag} needs at least one value")
+        scalars += [f"{flag}={values[0]}", *values[1:]]
+    return scalars
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
+    """What is wrong with the command line, as one sentence."""
+    if isinstance(event, tyro._errors.UnrecognizedArgs):
+        token = event.tokens[0]
+        if not token.startswith("-"):
+            return f"unexpected value {token!r}"
+        return f"unknown {token}{near(token.split('=')[0], flags)}"
+    flag = event.argument.lowered.name_or_flags[0]
+    if isinstance(event, tyro._errors.BadValue):
+        return f"{flag} needs a value; write {flag}=VALUE if the value begins with a dash"
+    if isinstance(event, tyro._errors.InvalidChoice):
+        choices = ", ".join(choice or '""' for choice in event.choices)
+        suggestion = near(event.value, event.choices)
+        return f"{flag} must be one of {choices}, not {event.value!r}{suggestion}"
+    number = re.search(r"must be a (whole|finite) number, not .*", event.message)
+    return f"{flag} {number[0] if number else 'has a value of the wrong type'}"
 
 
-def _number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
+def _usage_error(reason: str) -> NoReturn:
+    script = sys.argv[0]
+    print(f"error: {reason} (python {script} --help lists the flags)", file=sys.stderr)
+    sys.exit(2)

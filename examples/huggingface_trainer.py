@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from dataset import TextDataset, newest_corpus
 
 
 @dataclass
-class Config:
+class Settings:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out/huggingface"  # for the Trainer's checkpoints
@@ -39,7 +39,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     folder = (
         Path(config.data_dir) / config.corpus if config.corpus else newest_corpus(config.data_dir)
     )

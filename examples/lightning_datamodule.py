@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.script import run
-from common.settings import parse_flags
+from common.settings import parse_settings
 from corpus.inputs import load_corpus
 from corpus.shards import prepare
 from corpus.tasks import engine
@@ -122,7 +122,7 @@ class LitGPT2(L.LightningModule):
 
 
 @dataclass
-class Config:
+class Settings:
     corpus: str = "wikitext-2"  # of prepare_data.py's
     inputs: tuple[str, ...] = ()  # files of yours instead
     data_dir: str = "data"  # folder of prepared corpora
@@ -134,7 +134,7 @@ class Config:
 
 
 def main():
-    config = parse_flags(Config, __doc__)
+    config = parse_settings(Settings, __doc__)
     data = LLMDataModule(
         config.corpus, config.tokenizer, config.batch_size, config.max_length,
         config.packing, config.data_dir, config.inputs,

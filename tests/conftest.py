@@ -1,5 +1,6 @@
 """Shared by the tests: no network, one thread a process, small corpora made by formula."""
 
+import base64
 import functools
 import http.server
 import io
@@ -83,6 +84,21 @@ def gpt2_tokenizer():
     """The real vocabulary."""
     _shared("TIKTOKEN_CACHE_DIR")
     return get_tokenizer("gpt2")
+
+
+@pytest.fixture
+def tiktoken_file(tmp_path, monkeypatch) -> Path:
+    """A small vocabulary for tests that GPT-2's ids don't matter to: all bytes and 64 merges.
+
+    Tokenizers that the test makes are kept in a folder of the test, not in the checkout's data/.
+    """
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tokenizers"))
+    pieces = [bytes([i]) for i in range(256)]
+    pieces += [b"%c%c" % (first, second) for first in b" etaonis" for second in b"aeiohtsr"]
+    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)]
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(b"".join(lines))
+    return path
 
 
 @pytest.fixture

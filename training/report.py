@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from common.files import atomic_write
-from common.settings import print_flags
+from common.settings import print_settings
 from corpus.tokenizer import get_tokenizer
 from training.checkpoint import Progress, best_checkpoint, load_model
 from training.metrics import plot_losses
@@ -14,7 +14,7 @@ from training.metrics import plot_losses
 
 def print_model(settings, compute, model, ranks) -> None:
     """Print the settings, the choices with their reasons, and the size of model and batch."""
-    print_flags(settings)
+    print_settings(settings)
     for line in compute.lines:
         print(line)
     share = settings.batch_size // ranks.world_size

@@ -9,12 +9,12 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import torch
 
 from common.files import folder_name
-from common.settings import check, parse_flags
+from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus
 from corpus.tokenizer import vocabularies_beside
 from training.checkpoint import SHAPE, last_checkpoint
@@ -29,13 +29,6 @@ from training.device import (
 
 # settings that --resume cannot change
 FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
-CHOICES = {
-    "size": ("auto", "tiny", "small", "pretrained", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
-    "optimizer": ("muon", "adamw"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "true", "false"),
-    "document_mask": ("auto", "true", "false"),
-}
 AT_LEAST_1 = (
     *SHAPE, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
     "eval_every", "log_every",
@@ -62,8 +55,9 @@ def load_settings(cls, doc: str, sizes: dict):
         ValueError: A value that cannot be used.
         FileNotFoundError: There is no such run, or no prepared corpus.
     """
-    settings = parse_flags(cls, doc)
-    check(settings, CHOICES, LIMITS, WITHOUT)
+    settings = parse_settings(cls, doc)
+    check_ranges(settings, LIMITS)
+    check_conflicts(settings, WITHOUT)
     checkpoint = None
     if settings.resume == "auto":  # a job that may have been started before
         folder = Path(settings.out_dir) / folder_name(settings.run_name, "--run_name")
@@ -78,8 +72,8 @@ def load_settings(cls, doc: str, sizes: dict):
         folder = Path(settings.resume)
         checkpoint = last_checkpoint(folder)
         saved = saved_settings(cls, folder, checkpoint["config"])
-        settings = parse_flags(cls, doc, defaults=saved)  # flags given now still win
-        check(settings, CHOICES, LIMITS)
+        settings = parse_settings(cls, doc, defaults=saved)  # flags given now still win
+        check_ranges(settings, LIMITS)
         for name in FIXED:
             now, before = getattr(settings, name), getattr(saved, name)
             if now != before:
@@ -109,7 +103,9 @@ def saved_settings(cls, folder: Path, values: dict):
             types[name] = kind | int  # as one may write it, for example dropout=0
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     for name, value in values.items():
-        if not isinstance(value, types.get(name, ())):
+        kind = types.get(name, ())
+        valid = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
+        if not valid:
             raise ValueError(
                 f"{folder} was trained with {name} {value!r:.40}, which is not a setting of this "
                 f"train_gpt2.py: start a new run"

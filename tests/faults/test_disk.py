@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, files, losses, make_corpus, tiny_checkpoint
 
 import train_gpt2
 from batches.tokens import Tokens
-from common.script import _sentence as sentence
+from common.script import _message as sentence
 from corpus import shards
 from corpus.inputs import Corpus
 from corpus.metadata import read_metadata
@@ -173,7 +173,7 @@ def test_preparing_into_a_folder_that_is_read_only(read_only, lines):
     read_only(home)
     with pytest.raises(OSError) as error:
         prepare(home / "data" / "c", path)
-    assert sentence(error.value).startswith(f"{home}/data: Permission denied; get the right to")
+    assert sentence(error.value).startswith(f"{home}/data: Permission denied; change the permissions")
 
 
 @pytest.mark.parametrize("given", ["", "out/mine"])
@@ -186,7 +186,7 @@ def test_training_into_a_folder_that_is_read_only(read_only, train, monkeypatch,
     with pytest.raises(OSError) as error:
         train(resume=given, **{} if given else TINY)
     path, _, remedy = sentence(error.value).partition(": Permission denied; ")
-    assert path == (f"{given}/metrics.jsonl" if given else "out") and "get the right to" in remedy
+    assert path == (f"{given}/metrics.jsonl" if given else "out") and "change the permissions" in remedy
 
 
 # ---- damage
