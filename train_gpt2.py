@@ -239,7 +239,7 @@ def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ra
             save(folder / "last.pt", progress, **saved, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
-    train_loader.batch_sampler.position = progress.position
+    train_loader.sampler.position = progress.position
     batches = repeat(train_loader)
     micro_batch_size = settings.micro_batch_size or settings.batch_size // ranks.world_size
     signum = 0

@@ -20,10 +20,10 @@ import pytest
 import torch
 from conftest import DEAD_PROXY, ROOT, flat
 
+import dataset
 import prepare_data
 import sample
 import train_gpt2
-from batches import preview
 from common.script import run
 from corpus import inputs
 from corpus.metadata import read_metadata
@@ -47,7 +47,7 @@ SCRIPTS = {
     ),
     "train_gpt2.py": (train_gpt2, f"{TINY} --max_steps 9"),
     "sample.py": (sample, "--max_new_tokens 1"),
-    "dataset.py": (preview, "--rows 1"),
+    "dataset.py": (dataset, "--rows 1"),
 }
 ALONE = {  # flags that the others wouldn't go with
     "list": "", "describe": "", "verify": "",
