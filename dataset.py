@@ -136,8 +136,9 @@ class TextDataset(Dataset):
             raise TypeError(f"an index must be an integer or a list of integers, not {index!r:.60}")
         if indices.ndim > 1:
             raise TypeError(f"indices must be one list, not an array of shape {indices.shape}")
-        indices = indices.astype(np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= self.num_windows):
+        indices = indices.astype(np.int64, copy=False)
+        # Seen as unsigned, a negative index is a huge one: one pass finds both.
+        if indices.view(np.uint64).max(initial=0) >= self.num_windows:
             outside = indices[(indices < -self.num_windows) | (indices >= self.num_windows)]
             if outside.size:
                 raise IndexError(
@@ -256,6 +257,7 @@ def create_dataloaders(
     val_order = BatchSampler(val_blocks, train_order.rank_batch_size, drop_last=False)
     options = {
         "batch_size": None,  # the samplers give whole batches of indices
+        "collate_fn": list,  # [x, y], as other DataLoaders give it
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": pin_memory,
