@@ -15,6 +15,7 @@ and left out. ║ separates documents, ░ is padding.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,7 +200,7 @@ class TextDataset(Dataset):
         if size < 1:
             middle = self.tokens.document_end(n - round(n * size))
         else:
-            middle = n - (size - 1) * self.stride - self.sequence_length - 1
+            middle = n - (int(size) - 1) * self.stride - self.sequence_length - 1
         if not 0 < middle < n:
             raise ValueError(f"{self.tokens.path} can't be split by {size}: it has {n:,} tokens")
         first = self.tokens.part(0, middle)
@@ -251,18 +252,19 @@ def create_dataloaders(
     train = TextDataset(Path(corpus_dir) / "train", sequence_length)
     val = TextDataset(Path(corpus_dir) / "val", sequence_length, stride=sequence_length)
     train_order = ShuffledBatches(len(train), batch_size, seed, sequence_length, rank, world_size)
+    train_data: Dataset = train
     if token_noise:
-        train = NoisyTextDataset(train, token_noise, seed)
+        train_data = NoisyTextDataset(train, token_noise, seed)
     val_blocks = range(rank, len(val), world_size)
     val_order = BatchSampler(val_blocks, train_order.rank_batch_size, drop_last=False)
-    options = {
+    options: dict[str, Any] = {
         "batch_size": None,  # the samplers give whole batches of indices
         "collate_fn": list,  # [x, y], as other DataLoaders give it
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": pin_memory,
     }
-    train_loader = DataLoader(train, sampler=train_order, **options)
+    train_loader = DataLoader(train_data, sampler=train_order, **options)
     val_loader = DataLoader(val, sampler=val_order, **options)
     return train_loader, val_loader
 

@@ -144,7 +144,7 @@ class DocumentDataset(Dataset):
             ValueError: If a view would have no document.
         """
         check_split_size(size)
-        count = math.ceil(len(self) * size) if size < 1 else size
+        count = math.ceil(len(self) * size) if size < 1 else int(size)
         if not 0 < count < len(self):
             raise ValueError(f"{len(self):,} documents can't be split by {size}")
         middle = int(self.starts[len(self) - count])

@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -43,7 +44,7 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     right_mask = np.uint64((1 << (bits // 2)) - 1)
     left_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     permuted = indices.astype(np.uint64)
-    outside = slice(None)
+    outside: Any = slice(None)  # then (j,) places in `permuted`
     while True:
         values = permuted[outside]
         left = values >> right_bits
@@ -201,7 +202,7 @@ class ShuffledIndices(ShuffledBatches):
     ):
         super().__init__(num_items, world_size, seed, stride, rank, world_size)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
         for (index,) in super().__iter__():
             yield index
 

@@ -127,7 +127,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """
     assigned = np.empty(len(lengths), np.int64)
     num_rows = 0
-    rows_by_room = [[] for _ in range(row_length + 1)]
+    rows_by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     rooms = 0  # a bit set: bit i is set if rows_by_room[i] has a row
     longest_first = np.argsort(-lengths, kind="stable")
     for i, length in zip(longest_first.tolist(), lengths[longest_first].tolist()):

@@ -5,9 +5,10 @@ x, y = next(iter(DataLoader(data, batch_size=32)))    # (32, 256) int64 each
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from batches.order import check_rank
 from batches.tokens import Tokens
 from corpus.inputs import Corpus, find
-from corpus.reader import Bad, cut, read, where
+from corpus.reader import Bad, Source, cut, read, where
 
 SPAN_BYTES = 8 << 20  # of a file, read by one worker
 SPANS_PER_SHARD = 4  # at least, where the files can be divided, so that shards are about equal
@@ -93,7 +94,7 @@ class StreamingTextDataset(IterableDataset):
         self.seed = seed
         self.epoch = 0
         self.source = source
-        self.sources = None  # the files; None: `source` gives documents
+        self.sources: list[Source] | None = None  # the files; None: `source` gives documents
         self.has_documents = True
         paths = _paths(source)
         if paths is not None:
@@ -102,21 +103,34 @@ class StreamingTextDataset(IterableDataset):
                 self.sources = [replace(s, documents=s.documents or "file") for s in self.sources]
             self.has_documents = bool(Corpus("", {}, self.sources).documents)
         self._iterator_used = False
-        self._loaded = None
-        self._state = {}
+        self._loaded: dict[str, Any] | None = None
+        self._state: dict[str, Any] = {}
 
     def state_dict(self) -> dict:
-        """Return the state after the last item, for load_state_dict; {} before the first."""
-        state = dict(self._state)
-        if state:
-            state["buffer"] = list(state["buffer"])
-        return state
+        """Return the state after the last item, for load_state_dict; {} before the first.
+
+        It holds numbers and two int32 tensors: `ids` (n,) and `buffer` (k, T + 1).
+        """
+        if not self._state:
+            return {}
+        tensors = {
+            "ids": torch.from_numpy(self._state["ids"].astype(np.int32)),
+            "buffer": torch.empty(0, self.sequence_length + 1, dtype=torch.int32),
+        }
+        if self._state["buffer"]:
+            windows = np.stack(self._state["buffer"])
+            tensors["buffer"] = torch.from_numpy(windows.astype(np.int32))
+        return self._state | tensors
 
     def load_state_dict(self, state: dict) -> None:
         """Continue with the item after the last one before state_dict."""
         if state:
             self.epoch = state["epoch"]
-            self._loaded = state | {"buffer": list(state["buffer"])}
+            arrays = {
+                "ids": state["ids"].numpy().astype(np.int64),
+                "buffer": list(state["buffer"].numpy().astype(np.int64)),
+            }
+            self._loaded = state | arrays
 
     def count_tokens(self) -> dict[str, int]:
         """Return how many tokens are "trained" on and "left_out", of a pass that has ended.
@@ -139,7 +153,7 @@ class StreamingTextDataset(IterableDataset):
         self._state = state
         for window in self._shuffled_windows(state):
             state["windows"] += 1
-            ids = torch.from_numpy(window.astype(np.int64))
+            ids = torch.from_numpy(window)
             yield ids[:-1], ids[1:]
         if not state["windows"]:
             shard, num_shards = state["shard"]
@@ -159,19 +173,22 @@ class StreamingTextDataset(IterableDataset):
             "shard": (self.rank * workers + number, self.world_size * workers),
             "sequence_length": self.sequence_length,
             "place": (0, 0),  # where reading continues
-            "ids": np.empty(0, np.uint16),  # read, but not used by a window
+            "ids": np.empty(0, np.int64),  # read, but not used by a window
             "buffer": [],  # windows of the shuffle buffer
             "windows": 0,  # given in this pass
         }
-        loaded, self._loaded = self._loaded, None
+        if self._loaded is None:
+            return state
+        loaded = self._loaded
+        self._loaded = None
         for name in ("shard", "sequence_length"):
-            if loaded and tuple(np.ravel(loaded[name])) != tuple(np.ravel(state[name])):
+            if loaded[name] != state[name]:
                 raise ValueError(
                     f"the state was saved with {name} {loaded[name]}, which is now {state[name]}: "
                     f"continue with the same numbers of processes and workers, and the same "
                     f"sequence_length"
                 )
-        return state | (loaded or {})
+        return state | loaded
 
     def _shuffled_windows(self, state: dict) -> Iterator[np.ndarray]:
         """The windows, each drawn from the shuffle buffer if there is one."""
@@ -185,24 +202,26 @@ class StreamingTextDataset(IterableDataset):
             if not self.shuffle_buffer:
                 yield window
             elif len(buffer) < self.shuffle_buffer:
-                buffer.append(window)
+                buffer.append(window.copy())  # a view would keep its whole chunk in memory
             else:
                 i = draw_index()
-                drawn, buffer[i] = buffer[i], window
+                drawn = buffer[i]
+                buffer[i] = window.copy()
                 yield drawn
         while buffer:
             i = draw_index()
-            drawn, buffer[i] = buffer[i], buffer[-1]
+            drawn = buffer[i]
+            buffer[i] = buffer[-1]
             buffer.pop()
             yield drawn
 
     def _windows(self, state: dict) -> Iterator[np.ndarray]:
-        """(T + 1,) arrays of ids, each beginning with the last id of the one before."""
+        """(T + 1,) int64 ids, each beginning with the last id of the one before."""
         T = self.sequence_length
         chunks = self._chunks(state["place"], *state["shard"])
         while True:
             while len(state["ids"]) > T:
-                window = state["ids"][: T + 1].copy()
+                window = state["ids"][: T + 1]
                 state["ids"] = state["ids"][T:]
                 yield window
             place, ids = next(chunks, (None, None))
@@ -226,8 +245,12 @@ class StreamingTextDataset(IterableDataset):
         """(place, texts) of this shard, from a place on."""
         if self.sources is None:
             yield from self._document_groups(place, shard, num_shards)
-            return
-        spans = self._spans(num_shards)[shard::num_shards]
+        else:
+            yield from self._file_groups(self.sources, place, shard, num_shards)
+
+    def _file_groups(self, sources: list[Source], place: Place, shard: int, num_shards: int):
+        """(place, texts) of files."""
+        spans = self._spans(sources, num_shards)[shard::num_shards]
         first_span, position = place
         for i in range(first_span, len(spans)):
             span = spans[i]
@@ -255,12 +278,12 @@ class StreamingTextDataset(IterableDataset):
             yield (0, number), texts
             number += len(texts)
 
-    def _spans(self, num_shards: int) -> list:
+    def _spans(self, sources: list[Source], num_shards: int) -> list[Source]:
         """The files divided into spans, at least one for each shard."""
         wanted = num_shards * SPANS_PER_SHARD if num_shards > 1 else 1
         span_bytes = SPAN_BYTES
         while True:
-            spans = [span for source in self.sources for span, _ in cut(source, span_bytes)]
+            spans = [span for source in sources for span, _ in cut(source, span_bytes)]
             if len(spans) >= wanted or span_bytes == 1:
                 break
             span_bytes = max(1, span_bytes // 4)
@@ -279,7 +302,9 @@ def _paths(source) -> list[str] | None:
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(item, (str, Path)) for item in source):
             return [str(item) for item in source]
-    elif isinstance(source, (Iterable, Callable)) and not isinstance(source, (bytes, bytearray)):
+    elif not isinstance(source, (bytes, bytearray)) and (
+        callable(source) or isinstance(source, Iterable)
+    ):
         return None
     raise ValueError(
         f"{source!r:.60} is not a source of text: give a path, a list of paths, a generator of "

@@ -69,7 +69,7 @@ class Tokens:
         else:
             self.path = "the array"
             self.shards = [_as_ids(path)]
-        self._windows = {}  # length -> a view of all windows of this length
+        self._windows: dict[int, np.ndarray] = {}  # length -> a view of all windows of this length
         self._shard_ends = np.cumsum([len(shard) for shard in self.shards])
         self.start = start
         self.stop = int(self._shard_ends[-1]) if stop is None else stop
@@ -88,11 +88,8 @@ class Tokens:
             self._num_documents = metadata["splits"][split_name(path)].get("documents")
         advise_kernel(self.shards, "RANDOM")
 
-    def __getstate__(self) -> dict:
-        return self._arguments
-
-    def __setstate__(self, arguments: dict) -> None:
-        self.__init__(**arguments)
+    def __reduce__(self):
+        return _from_arguments, (self._arguments,)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -194,20 +191,24 @@ class Tokens:
             raise ValueError(
                 f"the id that ends a document of {self.path} is unknown: set eot_token"
             )
-        ends = []
+        ends_by_block = [np.empty(0, np.int64)]
         position = 0
         advise_kernel(self.shards, "NORMAL")
         for block in blocks(self.shards):
             block_end = position + len(block)
             if block_end > self.start and position < self.stop:
-                ends.append(np.flatnonzero(block == self.eot_token) + (position + 1))
+                ends_by_block.append(np.flatnonzero(block == self.eot_token) + (position + 1))
             position = block_end
         advise_kernel(self.shards, "RANDOM")
-        ends = np.concatenate([np.empty(0, np.int64), *ends]) - self.start
+        ends = np.concatenate(ends_by_block) - self.start
         ends = ends[(ends > 0) & (ends <= len(self))]
         if len(self) > (ends[-1] if len(ends) else 0):
             ends = np.append(ends, len(self))
         return ends.astype(np.int64)
+
+
+def _from_arguments(arguments: dict) -> Tokens:
+    return Tokens(**arguments)
 
 
 def check_split_size(size: float | int) -> None:
