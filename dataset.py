@@ -24,7 +24,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from batches.collate import collate_documents, collate_huggingface
 from batches.documents import (
     DocumentDataset,
-    attention_mask,
     document_ids,
     document_mask,
     document_positions,
@@ -50,7 +49,7 @@ from corpus.tokenizer import get_tokenizer
 __all__ = [
     "DocumentDataset", "NoisyTextDataset", "PackedDocuments", "ShuffledBatches", "ShuffledIndices",
     "ShuffledOrder", "SimilarLengthBatches", "StreamingTextDataset", "TextDataset", "Tokens",
-    "add_token_noise", "attention_mask", "collate_documents", "collate_huggingface",
+    "add_token_noise", "collate_documents", "collate_huggingface",
     "create_dataloaders", "document_ids", "document_mask", "document_positions", "newest_corpus",
     "pack_documents", "pad_documents", "read_metadata", "tokenize",
 ]  # fmt: skip

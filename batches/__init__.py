@@ -8,8 +8,9 @@ In reading order:
 4. noise.py, collate.py: windows with token noise, as Hugging Face dicts, with document masks.
 5. documents.py: whole documents, padding; document ids, positions and masks of a row.
 6. packing.py: whole documents in rows of one length.
-7. streaming.py: raw text to windows, without preparing it.
-8. preview.py: what `python dataset.py NAME` prints.
+7. block_mask.py: the mask of flex_attention between documents.
+8. streaming.py: raw text to windows, without preparing it.
+9. preview.py: what `python dataset.py NAME` prints.
 
 Nothing here imports dataset.py, training/ or model.py.
 """

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.data import Dataset
 
 from batches.tokens import Tokens, check_split_size
@@ -68,20 +67,6 @@ def document_mask(ids: torch.Tensor) -> torch.Tensor:
     T = ids.shape[-1]
     causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
     return (ids[..., :, None] == ids[..., None, :]) & causal
-
-
-def attention_mask(ids, dense: bool = False):
-    """(B, T) document ids -> the mask that GPT's forward takes: document_mask, or, on a GPU, which
-    has a kernel for it, a BlockMask of flex_attention, that leaves whole blocks out. That kernel
-    has no dropout: dense=True gives the former there, too."""
-    if dense or not ids.is_cuda:
-        return document_mask(ids)
-    (B, T), device = ids.shape, ids.device
-
-    def sees(b, _, i, j):
-        return (ids[b, i] == ids[b, j]) & (i >= j)
-
-    return create_block_mask(sees, B, None, T, T, device=device)
 
 
 class DocumentDataset(Dataset):

@@ -43,13 +43,19 @@ def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
     return folder / "train"
 
 
-def test_the_docstrings_example():
+def test_the_docstring_examples():
     dataset = TextDataset(np.arange(7), sequence_length=3, stride=2)
     assert [(x.tolist(), y.tolist()) for x, y in (dataset[0], dataset[1])] == [
         ([0, 1, 2], [1, 2, 3]),
         ([2, 3, 4], [3, 4, 5]),
     ]
     assert len(dataset) == 2
+    assert TextDataset(np.arange(13), 3, 2).window_starts([0, 3, -1]).tolist() == [0, 6, 8]
+    assert TextDataset(np.arange(10), 4, 4).count_tokens() == {"trained": 8, "left_out": 2}
+    assert [view.num_tokens() for view in TextDataset(np.arange(100), 4).split(0.1)] == [90, 10]
+    tokens = Tokens([1, 2, 256, 3, 256, 4], eot_token=256)
+    assert tokens.document_end(1) == 3 and tokens.document_ends().tolist() == [3, 5, 6]
+    assert Tokens([5, 6, 7, 8, 9]).read([0, 2], 3).tolist() == [[5, 6, 7], [7, 8, 9]]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5, 8, 13])

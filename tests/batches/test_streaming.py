@@ -303,3 +303,9 @@ def test_text_in_memory_knows_its_vocabulary(tmp_path):
     tokens = tokenize(tmp_path / "one.txt", get_tokenizer("bytes"))
     with pytest.raises(ValueError, match="one running text"):
         DocumentDataset(tokens)
+
+
+def test_the_docstring_example():
+    data = stream(lambda: ["ab", "c"], 2)
+    assert windows(data) == [[97, 98, EOT], [EOT, 99, EOT]]
+    assert data.count_tokens() == {"trained": 4, "left_out": 1}
