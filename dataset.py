@@ -1,86 +1,104 @@
 """Prepared tokens to batches of (x, y).
 
+    python dataset.py                       # what the corpus prepared last gives
+    python dataset.py tinyshakespeare
+    python dataset.py wikitext-2 --split val --sequence_length 256
+
     train_loader, val_loader = create_dataloaders("data/tinyshakespeare", 256, batch_size=32)
     x, y = next(iter(train_loader))    # (32, 256) int64 each
 
-y is x shifted by one: y[b, t] is the token that follows x[b, t]. All forms of batch are imported
-from here: windows (below), whole documents (documents.py), a stream of raw text (streaming.py), in
-the order of sampler.py. `python dataset.py CORPUS` shows what a corpus gives.
+y is x shifted by one: y[b, t] is the token that follows x[b, t]. The command prints the first rows
+of a batch as text, checks this shift, and counts for each form of batch what is trained on, padded
+and left out. ║ separates documents, ░ is padding.
 """
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from batches.collate import collate_documents, collate_huggingface
 from batches.documents import (
     DocumentDataset,
-    PackedDocuments,
-    attention_mask,
     document_ids,
     document_mask,
     document_positions,
-    pack_documents,
     pad_documents,
 )
-from batches.order import ShuffledBatches
+from batches.noise import NoisyTextDataset, add_token_noise
+from batches.order import (
+    ShuffledBatches,
+    ShuffledIndices,
+    ShuffledOrder,
+    SimilarLengthBatches,
+    check_rank,
+)
+from batches.packing import PackedDocuments, pack_documents
+from batches.preview import print_counts, print_documents, print_windows
 from batches.streaming import StreamingTextDataset, tokenize
-from batches.tokens import Tokens
-from common.hashing import mix
+from batches.tokens import Tokens, check_split_size
 from common.script import run
+from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
+from corpus.tokenizer import get_tokenizer
 
 __all__ = [
-    "DocumentDataset", "PackedDocuments", "ShuffledBatches", "StreamingTextDataset", "TextDataset",
-    "Tokens", "attention_mask", "create_dataloaders", "document_ids", "document_mask",
-    "document_positions", "newest_corpus", "pack_documents", "pad_documents", "read_metadata",
-    "tokenize",
+    "DocumentDataset", "NoisyTextDataset", "PackedDocuments", "ShuffledBatches", "ShuffledIndices",
+    "ShuffledOrder", "SimilarLengthBatches", "StreamingTextDataset", "TextDataset", "Tokens",
+    "add_token_noise", "collate_documents", "collate_huggingface",
+    "create_dataloaders", "document_ids", "document_mask", "document_positions", "newest_corpus",
+    "pack_documents", "pad_documents", "read_metadata", "tokenize",
 ]  # fmt: skip
 
 
 class TextDataset(Dataset):
     """Windows over one long sequence of tokens, memory-mapped.
 
-    With tokens 0 1 2 3 4 5 6, sequence_length 3 and stride 2, item 0 is x = [0 1 2], y = [1 2 3],
-    and item 1, the last, is x = [2 3 4], y = [3 4 5]: a window is whole or it is not there.
+    - Item i is a pair (x, y) of (T,) int64 tensors, with T = sequence_length and y = x shifted by
+      one token.
+    - A list or array of indices gives (B, T) tensors, read in one gather. With a sampler of
+      batches this is the fastest way to load:
+      DataLoader(dataset, sampler=ShuffledBatches(len(dataset), 32), batch_size=None).
+    - There are as many items as whole windows of T + 1 tokens; n - T of n tokens with stride 1.
 
-    path: a split of a prepared corpus (data/NAME/train), or a bare .bin file together with its
-    dtype ("uint16", "uint32"), or a one-dimensional array of ids, or Tokens. stride: tokens between
-    the starts of neighbours; 1 slides, sequence_length gives blocks. An item is, with T for
-    sequence_length and int64 throughout,
+    Example: tokens [0, 1, 2, 3, 4, 5, 6], sequence_length 3, stride 2 -> item 0 is
+    ([0, 1, 2], [1, 2, 3]), and item 1, the last, is ([2, 3, 4], [3, 4, 5]).
 
-        item="tuple"        (x, y), (T,) each
-        item="huggingface"  {"input_ids", "labels"}, (T,) each and the same: the model shifts
-        item="documents"    {"token_ids" (T,), "document_ids" (T,), "document_mask" (T, T) bool}
+    Args:
+        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file with its dtype;
+            or a one-dimensional array of ids; or Tokens.
+        sequence_length: Tokens of x and of y.
+        stride: Tokens between the starts of neighboring windows: 1 slides by one token,
+            sequence_length makes blocks that do not overlap.
+        dtype: "uint16" or "uint32", for a bare file.
+        eot_token: Id that ends a document, for a bare file or an array.
 
-    replace: share of the tokens of x (none that ends a document) that are replaced by random ones,
-    against overfitting; which and by what is a function of `seed`, the window and the place in it.
-
-    Raises FileNotFoundError or ValueError, with the remedy, for files that aren't there or don't
-    match metadata.json and for a split shorter than one window; on reading, IndexError for an
-    index out of range and ValueError for an id outside the vocabulary.
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file does not match metadata.json, or the split is shorter than a window;
+            on reading, if an id is outside the vocabulary.
+        IndexError: On reading, if an index is out of range.
     """
 
     def __init__(
-        self, path, sequence_length: int, stride: int = 1, dtype=None, *, item="tuple", replace=0.0,
-        seed=0, eot_token=None,
-    ):  # fmt: skip
+        self,
+        path,
+        sequence_length: int,
+        stride: int = 1,
+        dtype: str | None = None,
+        eot_token: int | None = None,
+    ):
         if sequence_length < 1 or stride < 1:
             raise ValueError(
-                f"sequence_length ({sequence_length}) and stride ({stride}) start at 1"
+                f"sequence_length ({sequence_length}) and stride ({stride}) must be at least 1"
             )
         self.tokens = path if isinstance(path, Tokens) else Tokens(path, dtype, eot_token)
-        self.sequence_length, self.stride = sequence_length, stride
-        self.item, self.replace, self.seed = item, replace, seed
-        if item not in ("tuple", "huggingface", "documents"):
-            raise ValueError(f"item is tuple, huggingface or documents, not {item!r}")
-        if item == "documents" and self.tokens.eot_token is None:
-            raise ValueError(f"which id ends a document of {self.tokens.path}? Name it: eot_token")
-        if not 0 <= replace <= 1 or (replace and not self.tokens.vocab_size):
-            raise ValueError(
-                f"replace ({replace}) lies from 0 to 1, and needs a corpus with a vocabulary"
-            )
+        self.sequence_length = sequence_length
+        self.stride = stride
         if len(self.tokens) < sequence_length + 1:
             raise ValueError(
                 f"{self.tokens.path} has {len(self.tokens):,} tokens, fewer than one window of "
@@ -89,127 +107,217 @@ class TextDataset(Dataset):
             )
         self.num_windows = (len(self.tokens) - sequence_length - 1) // stride + 1
 
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x, y): (T,) tensors for an index, (B, T) tensors for a list or array of them."""
+        starts = self.window_starts(index)
+        ids = self.tokens.gather(starts.reshape(-1), self.sequence_length + 1)
+        # Two contiguous copies: a view could not be copied to a GPU without waiting.
+        x = torch.from_numpy(ids[:, :-1].astype(np.int64))
+        y = torch.from_numpy(ids[:, 1:].astype(np.int64))
+        if starts.ndim == 0:
+            return x[0], y[0]
+        return x, y
+
+    def __getitems__(self, indices) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the (x, y) of each index, read in one gather; DataLoader calls it."""
+        x, y = self[indices]
+        return list(zip(x, y))
+
+    def window_starts(self, index) -> np.ndarray:
+        """Return the position of each window's first token, int64, in the shape of `index`.
+
+        Example: with stride 2 and 5 windows, [0, 3, -1] -> [0, 6, 8].
+        """
+        indices = np.asarray(index)
+        if indices.dtype.kind not in "iu" and indices.size:
+            raise TypeError(f"an index must be an integer or a list of integers, not {index!r:.60}")
+        if indices.ndim > 1:
+            raise TypeError(f"indices must be one list, not an array of shape {indices.shape}")
+        indices = indices.astype(np.int64, copy=False)
+        # Seen as unsigned, a negative index is a huge one: one pass finds both.
+        if indices.view(np.uint64).max(initial=0) >= self.num_windows:
+            outside = indices[(indices < -self.num_windows) | (indices >= self.num_windows)]
+            if outside.size:
+                raise IndexError(
+                    f"window {outside.flat[0]} is out of range: {self.tokens.path} has "
+                    f"{self.num_windows:,}"
+                )
+            indices = indices % self.num_windows
+        return indices * self.stride
+
     @property
     def vocab_size(self) -> int | None:
-        """Ids lie below it; None for a bare file."""
+        """Ids are below this number; None for a bare file."""
         return self.tokens.vocab_size
 
     def num_tokens(self) -> int:
+        """Return the number of tokens of the split."""
         return len(self.tokens)
 
     def num_documents(self) -> int:
-        """Raises ValueError where eot_token is unknown."""
+        """Return the number of documents of the split.
+
+        Raises:
+            ValueError: If eot_token is not known.
+        """
         return self.tokens.num_documents()
 
     def num_files(self) -> int:
+        """Return the number of files (shards) of the split."""
         return len(self.tokens.shards)
 
-    def __len__(self):
-        return self.num_windows
+    def count_tokens(self) -> dict[str, int]:
+        """Return how many tokens are "trained" on and "left_out": together all of the split.
 
-    def __getitem__(self, index):
-        if self.item != "tuple":
-            return self.__getitems__([index])[0]
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
+        A token is trained on if it is a target in some window. The first token and those in no
+        window are left out.
 
-    def __getitems__(self, indices):
-        """A whole batch in one gather: (B,) indices -> x, y of shape (B, T), or B dicts."""
-        indices, n, T = np.asarray(indices, np.int64), self.num_windows, self.sequence_length
-        if indices.min() < 0 or indices.max() >= n:
-            outside = indices[(indices < -n) | (indices >= n)]
-            if len(outside):
-                raise IndexError(f"window {outside[0]} of {self.tokens.path}: there are {n:,}")
-            indices = indices % n
-        starts = indices * self.stride
-        ids = self.tokens.gather(starts, T + 1)
-        # two contiguous copies, or that from pinned memory to a GPU would wait
-        x = torch.from_numpy(ids[:, :T].astype(np.int64))
-        y = torch.from_numpy(ids[:, 1:].astype(np.int64))
-        if self.item == "huggingface":
-            batch = {"input_ids": self.corrupt(x, starts), "labels": x}
-        elif self.item == "documents":
-            ids = document_ids(x, self.tokens.eot_token)
-            x = self.corrupt(x, starts)
-            batch = {"token_ids": x, "document_ids": ids, "document_mask": document_mask(ids)}
-        else:
-            return self.corrupt(x, starts), y
-        return [{name: rows[i] for name, rows in batch.items()} for i in range(len(x))]
+        Example: 10 tokens, sequence_length 4, stride 4 -> {"trained": 8, "left_out": 2}.
+        """
+        new_targets = min(self.stride, self.sequence_length)  # of each window after the first
+        trained = self.sequence_length + new_targets * (len(self) - 1)
+        return {"trained": trained, "left_out": len(self.tokens) - trained}
 
-    def corrupt(self, x, starts):
-        """x, (B, T), with the share `replace` of its tokens replaced."""
-        if not self.replace:
-            return x
-        eot, places = self.tokens.eot_token, np.arange(self.sequence_length, dtype=np.uint64)
-        windows = mix(np.asarray(starts, np.uint64) ^ mix(np.array([self.seed], np.uint64)))
-        dice = mix(windows[:, None] + places)
-        chosen = (dice < np.uint64(min(int(self.replace * 2**64), 2**64 - 1))) & (x.numpy() != eot)
-        ids = (mix(~dice) % np.uint64(self.vocab_size - 1)).astype(np.int64)
-        ids += ids >= eot  # any but the end of text
-        return torch.from_numpy(np.where(chosen, ids, x.numpy()))
+    def split(self, size: float | int) -> tuple["TextDataset", "TextDataset"]:
+        """Divide the tokens in two views that share none: (first, last).
 
-    def split(self, size: float | int):
-        """(first, last): views of the first tokens and the last, sharing none. size: of the last,
-        a share (below 1), cut behind a document where there are documents, or a number of windows.
-        Raises ValueError where one would be shorter than a window."""
+        Example: 100 tokens without documents, split(0.1) -> views of 90 and 10 tokens.
+
+        Args:
+            size: Size of `last`. A share between 0 and 1 is a share of the tokens, rounded so that
+                `last` begins with a document if there are documents. A whole number is a number of
+                windows.
+
+        Raises:
+            ValueError: If a view would be shorter than a window.
+        """
+        check_split_size(size)
         n = len(self.tokens)
         if size < 1:
-            cut = self.tokens.document_end(n - round(n * size))
+            middle = self.tokens.document_end(n - round(n * size))
         else:
-            cut = n - (size - 1) * self.stride - self.sequence_length - 1
-        if not 0 < cut < n:
+            middle = n - (int(size) - 1) * self.stride - self.sequence_length - 1
+        if not 0 < middle < n:
             raise ValueError(f"{self.tokens.path} can't be split by {size}: it has {n:,} tokens")
-        options = dict(item=self.item, replace=self.replace, seed=self.seed)
-        return tuple(
-            TextDataset(self.tokens.part(*part), self.sequence_length, self.stride, **options)
-            for part in ((0, cut), (cut, n))
+        first = self.tokens.part(0, middle)
+        last = self.tokens.part(middle, n)
+        return (
+            TextDataset(first, self.sequence_length, self.stride),
+            TextDataset(last, self.sequence_length, self.stride),
         )
-
-    def account(self) -> dict[str, int]:
-        """trained (tokens that are some window's target) + left (the first token, and what is in
-        no window) = tokens of the split."""
-        trained = min(self.stride, self.sequence_length) * (len(self) - 1) + self.sequence_length
-        return {"trained": trained, "left": len(self.tokens) - trained}
 
 
 def create_dataloaders(
-    corpus_dir, sequence_length, batch_size=32, seed=0, num_workers=0, rank=0, world_size=1, *,
-    item="tuple", token_noise=0.0,
-):  # fmt: skip
-    """(train_loader, val_loader) over a prepared corpus, yielding (x, y) of shape (B, T), int64, or
-    another `item` of TextDataset's.
+    corpus_dir: str | Path,
+    sequence_length: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    token_noise: float = 0.0,
+) -> tuple[DataLoader, DataLoader]:
+    """Return (train_loader, val_loader) over a prepared corpus.
 
-    Training: whole batches, shuffled; a pass over the loader reads no token twice and, but for the
-    rest of a window and a batch, all of them, and each pass cuts and orders the text anew (resume
-    by train_loader.batch_sampler.position). Validation: blocks in order. batch_size counts windows
-    over all `world_size` ranks. Workers are there for slow disks: memory-mapped reads are faster
-    without. Raises what TextDataset and ShuffledBatches raise.
+    - Both yield [x, y], (B, T) int64 each.
+    - Training: whole batches in shuffled order. A pass over the loader reads no token twice and
+      all of them, except the rest of a window and of a batch. Each pass divides the text into
+      windows elsewhere. To resume, set train_loader.sampler.position (see ShuffledBatches).
+    - Validation: blocks in order, each once over all ranks; the last batch may be smaller, and a
+      rank has none if there are fewer blocks than ranks.
+
+    Args:
+        corpus_dir: Folder of the corpus (data/NAME).
+        sequence_length: T, tokens per sequence.
+        batch_size: Sequences per batch, over all ranks.
+        seed: Seed of order and noise.
+        num_workers: Worker processes; useful for slow disks only. Memory-mapped reads are faster
+            without.
+        rank: Number of this process.
+        world_size: Number of processes.
+        token_noise: Share of the input tokens replaced by random ones (see add_token_noise).
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file or an argument does not fit; see TextDataset and ShuffledBatches.
     """
-    train, val = Path(corpus_dir) / "train", Path(corpus_dir) / "val"
-    train = TextDataset(train, sequence_length, item=item, replace=token_noise, seed=seed)
-    val = TextDataset(val, sequence_length, stride=sequence_length, item=item)
-    order = ShuffledBatches(len(train), batch_size, seed, sequence_length, rank, world_size)
-    blocks = range(rank, len(val), world_size)
-    options = dict(
-        collate_fn=_as_it_is if item == "tuple" else None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )
-    return (
-        DataLoader(train, batch_sampler=order, **options),
-        DataLoader(
-            val,
-            batch_sampler=BatchSampler(blocks, order.rank_batch_size, drop_last=False),
-            **options,
-        ),
-    )
+    check_rank(rank, world_size)
+    train = TextDataset(Path(corpus_dir) / "train", sequence_length)
+    val = TextDataset(Path(corpus_dir) / "val", sequence_length, stride=sequence_length)
+    train_order = ShuffledBatches(len(train), batch_size, seed, sequence_length, rank, world_size)
+    train_data: Dataset = train
+    if token_noise:
+        train_data = NoisyTextDataset(train, token_noise, seed)
+    val_blocks = range(rank, len(val), world_size)
+    val_order = BatchSampler(val_blocks, train_order.rank_batch_size, drop_last=False)
+    options: dict[str, Any] = {
+        "batch_size": None,  # the samplers give whole batches of indices
+        "collate_fn": list,  # [x, y], as other DataLoaders give it
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+    }
+    train_loader = DataLoader(train_data, sampler=train_order, **options)
+    val_loader = DataLoader(val, sampler=val_order, **options)
+    return train_loader, val_loader
 
 
-def _as_it_is(batch):
-    return batch  # __getitems__ has stacked it
+# ---- python dataset.py
+
+
+@dataclass
+class Settings:
+    corpus: str = ""  # prepared corpus; "": the one prepared last
+    data_dir: str = "data"  # folder of prepared corpora
+    split: Literal["train", "val", "test"] = "train"  # part of the corpus
+    sequence_length: int = 64  # tokens per row
+    batch_size: int = 8  # rows per batch
+    rows: int = 3  # rows that are shown as text
+    seed: int = 0  # seed of the order of the rows
+
+
+RANGES = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
+MAX_BATCH_TOKENS = 1 << 24  # 128 MB of int64
+MAX_PREVIEW_TOKENS = 100_000_000  # tokens whose documents are looked at
+
+
+def main() -> None:
+    """Preview a prepared corpus: python dataset.py NAME."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--corpus")
+    settings = parse_settings(Settings, __doc__)
+    check_ranges(settings, RANGES)
+    if settings.batch_size * settings.sequence_length > MAX_BATCH_TOKENS:
+        raise ValueError(
+            f"a batch of {settings.batch_size} x {settings.sequence_length} tokens is too large "
+            f"for a preview: lower --batch_size or --sequence_length"
+        )
+    name = settings.corpus or newest_corpus(settings.data_dir).name
+    folder = Path(settings.data_dir) / name
+    metadata = read_metadata(folder)
+    tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
+    print_counts(folder, metadata)
+    tokens = Tokens(folder / settings.split)
+    windows = TextDataset(tokens, settings.sequence_length)
+    order = ShuffledBatches(
+        len(windows), settings.batch_size, settings.seed, settings.sequence_length
+    )
+    print_windows(windows, order, tokenizer, settings.rows)
+    if metadata.get("eot_per_document", False):
+        beginning = tokens.part(0, min(len(tokens), MAX_PREVIEW_TOKENS))
+        documents = DocumentDataset(beginning)
+        print_documents(
+            documents,
+            settings.sequence_length,
+            settings.batch_size,
+            settings.seed,
+            tokenizer,
+            settings.rows,
+        )
 
 
 if __name__ == "__main__":
-    from batches.preview import main
-
     run(main)

@@ -29,7 +29,7 @@ from training.run_folder import newest_run
 
 
 @dataclass
-class Config:
+class Settings:
     run: str = ""  # folder of the run; "": the one saved last
     out_dir: str = "out"  # folder of runs
     init_from: str = ""  # no run, but gpt2, gpt2-medium, -large, -xl, or a folder with weights
@@ -60,37 +60,37 @@ WITHOUT = {
 
 @memory_errors("--num_samples")
 def main():
-    config = parse_settings(Config, __doc__)
-    check_ranges(config, LIMITS)
-    check_conflicts(config, WITHOUT)
-    prompt = read_prompt(config)
-    model, tokenizer = load(config)
-    if config.export:
-        if (Path(config.export) / "config.json").exists():  # a run has one, too
-            raise FileExistsError(f"{config.export} holds a model already: choose another folder")
-        model.save_pretrained(config.export, tokenizer)
-        return print(f"wrote {config.export}/: transformers' from_pretrained reads it")
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    if not config.interactive:
-        return write(config, model, tokenizer, generator, prompt)
+    settings = parse_settings(Settings, __doc__)
+    check_ranges(settings, LIMITS)
+    check_conflicts(settings, WITHOUT)
+    prompt = read_prompt(settings)
+    model, tokenizer = load(settings)
+    if settings.export:
+        if (Path(settings.export) / "config.json").exists():  # a run has one, too
+            raise FileExistsError(f"{settings.export} holds a model already: choose another folder")
+        model.save_pretrained(settings.export, tokenizer)
+        return print(f"wrote {settings.export}/: transformers' from_pretrained reads it")
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    if not settings.interactive:
+        return write(settings, model, tokenizer, generator, prompt)
     while True:
         try:
             prompt = input("> ")
         except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
             return print()
         try:
-            write(config, model, tokenizer, generator, prompt)
+            write(settings, model, tokenizer, generator, prompt)
         except KeyboardInterrupt:  # of this text, not of the loop
             print()
 
 
-def load(config):
+def load(settings):
     """The model, ready to generate, and its tokenizer."""
-    config.device = choose_device(config.device).value
-    vocabularies_beside(config.data_dir)
-    if config.init_from:
-        folder = pretrained_folder(config.init_from, config.data_dir)
-        model = GPT.from_pretrained(folder).to(config.device).eval()
+    settings.device = choose_device(settings.device).value
+    vocabularies_beside(settings.data_dir)
+    if settings.init_from:
+        folder = pretrained_folder(settings.init_from, settings.data_dir)
+        model = GPT.from_pretrained(folder).to(settings.device).eval()
         if (folder / "tokenizer.json").exists():
             tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
         else:  # as where OpenAI's weights were downloaded to
@@ -102,37 +102,42 @@ def load(config):
                 f"{tokenizer.vocab_size:,}: put the tokenizer.json of its vocabulary there"
             )
         return model, tokenizer
-    folder = Path(config.run) if config.run else newest_run(config.out_dir)
+    folder = Path(settings.run) if settings.run else newest_run(settings.out_dir)
     checkpoint = best_checkpoint(folder)
     print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
-    return load_model(checkpoint, config.device), tokenizer
+    return load_model(checkpoint, settings.device), tokenizer
 
 
-def read_prompt(config) -> str:
+def read_prompt(settings) -> str:
     """Raises OSError, or ValueError for bytes that are no text."""
-    if config.prompt_file:
-        data = Path(config.prompt_file).read_bytes()
-    elif config.prompt == "-":
+    if settings.prompt_file:
+        data = Path(settings.prompt_file).read_bytes()
+    elif settings.prompt == "-":
         data = sys.stdin.buffer.read()
     else:
-        return config.prompt
+        return settings.prompt
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        where = config.prompt_file or "standard input"
+        where = settings.prompt_file or "standard input"
         raise ValueError(f"{where} is no UTF-8 text: see its byte {error.start:,}") from None
 
 
-def write(config, model, tokenizer, generator, prompt) -> None:
+def write(settings, model, tokenizer, generator, prompt) -> None:
     """Prints samples: one while it is made, several one below the other."""
     # nothing to go on from: begin as a document begins, after an end of text
     ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot_token]
-    ids = torch.as_tensor(ids, device=config.device).expand(config.num_samples, -1)  # (B, T)
+    ids = torch.as_tensor(ids, device=settings.device).expand(settings.num_samples, -1)  # (B, T)
     new = model.generate(
-        ids, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
+        ids,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        generator,
     )
-    if config.num_samples == 1:
+    if settings.num_samples == 1:
         print(prompt, end="", flush=True)
         for text in tokenizer.decode_stream(token.item() for token in new):
             print(text, end="", flush=True)

@@ -36,6 +36,7 @@ from training.report import print_model, print_report
 from training.run_folder import run_folder, write_config
 from training.run_settings import (
     ComputeChoices,
+    check_batch,
     choose_compute,
     fill_in_steps,
     load_settings,
@@ -211,6 +212,7 @@ def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ra
     # --- data: the order is a function of (seed, position), so that it resumes anywhere
     corpus_dir = Path(settings.data_dir) / settings.corpus
     metadata = read_metadata(corpus_dir)
+    check_batch(settings, metadata, device.value, ranks)
     train_loader, val_loader = create_dataloaders(
         corpus_dir, settings.sequence_length, settings.batch_size, settings.seed,
         rank=ranks.rank, world_size=ranks.world_size, token_noise=settings.token_noise,
@@ -246,7 +248,7 @@ def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ra
             save(folder / "last.pt", progress, **saved, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
-    train_loader.batch_sampler.position = progress.position
+    train_loader.sampler.position = progress.position
     batches = repeat(train_loader)
     micro_batch_size = settings.micro_batch_size or settings.batch_size // ranks.world_size
     signum = 0

@@ -1,114 +1,252 @@
-"""The order of the data: a pure function of (seed, position), so that it can be gone on with.
+"""The order of the data: a pure function of (seed, epoch, position), so that a run can resume.
 
-order = ShuffledBatches(len(dataset), batch_size=32, seed=0)
-DataLoader(dataset, batch_sampler=order)                                    # anyone's dataset
-DataLoader(dataset, batch_size=32, sampler=ShuffledBatches(len(dataset)))   # one by one
+    order = ShuffledBatches(len(dataset), batch_size=32, seed=0)
+    DataLoader(dataset, sampler=order, batch_size=None)     # TextDataset: one gather per batch
+    DataLoader(dataset, batch_sampler=order)                # any other dataset
+    DataLoader(dataset, batch_size=32, sampler=ShuffledIndices(len(dataset)))
+
+- permute: a keyed permutation of range(n), computed index by index.
+- ShuffledOrder: one such permutation per epoch.
+- ShuffledBatches, ShuffledIndices: samplers that walk through this order.
+- SimilarLengthBatches: the same sampler, with items of similar length in one batch.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from common.hashing import mix
+from common.hashing import mix as splitmix64
 
-TOGETHER = 1 << 15  # items whose order is computed at once
-BUCKET = 64  # batches among which items of similar length are brought together
+BLOCK_ITEMS = 1 << 15  # items whose order is computed at once
+BUCKET_BATCHES = 64  # batches whose items are sorted by length together
 
 
-class ShuffledBatches(Sampler):
-    """Batches of indices in an order that is a pure function of (seed, position).
+def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Apply a keyed permutation of range(n) to some indices, in O(1) memory.
 
-    A position counts items over all ranks since the training began. Epoch e is positions e * n to
-    (e + 1) * n - 1, each a keyed permutation of the n items: nothing is drawn twice, nothing is
-    stored, and a batch may reach from one epoch into the next. Iterating yields the rest of a pass,
-    as many whole batches as an epoch has, from `position` on, and leaves `position` behind the last
-    one drawn. Set it to resume anywhere: to the items that were used, which workers, drawing ahead,
-    fall behind (or leave it to torchdata's StatefulDataLoader, by way of state_dict).
+    A Feistel network permutes the next power of two; an index that leaves range(n) is sent through
+    the network again until it is back (cycle walking, Black & Rogaway 2002).
 
-    batch_size: items over all `world_size` ranks, of which `rank` gets its part; None for single
-    indices, to be a DataLoader's `sampler`. stride: an epoch visits every stride-th item only, from
-    an offset of its own: over windows that slide by one and stride = sequence_length it reads no
-    token twice, and cuts the text elsewhere each time. lengths: (num_items,); batches are then of
-    items of similar length, chosen among the next 64 batches', which come in an order of their own.
-    Raises ValueError where ranks can't share a batch.
+    Example: for n=3 and some keys, [0, 1, 2] -> [2, 0, 1].
+
+    Args:
+        indices: (k,) integers from 0 to n - 1.
+        n: Number of items, less than 2**62.
+        keys: (r,) uint64, r even; each pair of keys is two rounds of the network.
+
+    Returns:
+        (k,) int64, where each index is sent.
+    """
+    bits = max(2, (n - 1).bit_length())
+    right_bits = np.uint64(bits // 2)
+    right_mask = np.uint64((1 << (bits // 2)) - 1)
+    left_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    permuted = indices.astype(np.uint64)
+    outside: Any = slice(None)  # then (j,) places in `permuted`
+    while True:
+        values = permuted[outside]
+        left = values >> right_bits
+        right = values & right_mask
+        for left_key, right_key in keys.reshape(-1, 2):
+            left ^= splitmix64(right ^ left_key) & left_mask
+            right ^= splitmix64(left ^ right_key) & right_mask
+        permuted[outside] = left << right_bits | right
+        outside = np.flatnonzero(permuted >= n)
+        if not len(outside):
+            return permuted.astype(np.int64)
+
+
+class ShuffledOrder:
+    """The order of a dataset's items, epoch after epoch, without storing it.
+
+    - Position p belongs to epoch p // n, where n = len(order) items make an epoch.
+    - Every epoch is a permutation of its own: no item comes twice in an epoch.
+    - With stride s, an epoch visits every s-th item only, from an offset of its own. Over windows
+      that slide by one token and s = sequence_length, an epoch reads no token twice, and each
+      epoch divides the text into windows elsewhere.
+
+    Example: 10 items with stride 2 make epochs of 5; one epoch may be [4, 0, 8, 2, 6], the next
+    [3, 9, 1, 5, 7].
+
+    Args:
+        num_items: Number of items of the dataset.
+        seed: Seed of all permutations.
+        stride: Distance between the items of one epoch.
+
+    Raises:
+        ValueError: If there are no items, or an argument is out of range.
     """
 
-    def __init__(
-        self, num_items, batch_size=None, seed=0, stride=1, rank=0, world_size=1, lengths=None
-    ):
-        self.single, self.batch_size = batch_size is None, batch_size or world_size
-        if self.batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of {world_size} processes")
-        self.seed, self.rank, self.world_size, self.lengths = seed, rank, world_size, lengths
-        self.rank_batch_size = self.batch_size // world_size
+    def __init__(self, num_items: int, seed: int = 0, stride: int = 1):
+        if num_items < 1:
+            raise ValueError("the dataset is empty: there is nothing to shuffle")
+        if stride < 1 or seed < 0:
+            raise ValueError(f"stride ({stride}) must be at least 1 and seed ({seed}) at least 0")
+        self.seed = seed
         self.stride = min(stride, num_items)
-        self.num_items = num_items // self.stride  # an epoch's, at every offset
-        self.position = 0
+        self.epoch_items = num_items // self.stride  # the same from every offset
 
-    def __len__(self):
-        return max(1, self.num_items // self.batch_size)
+    def __len__(self) -> int:
+        return self.epoch_items
 
-    def __iter__(self):
-        left = len(self) - self.position // self.batch_size % len(self)
-        while left:
-            for batch in self.batches(self.position):
-                left, self.position = left - 1, self.position + self.batch_size
-                yield batch[0] if self.single else batch
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
-
-    def load_state_dict(self, state) -> None:
-        self.position = state["position"]
-
-    def batches(self, position) -> list[list[int]]:
-        """This rank's part of some batches from `position` on, at least one."""
-        number = position // self.batch_size
-        end = (number // len(self) + 1) * len(self)  # of the pass
-        if self.lengths is None:
-            count = min(max(1, TOGETHER // self.batch_size), end - number)
-            places = np.arange(position, position + count * self.batch_size)
-            batches = self.order(places).reshape(count, self.batch_size)
-        else:
-            first = end - len(self) + number % len(self) // BUCKET * BUCKET
-            count = min(BUCKET, end - first)
-            places = np.arange(first * self.batch_size, (first + count) * self.batch_size)
-            items = self.order(places)
-            alike = items[np.argsort(self.lengths[items], kind="stable")]
-            keys = np.random.SeedSequence((self.seed, first, 1)).generate_state(4, np.uint64)
-            mixed = permute(np.arange(count), count, keys)
-            batches = alike.reshape(count, self.batch_size)[mixed][number - first :]
-        share = slice(self.rank * self.rank_batch_size, (self.rank + 1) * self.rank_batch_size)
-        return batches[:, share].tolist()
-
-    def order(self, positions):
-        """(n,) global positions -> (n,) indices into the dataset."""
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Return the (n,) int64 indices into the dataset at (n,) positions."""
         indices = np.empty(len(positions), np.int64)
-        epochs = positions // self.num_items
+        epochs = positions // self.epoch_items
         for epoch in np.unique(epochs):
-            keys = np.random.SeedSequence((self.seed, int(epoch))).generate_state(5, np.uint64)
-            here = epochs == epoch
-            block = permute(positions[here] % self.num_items, self.num_items, keys[:4])
-            indices[here] = block * self.stride + int(keys[4] % np.uint64(self.stride))
+            seeds = np.random.SeedSequence((self.seed, int(epoch)))
+            keys = seeds.generate_state(5, np.uint64)
+            in_epoch = epochs == epoch
+            places = positions[in_epoch] % self.epoch_items
+            permuted = permute(places, self.epoch_items, keys[:4])
+            offset = int(keys[4] % np.uint64(self.stride))
+            indices[in_epoch] = permuted * self.stride + offset
         return indices
 
 
-def permute(i, n: int, keys):
-    """Where a keyed permutation of range(n) sends i, (k,) int64, for n < 2**62, in O(1) memory: a
-    Feistel network over the next power of two, walked on from any value >= n (Black & Rogaway
-    2002)."""
-    bits = max(2, (n - 1).bit_length())
-    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-    low_mask, high_mask = (np.uint64((1 << int(size)) - 1) for size in (low, high))
-    out = i.astype(np.uint64)
-    walking = slice(None)
-    while True:
-        x = out[walking]
-        left, right = x >> low, x & low_mask
-        for a, b in keys.reshape(-1, 2):
-            left ^= mix(right ^ a) & high_mask
-            right ^= mix(left ^ b) & low_mask
-        x = left << low | right
-        out[walking] = x
-        walking = np.flatnonzero(out >= n)
-        if not len(walking):
-            return out.astype(np.int64)
+class ShuffledBatches(Sampler):
+    """Sampler of batches of indices, in the order of ShuffledOrder.
+
+    - The state is one integer, `position`: items over all ranks since training began.
+    - One iteration is one pass: as many whole batches as an epoch has. A batch may reach from one
+      epoch into the next, so that no item is dropped.
+    - A batch is the same for any number of ranks; each rank gets its part of it.
+    - To resume, set `position` to the number of items that were used. DataLoader workers draw
+      ahead, so count them in the training loop (or use torchdata's StatefulDataLoader, which calls
+      state_dict).
+
+    Example: 10 items in batches of 4 -> [[1, 5, 4, 8], [9, 3, 7, 2]], and the next pass begins
+    with [0, 6], the rest of the epoch.
+
+    Args:
+        num_items: Number of items of the dataset.
+        batch_size: Items per batch, over all ranks.
+        seed: Seed of the order.
+        stride: Distance between the items of one epoch, see ShuffledOrder.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are no items, or the ranks cannot share a batch equally.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int = 0,
+        stride: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        check_rank(rank, world_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} is not a multiple of {world_size} processes")
+        self.order = ShuffledOrder(num_items, seed, stride)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank_batch_size = batch_size // world_size
+        self.rank_part = slice(rank * self.rank_batch_size, (rank + 1) * self.rank_batch_size)
+        self.position = 0
+
+    def __len__(self) -> int:
+        return max(1, len(self.order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number = self.position // self.batch_size
+        end = self._end_of_pass(number)
+        while number < end:
+            for batch in self._batches(number, end)[:, self.rank_part].tolist():
+                number += 1
+                self.position += self.batch_size
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state for load_state_dict."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the position that state_dict returned."""
+        self.position = state["position"]
+
+    def _end_of_pass(self, number: int) -> int:
+        """The number of the first batch after the pass that batch `number` belongs to."""
+        return (number // len(self) + 1) * len(self)
+
+    def _batches(self, number: int, end: int) -> np.ndarray:
+        """(n, batch_size) indices of at least one batch from `number` on, all before `end`."""
+        count = min(max(1, BLOCK_ITEMS // self.batch_size), end - number)
+        positions = np.arange(count * self.batch_size) + self.position
+        return self.order.indices(positions).reshape(count, self.batch_size)
+
+
+class ShuffledIndices(ShuffledBatches):
+    """Sampler of single indices, in the order of ShuffledOrder: a DataLoader's `sampler`.
+
+    Example: 4 items -> 2, 0, 3, 1; of two ranks, rank 0 gets 2, 3 and rank 1 gets 0, 1.
+
+    Args:
+        num_items: Number of items of the dataset.
+        seed: Seed of the order.
+        stride: Distance between the items of one epoch, see ShuffledOrder.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, num_items: int, seed: int = 0, stride: int = 1, rank: int = 0, world_size: int = 1
+    ):
+        super().__init__(num_items, world_size, seed, stride, rank, world_size)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        for (index,) in super().__iter__():
+            yield index
+
+
+class SimilarLengthBatches(ShuffledBatches):
+    """Sampler of batches whose items have similar lengths, so that padding is short.
+
+    - The items of the next 64 batches are sorted by length, divided into batches, and these
+      batches shuffled.
+    - State, ranks and passes are those of ShuffledBatches.
+
+    Example: lengths [9, 2, 8, 1] in batches of 2 -> items [0, 2] and [3, 1], in random order.
+
+    Args:
+        lengths: (num_items,) length of each item.
+        batch_size: Items per batch, over all ranks.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are no items, or the ranks cannot share a batch equally.
+    """
+
+    def __init__(self, lengths, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.lengths = np.asarray(lengths)
+        if self.lengths.ndim != 1 or self.lengths.dtype.kind not in "iuf":
+            raise ValueError("lengths must be one number per item")
+        super().__init__(len(self.lengths), batch_size, seed, 1, rank, world_size)
+
+    def _batches(self, number: int, end: int) -> np.ndarray:
+        start_of_pass = end - len(self)
+        first = number - (number - start_of_pass) % BUCKET_BATCHES  # batch of this bucket
+        count = min(BUCKET_BATCHES, end - first)
+        positions = np.arange(first * self.batch_size, (first + count) * self.batch_size)
+        items = self.order.indices(positions)
+        by_length = items[np.argsort(self.lengths[items], kind="stable")]
+        seeds = np.random.SeedSequence((self.seed, first, 1))
+        shuffled = permute(np.arange(count), count, seeds.generate_state(4, np.uint64))
+        batches = by_length.reshape(count, self.batch_size)[shuffled]
+        return batches[number - first :]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise ValueError unless `rank` is one of `world_size` processes."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1 ({world_size - 1}), not {rank}")

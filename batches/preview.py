@@ -1,131 +1,141 @@
-"""Shows what a prepared corpus gives, before anything is trained on it.
+"""What `python dataset.py NAME` prints: rows of each form of batch as text, and token counts."""
 
-    python dataset.py tinyshakespeare
-    python dataset.py wikitext-2 --split val --sequence_length 256
-
-Prints the first rows of a batch as text, checks that y is x shifted by one, and tells for each form
-of batch what is trained on, padded and left out. ║ stands between documents, ░ for padding.
-"""
-
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from batches.documents import DocumentDataset, document_ids, pack_documents, pad_documents
-from batches.order import ShuffledBatches
-from batches.tokens import Tokens
-from common.settings import check_ranges, parse_settings
-from corpus.metadata import newest_corpus, read_metadata
-from corpus.tokenizer import get_tokenizer
-from dataset import TextDataset
-from training.device import memory_errors
+from batches.documents import DocumentDataset, document_ids, pad_documents
+from batches.order import ShuffledBatches, SimilarLengthBatches
+from batches.packing import pack_documents
 
-SAMPLE = 100_000_000  # tokens whose documents are looked at
+SPEED_SECONDS = 0.5  # how long the loader's speed is measured
 
 
-@dataclass
-class Config:
-    corpus: str = ""  # prepared corpus; "": the one prepared last
-    data_dir: str = "data"  # folder of prepared corpora
-    split: Literal["train", "val", "test"] = "train"  # part of the corpus
-    sequence_length: int = 64  # tokens a row
-    batch_size: int = 8  # rows of a batch
-    rows: int = 3  # how many of them are shown as text
-    seed: int = 0  # of the random order of the rows
+def print_counts(folder: Path, metadata: dict) -> None:
+    """Print tokens, documents and bytes per token of each split."""
+    name = metadata["tokenizer"]["name"]
+    print(f"{folder}: {name}, {metadata['vocab_size']:,} ids, {metadata['dtype']}")
+    for split, counts in metadata["splits"].items():
+        bytes_per_token = counts["bytes"] / counts["tokens"]
+        print(
+            f"  {split:5} {counts['tokens']:>14,} tokens {counts['documents']:>10,} documents "
+            f"{bytes_per_token:.2f} bytes per token"
+        )
 
 
-LIMITS = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
+def print_windows(dataset, order: ShuffledBatches, tokenizer, num_rows: int) -> None:
+    """Print the first batch of windows, check that y is x shifted by one, and measure the speed.
 
+    Args:
+        dataset: A TextDataset with stride 1.
+        order: The sampler of its batches.
+        tokenizer: Turns ids back to text.
+        num_rows: Rows that are shown as text.
 
-@memory_errors("--batch_size or --sequence_length")
-def main():
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--corpus")
-    config = parse_settings(Config, __doc__)
-    check_ranges(config, LIMITS)
-    name = config.corpus or newest_corpus(config.data_dir).name
-    folder = Path(config.data_dir) / name
-    metadata = read_metadata(folder)
-    tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
-    print(f"{folder}: {tokenizer.name}, {metadata['vocab_size']:,} ids, {metadata['dtype']}")
-    for split, of in metadata["splits"].items():
-        print(f"  {split:5} {of['tokens']:>14,} tokens {of['documents']:>10,} documents "
-              f"{of['bytes'] / of['tokens']:.2f} bytes a token")  # fmt: skip
-    tokens = Tokens(folder / config.split)
-    show_windows(config, tokens, tokenizer)
-    if metadata["eot_per_document"]:
-        show_documents(config, tokens.part(0, min(len(tokens), SAMPLE)), tokenizer)
-
-
-def show_windows(config, tokens, tokenizer) -> None:
-    T, B = config.sequence_length, config.batch_size
-    data = TextDataset(tokens, T)
-    order = ShuffledBatches(len(data), B, config.seed, stride=T)
-    x, y = data.__getitems__(order.order(np.arange(B)))
+    Raises:
+        ValueError: If y is not x shifted by one.
+    """
+    tokens = dataset.tokens
+    indices = next(iter(order))
+    order.position = 0
+    x, y = dataset[indices]
+    B, T = x.shape
     print(f"\nwindows: x {tuple(x.shape)}, y {tuple(y.shape)}, {x.dtype}; the first of a batch:")
-    for row in x[: config.rows]:
-        print(f"  {show(tokenizer, row, document_ids(row, tokens.eot_token))}")
-    source = torch.from_numpy(tokens.read(order.order(np.arange(B)), T + 1))
-    if not (torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, source[:, 1:])):
+    for row in x[:num_rows]:
+        ids = torch.zeros_like(row)
+        if tokens.eot_token is not None:
+            ids = document_ids(row, tokens.eot_token)
+        print(f"  {row_as_text(tokenizer, row, ids)}")
+    text = torch.from_numpy(tokens.read(dataset.window_starts(indices), T + 1))
+    if not (torch.equal(x, text[:, :-1]) and torch.equal(y, text[:, 1:])):
         raise ValueError(f"{tokens.path}: y is not x shifted by one")
     print(f"  aligned: y is x shifted by one in all {y.numel():,} places")
-    print(f"  an epoch: {len(order):,} batches of {B} x {T}; {sentence(data.account())}")
-    loader = DataLoader(data, batch_sampler=order, collate_fn=lambda batch: batch)
-    batches, start = 0, time.perf_counter()
-    for _ in loader:
-        batches += 1
-        if (seconds := time.perf_counter() - start) > 0.5:
+    print(f"  an epoch: {len(order):,} batches of {B} x {T}; {counts_as_text(dataset)}")
+    num_batches = 0
+    start = time.perf_counter()
+    for _ in DataLoader(dataset, sampler=order, batch_size=None):
+        num_batches += 1
+        seconds = time.perf_counter() - start
+        if seconds > SPEED_SECONDS:
             break
-    print(f"  speed: {batches * B * T / seconds / 1e6:,.1f} million tokens/s through a DataLoader")
+    order.position = 0
+    speed = num_batches * B * T / seconds / 1e6
+    print(f"  speed: {speed:,.1f} million tokens/s through a DataLoader")
 
 
-def show_documents(config, tokens, tokenizer) -> None:
-    T, B = config.sequence_length, config.batch_size
-    documents = DocumentDataset(tokens, max_length=T)
-    if len(documents) < B:
-        return print(f"\n{len(documents)} documents are fewer than a batch")
-    plain = ShuffledBatches(len(documents), B, config.seed)
-    similar = ShuffledBatches(len(documents), B, config.seed, lengths=documents.lengths)
-    batch = pad_documents([documents[i] for i in next(iter(plain))], tokenizer.eot_token)
+def print_documents(
+    documents: DocumentDataset,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    tokenizer,
+    num_rows: int,
+) -> None:
+    """Print the first rows of padded and packed documents, and how much padding they have."""
+    if len(documents) < batch_size:
+        print(f"\n{len(documents)} documents are fewer than a batch")
+        return
+    padded = DocumentDataset(documents.tokens, max_length=sequence_length)
+    shuffled = ShuffledBatches(len(padded), batch_size, seed)
+    similar = SimilarLengthBatches(padded.lengths, batch_size, seed)
+    batch = pad_documents([padded[i] for i in next(iter(shuffled))], tokenizer.eot_token)
+    shuffled.position = 0
     shapes = ", ".join(f"{name} {tuple(rows.shape)}" for name, rows in batch.items())
     print(f"\ndocuments, padded: {shapes}; the first of a batch:")
-    for row, labels in list(zip(batch["input_ids"], batch["labels"]))[: config.rows]:
-        print(f"  {show(tokenizer, row, torch.zeros_like(row), labels == -100)}")
-    print(f"  {sentence(documents.account())}")
-    for order, name in (plain, "in random order"), (similar, "with those of similar length"):
-        order.position = 0
-        print(f"  {100 * padding(documents.lengths, order):.1f}% padding {name}")
-    packed = pack_documents(DocumentDataset(tokens), T)
-    print(f"\ndocuments, packed: {len(packed):,} rows of {T}; the first:")
-    for row in (packed[i] for i in range(min(config.rows, len(packed)))):
+    for row, labels in list(zip(batch["input_ids"], batch["labels"]))[:num_rows]:
+        print(f"  {row_as_text(tokenizer, row, torch.zeros_like(row), labels == -100)}")
+    print(f"  {counts_as_text(padded)}")
+    print(f"  {padding_share(padded, shuffled):.1%} padding in random order")
+    print(f"  {padding_share(padded, similar):.1%} padding with documents of similar length")
+    packed = pack_documents(documents, sequence_length)
+    print(f"\ndocuments, packed: {len(packed):,} rows of {sequence_length}; the first:")
+    for i in range(min(num_rows, len(packed))):
+        row = packed[i]
         ids = row["document_ids"]
-        print(f"  {show(tokenizer, row['input_ids'], ids, ids == -1)}")
-    account = packed.account()
-    print(f"  {sentence(account)}, {100 * account['padded'] / (len(packed) * T):.2f}% padding")
+        print(f"  {row_as_text(tokenizer, row['input_ids'], ids, ids == -1)}")
+    share = packed.count_tokens()["padded"] / (len(packed) * sequence_length)
+    print(f"  {counts_as_text(packed)}, {share:.2%} padding")
 
 
-def padding(lengths, order) -> float:
-    """The share of padding in a pass over batches of documents of these lengths."""
-    longest = [lengths[batch].max() * len(batch) for batch in order]
-    order.position = 0
-    return 1 - sum(lengths[batch].sum() for batch in order) / sum(longest)
+def padding_share(documents: DocumentDataset, batches) -> float:
+    """Return the share of padding in one pass over batches of documents.
+
+    Example: lengths [2, 4] in one batch -> 0.25.
+    """
+    tokens = 0
+    places = 0
+    for batch in batches:
+        lengths = documents.lengths[batch]
+        tokens += lengths.sum()
+        places += lengths.max() * len(batch)
+    return 1 - tokens / places
 
 
-def sentence(account: dict[str, int]) -> str:
-    return " + ".join(f"{count:,} {name}" for name, count in account.items()) + " tokens"
+def counts_as_text(dataset) -> str:
+    """Return the counts of count_tokens() as "90 trained + 10 cut tokens"."""
+    counts = dataset.count_tokens().items()
+    return " + ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts) + " tokens"
 
 
-def show(tokenizer, row, ids, padded=None) -> str:
-    """A row as text on one line: ║ between documents, ░ for each padded place."""
-    parts = []
-    kept = torch.ones_like(row, dtype=torch.bool) if padded is None else ~padded
-    for number in ids[kept].unique_consecutive():
-        text = tokenizer.decode(row[kept & (ids == number)].tolist())
-        parts.append(repr(text)[1:-1])
-    return "║".join(parts) + "░" * int((~kept).sum())
+def row_as_text(
+    tokenizer, row: torch.Tensor, ids: torch.Tensor, padded: torch.Tensor | None = None
+) -> str:
+    """Return a row as text on one line, with ║ between documents and one ░ per padded place.
+
+    Example: "ab" and "c" in a row of 5 -> ab<|endoftext|>║c░.
+
+    Args:
+        tokenizer: Turns ids back to text.
+        row: (T,) token ids.
+        ids: (T,) document ids.
+        padded: (T,) bool, which places are padding; None: none.
+    """
+    if padded is None:
+        padded = torch.zeros_like(row, dtype=torch.bool)
+    texts = []
+    for number in ids[~padded].unique_consecutive():
+        text = tokenizer.decode(row[~padded & (ids == number)].tolist())
+        texts.append(repr(text)[1:-1])
+    return "║".join(texts) + "░" * int(padded.sum())

@@ -1,67 +1,122 @@
-"""Prepared tokens as they lie on disk: the list of files, and one memory-mapped sequence of them.
+"""The tokens of a split: memory-mapped files, read as one sequence.
 
 tokens = Tokens("data/tinyshakespeare/train")
 tokens.read([0, 100], length=65)        # (2, 65) int64
 """
 
+import numbers
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from corpus.metadata import read_metadata
 from corpus.token_files import BLOCK, advise_kernel, blocks, check_length, open_tokens, split_name
 
 
 class Tokens:
-    """The ids of a split, all its shards as one sequence, or a part of it.
+    """The token ids of a split, or of a part of it, as one sequence over all shards.
 
-    path: a split of a prepared corpus (data/NAME/train), or a bare .bin file together with its
-    dtype ("uint16", "uint32"), or a one-dimensional array of ids. start, stop: of the part.
-    eot_token: that ends a document, where metadata.json doesn't tell it. Raises what open_tokens
-    raises.
+    - Files are memory-mapped: opening takes the same time for any size.
+    - Pickling (for DataLoader workers) keeps the path, not the ids of files; the copy maps the
+      files itself.
+    - Parts and pickled copies keep vocabulary size and end-of-text token.
+
+    Example: ids=[5, 6, 7, 8, 9], read([0, 2], length=3) -> [[5, 6, 7], [7, 8, 9]].
+
+    Args:
+        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file with its dtype;
+            or a one-dimensional array of ids.
+        dtype: "uint16" or "uint32", for a bare file.
+        eot_token: Id that ends a document, where there is no metadata.json.
+        vocab_size: Ids are below this number, where there is no metadata.json.
+        has_documents: Whether documents end with eot_token, where there is no metadata.json; None
+            if not known. False for a running text.
+        start: First token of the part.
+        stop: Token after the last one of the part; None: all tokens.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If `path` is not one of the above, or a file does not match metadata.json.
     """
 
-    def __init__(self, path, dtype=None, eot_token=None, start=0, stop=None):
-        self.path, self.dtype, self.start = path, dtype, start
-        self.vocab_size, self.eot_token, self.documents = None, eot_token, None
+    def __init__(
+        self,
+        path,
+        dtype: str | None = None,
+        eot_token: int | None = None,
+        vocab_size: int | None = None,
+        has_documents: bool | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ):
+        self._arguments = {
+            "path": path,
+            "dtype": dtype,
+            "eot_token": eot_token,
+            "vocab_size": vocab_size,
+            "has_documents": has_documents,
+            "start": start,
+            "stop": stop,
+        }
+        self.eot_token = eot_token
+        self.vocab_size = vocab_size
+        self.has_documents = has_documents
+        self._num_documents = None  # of the whole split, as metadata.json says
         if isinstance(path, (str, Path)):
-            self.shards, metadata = open_tokens(Path(path), dtype)
-            if metadata:
-                self.vocab_size, self.eot_token = metadata["vocab_size"], metadata.get("eot_token")
-                self.documents = metadata["splits"][split_name(path)].get("documents")
-            advise_kernel(self.shards, "RANDOM")
+            self.path = path
+            self._open(Path(path), dtype)
         else:
-            self.path, self.shards = "the array", [np.asarray(path)]
-        self.windows = {}  # length -> a view of all windows
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.stop = int(self.ends[-1]) if stop is None else stop
-        self.arguments = path, dtype, eot_token, start, stop
+            self.path = "the array"
+            self.shards = [_as_ids(path)]
+        self._windows: dict[int, np.ndarray] = {}  # length -> a view of all windows of this length
+        self._shard_ends = np.cumsum([len(shard) for shard in self.shards])
+        self.start = start
+        self.stop = int(self._shard_ends[-1]) if stop is None else stop
 
-    def __reduce__(self):  # a worker process maps the files itself: pickle would copy them whole
-        return type(self), self.arguments
+    def _open(self, path: Path, dtype) -> None:
+        if (path / "metadata.json").is_file():
+            names = ", ".join(str(path / name) for name in read_metadata(path)["splits"])
+            raise ValueError(f"{path} is a corpus: choose one of its splits ({names})")
+        if dtype is not None:
+            _check_dtype(dtype)
+        self.shards, metadata = open_tokens(path, dtype)
+        if metadata:
+            self.eot_token = metadata.get("eot_token")
+            self.vocab_size = metadata["vocab_size"]
+            self.has_documents = metadata.get("eot_per_document")
+            self._num_documents = metadata["splits"][split_name(path)].get("documents")
+        advise_kernel(self.shards, "RANDOM")
 
-    def __len__(self):
+    def __reduce__(self):
+        return _from_arguments, (self._arguments,)
+
+    def __len__(self) -> int:
         return self.stop - self.start
 
     def part(self, start: int, stop: int) -> "Tokens":
-        """Tokens start to stop - 1 of these."""
-        return Tokens(*self.arguments[:3], self.start + start, self.start + stop)
+        """Return tokens `start` to `stop` - 1 of these, as a view."""
+        bounds = {"start": self.start + start, "stop": self.start + stop}
+        return Tokens(**(self._arguments | bounds))
 
     def read(self, starts, length: int) -> np.ndarray:
-        """(B,) positions -> (B, length) int64 ids from there on."""
+        """Return the (B, length) int64 ids from each of (B,) positions on."""
         return self.gather(starts, length).astype(np.int64)
 
     def gather(self, starts, length: int) -> np.ndarray:
-        """As read, in the file's dtype. Raises ValueError for an id outside the vocabulary, or a
-        file that was cut."""
+        """Return the (B, length) ids from each of (B,) positions on, in the dtype of the file.
+
+        Raises:
+            ValueError: If an id is outside the vocabulary, or a file was cut while in use.
+        """
         starts = np.asarray(starts, dtype=np.int64) + self.start
         if len(self.shards) == 1:
             check_length(self.shards[0])
-            if length not in self.windows:  # making a view takes longer than reading a batch
-                self.windows[length] = sliding_window_view(self.shards[0], length)
-            ids = self.windows[length][starts]
+            if length not in self._windows:  # making a view takes longer than reading a batch
+                self._windows[length] = sliding_window_view(self.shards[0], length)
+            ids = self._windows[length][starts]
         else:
-            ids = self._read_shards(starts, length)
+            ids = self._gather_from_shards(starts, length)
         if self.vocab_size and ids.max(initial=0) >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the id {ids.max()}, but its vocabulary has "
@@ -69,51 +124,120 @@ class Tokens:
             )
         return ids
 
-    def _read_shards(self, starts, length):
-        first = np.searchsorted(self.ends, starts, side="right")  # the shard of the first token
-        last = np.searchsorted(self.ends, starts + length - 1, side="right")
+    def _gather_from_shards(self, starts: np.ndarray, length: int) -> np.ndarray:
+        first = np.searchsorted(self._shard_ends, starts, side="right")  # shard of the first token
+        last = np.searchsorted(self._shard_ends, starts + length - 1, side="right")
         ids = np.empty((len(starts), length), dtype=self.shards[0].dtype)
         for i in np.union1d(first, last):
             check_length(self.shards[i])
         for i in np.unique(first[first == last]):
-            here, begin = (first == i) & (last == i), self.ends[i] - len(self.shards[i])
-            ids[here] = sliding_window_view(self.shards[i], length)[starts[here] - begin]
-        for row in np.flatnonzero(first != last):  # over an edge between shards
+            rows = (first == i) & (last == i)
+            shard_start = self._shard_ends[i] - len(self.shards[i])
+            ids[rows] = sliding_window_view(self.shards[i], length)[starts[rows] - shard_start]
+        for row in np.flatnonzero(first != last):  # rows that reach over the end of a shard
             done = 0
             for i in range(first[row], last[row] + 1):
-                begin = starts[row] + done - self.ends[i] + len(self.shards[i])
+                shard_start = self._shard_ends[i] - len(self.shards[i])
+                begin = starts[row] + done - shard_start
                 part = self.shards[i][begin : begin + length - done]
                 ids[row, done : done + len(part)] = part
                 done += len(part)
         return ids
 
     def num_documents(self) -> int:
-        """As metadata.json tells it; in a part of a split, or a bare file, they are counted."""
-        if self.documents is not None and len(self) == self.ends[-1]:
-            return self.documents
+        """Return the number of documents.
+
+        For a whole split it is in metadata.json; in a part or a bare file they are counted.
+
+        Raises:
+            ValueError: If they have to be counted and eot_token is not known.
+        """
+        if self._num_documents is not None and len(self) == self._shard_ends[-1]:
+            return self._num_documents
         return len(self.document_ends())
 
     def document_end(self, position: int) -> int:
-        """The end of the document that `position` lies in; `position` itself in a running text."""
-        for start in range(position, len(self) if self.eot_token is not None else 0, BLOCK):
+        """Return where the document at `position` ends.
+
+        In a running text, where documents have no end, this is `position`.
+
+        Example: ids=[1, 2, EOT, 3, EOT], position=1 -> 3.
+        """
+        if self.eot_token is None or self.has_documents is False:
+            return position
+        for start in range(position, len(self), BLOCK):
             ids = self.read([start], min(BLOCK, len(self) - start))[0]
-            if len(found := np.flatnonzero(ids == self.eot_token)):
-                return start + int(found[0]) + 1
+            ends = np.flatnonzero(ids == self.eot_token)
+            if len(ends):
+                return start + int(ends[0]) + 1
         return position
 
     def document_ends(self) -> np.ndarray:
-        """Where documents end, (n,) int64: behind each end of text, and at the end of all. Reads
-        every token once, a gigabyte or so a second. Raises ValueError where eot_token is unknown.
+        """Return where each document ends, (n,) int64: the position after its end-of-text token.
+
+        The last document may lack this token. Reads every token once, about 1 GB/s.
+
+        Example: ids=[1, 2, EOT, 3, EOT, 4] -> [3, 5, 6].
+
+        Raises:
+            ValueError: If eot_token is not known, or the corpus is one running text.
         """
+        if self.has_documents is False:
+            raise ValueError(
+                f"{self.path} is one running text without documents: read it as windows "
+                f"(TextDataset), or prepare it again with --documents"
+            )
         if self.eot_token is None:
-            raise ValueError(f"which id ends a document of {self.path}? Name it by eot_token")
-        ends, position = [], 0
+            raise ValueError(
+                f"the id that ends a document of {self.path} is unknown: set eot_token"
+            )
+        ends_by_block = [np.empty(0, np.int64)]
+        position = 0
         advise_kernel(self.shards, "NORMAL")
         for block in blocks(self.shards):
-            ends.append(np.flatnonzero(block == self.eot_token) + (position + 1))
-            position += len(block)
+            block_end = position + len(block)
+            if block_end > self.start and position < self.stop:
+                ends_by_block.append(np.flatnonzero(block == self.eot_token) + (position + 1))
+            position = block_end
         advise_kernel(self.shards, "RANDOM")
-        ends = np.concatenate(ends) - self.start
+        ends = np.concatenate(ends_by_block) - self.start
         ends = ends[(ends > 0) & (ends <= len(self))]
-        tail = [len(self)] if len(self) > (ends[-1] if len(ends) else 0) else []
-        return np.append(ends, tail).astype(np.int64)
+        if len(self) > (ends[-1] if len(ends) else 0):
+            ends = np.append(ends, len(self))
+        return ends.astype(np.int64)
+
+
+def _from_arguments(arguments: dict) -> Tokens:
+    return Tokens(**arguments)
+
+
+def check_split_size(size: float | int) -> None:
+    """Raise ValueError unless `size` is a share between 0 and 1 or a positive whole number."""
+    whole = isinstance(size, numbers.Integral) and size >= 1
+    share = isinstance(size, numbers.Real) and 0 < size < 1
+    if isinstance(size, bool) or not (whole or share):
+        raise ValueError(
+            f"can't be split by {size}: give a share between 0 and 1 (0.1), or a whole number of "
+            f"items (10)"
+        )
+
+
+def _as_ids(array) -> np.ndarray:
+    ids = np.asarray(array)
+    if ids.ndim == 1 and not len(ids):
+        return np.empty(0, np.uint16)  # of an empty list, NumPy makes floats
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{array!r:.60} is not a split of a prepared corpus (data/NAME/train), a .bin file, or "
+            f"a one-dimensional array of token ids"
+        )
+    return ids
+
+
+def _check_dtype(dtype) -> None:
+    try:
+        kind = np.dtype(dtype).kind
+    except TypeError:
+        kind = ""
+    if kind not in ("i", "u"):
+        raise ValueError(f'dtype must be an integer type such as "uint16", not {dtype!r}')

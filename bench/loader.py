@@ -140,7 +140,7 @@ def nanogpt(folder, checkout):
     torch.manual_seed(0)
     x, y = get_batch()
     torch.manual_seed(0)
-    same = data.__getitems__(torch.randint(data.num_tokens() - T, (B,)))
+    same = data[torch.randint(data.num_tokens() - T, (B,))]
     assert torch.equal(x, same[0]) and torch.equal(y, same[1])
     return get_batch
 
@@ -237,11 +237,12 @@ def stateful(folder, _):
 
     data = TextDataset(folder / "train", T)
     order = ShuffledBatches(len(data), B)
-    return functools.partial(next, endless(StatefulDataLoader(data, batch_sampler=order)))
+    loader = StatefulDataLoader(data, sampler=order, batch_size=None)
+    return functools.partial(next, endless(loader))
 
 
 def windows(folder, indices):
-    return TextDataset(folder / "train", T, stride=T).__getitems__(indices)[0]
+    return TextDataset(folder / "train", T, stride=T)[indices][0]
 
 
 GROUPS = {  # what is compared: {contestant: (its function, what it needs: a package or a

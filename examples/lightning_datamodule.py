@@ -1,9 +1,9 @@
-"""Our batches in a Lightning Trainer: WikiText-2, padded to each batch's longest or packed.
+"""Our batches in a Lightning Trainer: WikiText-2, padded to the longest of each batch or packed.
 
     pip install lightning transformers
     python examples/lightning_datamodule.py --max_steps 200 --packing
 
-The module is LLMDataModule; the model below it is transformers' GPT-2, small and from scratch.
+The data module is LLMDataModule. The model is a small GPT-2 of transformers, trained from scratch.
 """
 
 import sys
@@ -22,63 +22,104 @@ from corpus.inputs import load_corpus
 from corpus.shards import prepare
 from corpus.tasks import engine
 from corpus.tokenizer import fetch_vocabulary, get_tokenizer
-from dataset import DocumentDataset, ShuffledBatches, pack_documents, pad_documents, read_metadata
+from dataset import (
+    DocumentDataset,
+    ShuffledBatches,
+    SimilarLengthBatches,
+    pack_documents,
+    pad_documents,
+    read_metadata,
+)
 
 
 class LLMDataModule(L.LightningDataModule):
-    """Batches of documents as dicts of (B, T) int64 tensors: input_ids and labels (which the model
-    shifts), with attention_mask where rows are padded to the batch's longest, or position_ids and
-    document_ids where documents are packed into rows of max_length.
+    """Batches of documents as dicts of (B, T) int64 tensors.
 
-    corpus: known to prepare_data.py, or of files of yours (inputs). Padded documents are cut at
-    max_length tokens and come with others of similar length. The order is shared out among
-    processes here: give the Trainer use_distributed_sampler=False.
+    - Padded: input_ids, attention_mask and labels. Documents are cut at max_length tokens and come
+      with others of similar length; T is the length of the longest.
+    - Packed: input_ids, labels, position_ids and document_ids; T is max_length.
+    - Labels are not shifted: the model shifts them.
+    - The samplers divide batches over processes: use Trainer(use_distributed_sampler=False).
+
+    Args:
+        corpus: Name of a corpus that prepare_data.py knows, or of your own (inputs).
+        tokenizer: Tokenizer, as for prepare_data.py.
+        batch_size: Rows per batch and process.
+        max_length: Tokens per row, at most.
+        packing: Whether documents are packed into rows instead of padded.
+        data_dir: Folder of prepared corpora.
+        inputs: Files of your own, as for prepare_data.py --input.
+        seed: Seed of splits and order.
+        num_workers: Worker processes of each loader.
     """
 
     def __init__(
-        self, corpus="wikitext-2", tokenizer="gpt2", batch_size=32, max_length=128, packing=False,
-        data_dir="data", inputs=(), seed=0, num_workers=0,
-    ):  # fmt: skip
+        self,
+        corpus: str = "wikitext-2",
+        tokenizer: str = "gpt2",
+        batch_size: int = 32,
+        max_length: int = 128,
+        packing: bool = False,
+        data_dir: str | Path = "data",
+        inputs: tuple[str, ...] = (),
+        seed: int = 0,
+        num_workers: int = 0,
+    ):
         super().__init__()
         self.save_hyperparameters()
         self.folder = Path(data_dir) / corpus
         self.splits = {}
 
-    def prepare_data(self):  # once a node
+    def prepare_data(self) -> None:
+        """Prepare the corpus; Lightning calls this once per node."""
         hp = self.hparams
         fetch_vocabulary(hp.tokenizer)
         corpus = load_corpus(hp.corpus, self.folder, hp.inputs)
         with engine("processes") as run_tasks:
             prepare(corpus, get_tokenizer(hp.tokenizer), self.folder, run_tasks, seed=hp.seed)
 
-    def setup(self, stage=None):
-        hp, there = self.hparams, read_metadata(self.folder)["splits"]
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for name in wanted.get(stage, ("train", "val", "test")):
-            if name in there:
-                cut = None if hp.packing else hp.max_length
-                documents = DocumentDataset(self.folder / name, cut)
-                rows = pack_documents(documents, hp.max_length) if hp.packing else documents
-                self.splits[name] = rows
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits that a stage needs."""
+        hp = self.hparams
+        names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        existing = read_metadata(self.folder)["splits"]
+        for name in names.get(stage, ("train", "val", "test")):
+            if name not in existing:
+                continue
+            if hp.packing:
+                documents = DocumentDataset(self.folder / name)
+                self.splits[name] = pack_documents(documents, hp.max_length)
+            else:
+                self.splits[name] = DocumentDataset(self.folder / name, hp.max_length)
 
-    def loader(self, name):
-        hp, rows = self.hparams, self.splits[name]
-        options = dict(
-            collate_fn=None if hp.packing else pad_documents,
-            num_workers=hp.num_workers,
-            persistent_workers=hp.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def loader(self, name: str) -> DataLoader:
+        """Return the loader of a split."""
+        hp = self.hparams
+        rows = self.splits[name]
+        options = {
+            "collate_fn": None if hp.packing else pad_documents,
+            "num_workers": hp.num_workers,
+            "persistent_workers": hp.num_workers > 0,
+            "pin_memory": self.uses_cuda(),
+        }
         if name != "train":
             return DataLoader(rows, hp.batch_size, **options)
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        world_size = torch.distributed.get_world_size() if joined else 1
-        order = ShuffledBatches(
-            len(rows), hp.batch_size * world_size, hp.seed,
-            rank=torch.distributed.get_rank() if joined else 0, world_size=world_size,
-            lengths=getattr(rows, "lengths", None),
-        )  # fmt: skip
+        rank = 0
+        world_size = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+            world_size = torch.distributed.get_world_size()
+        batch_size = hp.batch_size * world_size
+        ranks = {"rank": rank, "world_size": world_size}
+        if hp.packing:
+            order = ShuffledBatches(len(rows), batch_size, hp.seed, **ranks)
+        else:
+            order = SimilarLengthBatches(rows.lengths, batch_size, hp.seed, **ranks)
         return DataLoader(rows, batch_sampler=order, **options)
+
+    def uses_cuda(self) -> bool:
+        """Return whether the Trainer, if there is one yet, trains on CUDA."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def train_dataloader(self):
         return self.loader("train")
@@ -91,19 +132,33 @@ class LLMDataModule(L.LightningDataModule):
 
 
 class LitGPT2(L.LightningModule):
-    """transformers' GPT-2 on batches of LLMDataModule's."""
+    """GPT-2 of transformers on the batches of LLMDataModule."""
 
-    def __init__(self, vocab_size=50257, n_positions=128, n_layer=4, n_head=4, n_embd=128, lr=1e-3):
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        n_positions: int = 128,
+        n_layer: int = 4,
+        n_head: int = 4,
+        n_embd: int = 128,
+        lr: float = 1e-3,
+    ):
         super().__init__()
         self.save_hyperparameters()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        shape = dict(n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **shape))
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+        )
+        self.model = GPT2LMHeadModel(config)
 
     def loss(self, batch):
         batch = {name: rows for name, rows in batch.items() if name != "document_ids"}
-        # with a cache, which a loss has no use for, it would take a packed row for one document
+        # With a cache, transformers would take a packed row for one document.
         return self.model(**batch, use_cache=False).loss
 
     def training_step(self, batch, _):
@@ -123,33 +178,41 @@ class LitGPT2(L.LightningModule):
 
 @dataclass
 class Settings:
-    corpus: str = "wikitext-2"  # of prepare_data.py's
-    inputs: tuple[str, ...] = ()  # files of yours instead
+    corpus: str = "wikitext-2"  # corpus of prepare_data.py
+    inputs: tuple[str, ...] = ()  # files of your own instead
     data_dir: str = "data"  # folder of prepared corpora
-    tokenizer: str = "gpt2"  # of prepare_data.py's
-    batch_size: int = 8  # rows
-    max_length: int = 128  # tokens a row
+    tokenizer: str = "gpt2"  # tokenizer of prepare_data.py
+    batch_size: int = 8  # rows per batch
+    max_length: int = 128  # tokens per row
     packing: bool = False  # pack documents into rows instead of padding them
     max_steps: int = 200  # optimizer steps
 
 
 def main():
-    config = parse_settings(Settings, __doc__)
+    settings = parse_settings(Settings, __doc__)
     data = LLMDataModule(
-        config.corpus, config.tokenizer, config.batch_size, config.max_length,
-        config.packing, config.data_dir, config.inputs,
-    )  # fmt: skip
+        settings.corpus,
+        settings.tokenizer,
+        settings.batch_size,
+        settings.max_length,
+        settings.packing,
+        settings.data_dir,
+        settings.inputs,
+    )
     data.prepare_data()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))  # a look at the first one
-    text = get_tokenizer(config.tokenizer).decode(batch["input_ids"][0].tolist())
-    print({name: tuple(rows.shape) for name, rows in batch.items()}, repr(text[:200]), sep="\n")
+    batch = next(iter(data.train_dataloader()))  # print the first one
+    text = get_tokenizer(settings.tokenizer).decode(batch["input_ids"][0].tolist())
+    print({name: tuple(rows.shape) for name, rows in batch.items()})
+    print(repr(text[:200]))
     vocab_size = read_metadata(data.folder)["vocab_size"]
-    model = LitGPT2(vocab_size, n_positions=config.max_length)
+    model = LitGPT2(vocab_size, n_positions=settings.max_length)
     trainer = L.Trainer(
-        max_steps=config.max_steps, logger=False, enable_checkpointing=False,
-        use_distributed_sampler=False,  # ours shares the rows out
-    )  # fmt: skip
+        max_steps=settings.max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,  # the samplers of LLMDataModule divide the batches
+    )
     trainer.fit(model, data)
     if "test" in read_metadata(data.folder)["splits"]:
         trainer.test(model, data)

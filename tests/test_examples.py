@@ -6,15 +6,22 @@ import torch
 from conftest import ROOT, make_corpus
 
 from corpus.catalog import KNOWN
-from dataset import DocumentDataset, TextDataset, document_ids, pack_documents, pad_documents
+from dataset import (
+    DocumentDataset,
+    TextDataset,
+    collate_huggingface,
+    document_ids,
+    pack_documents,
+    pad_documents,
+)
 
 sys.path.insert(0, str(ROOT / "examples"))
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # of lightning and transformers
 
 
 @pytest.fixture
 def wikitext(tmp_path) -> Path:
-    """data/, with a WikiText-2 of 30 short articles where the download would be."""
+    """data/ with a WikiText-2 of 30 short articles in place of the download."""
     folder = tmp_path / "data" / "wikitext-2"
     folder.mkdir(parents=True)
     for number, source in enumerate(KNOWN["wikitext-2"].sources):
@@ -42,7 +49,7 @@ def test_lightning(wikitext, packing):
     train = data.splits["train"]
     assert isinstance(train, DocumentDataset) != packing
     assert trainer.global_step == 2 * (len(train) // 4)
-    assert trainer.callback_metrics["val_loss"] < 5.55  # ln(257): it has learnt something
+    assert trainer.callback_metrics["val_loss"] < 5.55  # ln(257): the model has learned something
     (tested,) = trainer.test(model, data, verbose=False)
     assert 0 < tested["test_loss"] < 5.55
     batch = next(iter(data.train_dataloader()))
@@ -51,8 +58,8 @@ def test_lightning(wikitext, packing):
         assert batch["input_ids"].shape == (4, 48)
     else:
         assert batch.keys() == {"input_ids", "labels", "attention_mask"}
-        assert (batch["input_ids"] == 256).sum() == 4  # each with its end of text
-        assert batch["input_ids"].shape[1] < 48  # the longest's, whatever max_length is
+        assert (batch["input_ids"] == 256).sum() == 4  # one end of text per document
+        assert batch["input_ids"].shape[1] < 48  # the longest of the batch, not max_length
 
 
 def test_the_huggingface_trainer(tmp_path, monkeypatch):
@@ -70,8 +77,8 @@ def test_the_huggingface_trainer(tmp_path, monkeypatch):
     assert trained[-1]["eval_loss"] < 5.5  # ln(257) is 5.55
 
 
-def test_their_model_keeps_our_packed_documents_apart(tmp_path):
-    """transformers' own GPT-2 on packed rows: each document's logits are those it has alone."""
+def test_transformers_keeps_packed_documents_separate(tmp_path):
+    """In a packed row, the logits of each document are those that it has alone in a row."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     make_corpus(tmp_path / "c", ["abc", "defgh", "ijklmnop"] * 10, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train")
@@ -83,16 +90,16 @@ def test_their_model_keeps_our_packed_documents_apart(tmp_path):
         packed = model(
             input_ids=row["input_ids"][None],
             position_ids=row["position_ids"][None],
-            use_cache=False,  # with a cache, it takes the row for one document
+            use_cache=False,  # with a cache, transformers takes the row for one document
         ).logits[0]
         for number in range(int(row["document_ids"].max()) + 1):
-            here = row["document_ids"] == number
-            alone = model(input_ids=row["input_ids"][here][None]).logits[0]
-            torch.testing.assert_close(packed[here], alone, atol=1e-5, rtol=0)
+            members = row["document_ids"] == number
+            alone = model(input_ids=row["input_ids"][members][None]).logits[0]
+            torch.testing.assert_close(packed[members], alone, atol=1e-5, rtol=0)
 
 
-def test_their_loss_on_our_labels_is_by_hand(tmp_path):
-    """Labels go unshifted: the model's loss is the mean over the next tokens inside documents."""
+def test_the_loss_of_transformers_on_our_labels(tmp_path):
+    """Labels are not shifted: the loss is the mean over the next tokens inside documents."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     make_corpus(tmp_path / "c", ["abc", "defgh", "ij"] * 10, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train")
@@ -106,5 +113,13 @@ def test_their_loss_on_our_labels_is_by_hand(tmp_path):
             for d in some
         ]
     torch.testing.assert_close(loss, sum(nats) / sum(len(d) - 1 for d in some))
-    window = TextDataset(tmp_path / "c" / "train", 16, item="huggingface")[3]
-    assert document_ids(window["labels"], 256).max() > 0
+    windows = TextDataset(tmp_path / "c" / "train", 16)
+    batch = collate_huggingface([windows[3], windows[4]])
+    assert document_ids(batch["labels"], 256).max() > 0
+    with torch.no_grad():
+        loss = model(**batch).loss
+        logits = model(batch["input_ids"]).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()
+        )
+    torch.testing.assert_close(loss, expected)

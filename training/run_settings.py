@@ -235,7 +235,6 @@ def choose_compute(
     peak = peak_flops(device.value, dtype.value)
     if device.value.type == "cuda" and peak is None:
         lines.append("MFU is not shown: the peak of this device in this number type is unknown")
-    _check_batch(settings, metadata, device.value, ranks)
     return ComputeChoices(
         device=device.value, dtype=dtype.value, compile=compiled.value,
         separate_documents=separate, flex_attention=flex, eot_token=metadata["eot_token"],
@@ -255,8 +254,12 @@ def _why_no_flex_attention(settings, device, dtype, compiled: bool, model) -> st
     return flex_attention_failure(device, model.config.n_embd // model.config.n_head, dtype)
 
 
-def _check_batch(settings, metadata, device, ranks) -> None:
-    """Raise ValueError for a batch that cannot be divided, or cannot fit the memory."""
+def check_batch(settings, metadata: dict, device: torch.device, ranks) -> None:
+    """Check that the batch can be divided among processes, and that the memory can be enough.
+
+    Raises:
+        ValueError: It cannot; the message names the settings to lower.
+    """
     share = settings.batch_size // ranks.world_size  # sequences per step of this process
     micro_batch_size = settings.micro_batch_size or share
     if share % micro_batch_size:
@@ -278,6 +281,8 @@ def least_memory(settings, vocab_size: int, share: int, micro_batch_size: int) -
 
     Weights, gradients and momentum; ids; and 8 activations per block in bfloat16.
     """
-    L, C, T = settings.n_layer, settings.n_embd, settings.sequence_length
+    L = settings.n_layer or 0  # unknown before --init_from is read
+    C = settings.n_embd or 0
+    T = settings.sequence_length
     weights = 12 * L * C * C + (vocab_size + T) * C
     return 12 * weights + 16 * T * (share + micro_batch_size * L * C)

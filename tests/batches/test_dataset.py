@@ -1,3 +1,4 @@
+import functools
 import json
 import pickle
 import re
@@ -7,7 +8,19 @@ import pytest
 import torch
 from conftest import assert_one_line_error, make_corpus, run_script
 
-from dataset import ShuffledBatches, TextDataset, create_dataloaders, newest_corpus
+from corpus.tokenizer import get_tokenizer
+from dataset import (
+    NoisyTextDataset,
+    ShuffledBatches,
+    TextDataset,
+    Tokens,
+    add_token_noise,
+    collate_documents,
+    collate_huggingface,
+    create_dataloaders,
+    newest_corpus,
+    tokenize,
+)
 
 
 def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
@@ -30,13 +43,19 @@ def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
     return folder / "train"
 
 
-def test_the_docstrings_example():
+def test_the_docstring_examples():
     dataset = TextDataset(np.arange(7), sequence_length=3, stride=2)
     assert [(x.tolist(), y.tolist()) for x, y in (dataset[0], dataset[1])] == [
         ([0, 1, 2], [1, 2, 3]),
         ([2, 3, 4], [3, 4, 5]),
     ]
     assert len(dataset) == 2
+    assert TextDataset(np.arange(13), 3, 2).window_starts([0, 3, -1]).tolist() == [0, 6, 8]
+    assert TextDataset(np.arange(10), 4, 4).count_tokens() == {"trained": 8, "left_out": 2}
+    assert [view.num_tokens() for view in TextDataset(np.arange(100), 4).split(0.1)] == [90, 10]
+    tokens = Tokens([1, 2, 256, 3, 256, 4], eot_token=256)
+    assert tokens.document_end(1) == 3 and tokens.document_ends().tolist() == [3, 5, 6]
+    assert Tokens([5, 6, 7, 8, 9]).read([0, 2], 3).tolist() == [[5, 6, 7], [7, 8, 9]]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5, 8, 13])
@@ -61,24 +80,58 @@ def test_shards_are_one_stream(tmp_path, dtype):
     pieces = [tokens[:3], tokens[3:3], tokens[3:40], tokens[40:99], tokens[99:]]
     split = TextDataset(write_corpus(tmp_path / "split", pieces, dtype), 10)
     assert len(whole) == len(split) == 90
-    for a, b in zip(whole.__getitems__(range(90)), split.__getitems__(range(90))):
+    for a, b in zip(whole[range(90)], split[range(90)]):
         assert torch.equal(a, b)
 
 
 def test_a_batch_is_its_items(tmp_path):
     dataset = TextDataset(write_corpus(tmp_path / "c", [np.arange(50) ** 2]), 6, 2)
     indices = [3, 0, 3, len(dataset) - 1]
-    x, y = dataset.__getitems__(indices)
+    x, y = dataset[indices]
     assert torch.equal(x, torch.stack([dataset[i][0] for i in indices]))
     assert torch.equal(y, torch.stack([dataset[i][1] for i in indices]))
     assert torch.equal(x[:, 1:], y[:, :-1])
 
 
-def test_a_plain_dataloader_gives_the_same_batches():
+def test_plain_dataloaders_give_the_same_batches():
+    """PyTorch's own ways to load: single items, batches of items, batches of indices."""
     dataset = TextDataset(np.arange(50), 6)
-    x, y = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
-    assert torch.equal(x, dataset.__getitems__(range(4))[0])
-    assert torch.equal(y, dataset.__getitems__(range(4))[1])
+    expected_x, expected_y = dataset[range(32)]
+    batches_of_indices = torch.utils.data.BatchSampler(range(44), 32, drop_last=False)
+    for options in (
+        {"batch_size": 32},
+        {"sampler": batches_of_indices, "batch_size": None},
+        {"batch_sampler": batches_of_indices},
+    ):
+        batch = next(iter(torch.utils.data.DataLoader(dataset, **options)))
+        assert isinstance(batch, list)
+        x, y = batch
+        assert x.shape == (32, 6) and x.dtype == torch.int64
+        assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
+    single = list(torch.utils.data.DataLoader(dataset, batch_size=None))
+    assert torch.equal(torch.stack([x for x, _ in single])[:32], expected_x)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
+    x, y = (torch.cat(parts) for parts in zip(*loader))
+    assert sorted(x[:, 0].tolist()) == list(range(44)) != x[:, 0].tolist()
+    assert torch.equal(x + 1, y)
+
+
+def test_indices_of_every_kind():
+    dataset = TextDataset(np.arange(50), 6, stride=2)
+    for index in (3, np.int64(3), torch.tensor(3), np.uint16(3)):
+        assert dataset[index][0].tolist() == [6, 7, 8, 9, 10, 11]
+    for indices in ([3, -1], (3, -1), np.array([3, -1]), torch.tensor([3, -1])):
+        x, y = dataset[indices]
+        assert x[:, 0].tolist() == [6, 42] and y.shape == (2, 6)
+    x, y = dataset[[]]
+    assert x.shape == y.shape == (0, 6) and x.dtype == torch.int64
+    for index in (1.5, "3", [True, False], None, slice(3)):
+        with pytest.raises(TypeError, match="an index must be an integer or a list of integers"):
+            dataset[index]
+    with pytest.raises(TypeError, match="one list"):
+        dataset[[[1, 2]]]
+    with pytest.raises(IndexError, match="window 22 is out of range: the array has 22"):
+        dataset[[0, 22]]
 
 
 def test_a_bare_file_needs_its_dtype(tmp_path):
@@ -96,7 +149,7 @@ def test_index_out_of_range(tmp_path):
     dataset = TextDataset(write_corpus(tmp_path / "c", [np.arange(20)]), 4)
     assert dataset[-1][1].tolist() == [16, 17, 18, 19]
     for index in (16, -17, 10**12):
-        with pytest.raises(IndexError, match=f"window {index} of .*train.*16"):
+        with pytest.raises(IndexError, match=f"window {index} is out of range: .*train has 16"):
             dataset[index]
 
 
@@ -243,57 +296,82 @@ def test_a_view_begins_with_a_document(tmp_path):
 
 
 @pytest.mark.parametrize("T, stride, n", [(8, 8, 100), (8, 1, 100), (8, 3, 101), (8, 20, 117)])
-def test_the_account_of_windows(T, stride, n):
+def test_the_token_counts_of_windows(T, stride, n):
     data = TextDataset(np.arange(n), T, stride)
     targets = {int(t) for _, y in (data[i] for i in range(len(data))) for t in y}
-    assert data.account() == {"trained": len(targets), "left": n - len(targets)}
+    assert data.count_tokens() == {"trained": len(targets), "left_out": n - len(targets)}
 
 
-def test_items_as_dicts(tmp_path):
+def test_windows_as_dicts(tmp_path):
     make_corpus(tmp_path / "c", ["abc", "de", "fghij"] * 30, documents=True)
-    path = tmp_path / "c" / "train"
-    x, _ = TextDataset(path, 16, 16)[1]
-    labelled = TextDataset(path, 16, 16, item="huggingface")[1]
-    assert labelled.keys() == {"input_ids", "labels"}
-    assert torch.equal(labelled["input_ids"], x) and torch.equal(labelled["labels"], x)
-    item = TextDataset(path, 16, 16, item="documents")[1]
-    assert torch.equal(item["token_ids"], x)
-    ids = item["document_ids"].tolist()
-    assert ids == [x[:i].tolist().count(256) for i in range(16)]
-    assert item["document_mask"].tolist() == [
-        [ids[i] == ids[j] and j <= i for j in range(16)] for i in range(16)
-    ]
-    loader = torch.utils.data.DataLoader(TextDataset(path, 16, 16, item="documents"), batch_size=3)
+    data = TextDataset(tmp_path / "c" / "train", 16, 16)
+    x, _ = data[[0, 1, 2]]
+    loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collate_huggingface)
     batch = next(iter(loader))
-    assert batch["token_ids"].shape == (3, 16) and batch["document_mask"].shape == (3, 16, 16)
-    assert torch.equal(batch["document_mask"][1], item["document_mask"])
-    with pytest.raises(ValueError, match="item is tuple, huggingface or documents"):
-        TextDataset(path, 16, item="list")
-    with pytest.raises(ValueError, match="eot_token"):
-        TextDataset(np.arange(30), 16, item="documents")
+    assert batch.keys() == {"input_ids", "labels"}
+    assert torch.equal(batch["input_ids"], x) and torch.equal(batch["labels"], x)
+    collate = functools.partial(collate_documents, eot_token=data.tokens.eot_token)
+    batch = next(iter(torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collate)))
+    assert batch.keys() == {"token_ids", "document_ids", "document_mask"}
+    assert torch.equal(batch["token_ids"], x)
+    for row, ids, mask in zip(x, batch["document_ids"].tolist(), batch["document_mask"].tolist()):
+        assert ids == [row[:i].tolist().count(256) for i in range(16)]
+        assert mask == [[ids[i] == ids[j] and j <= i for j in range(16)] for i in range(16)]
 
 
-def test_replaced_tokens(tmp_path):
+def test_token_noise(tmp_path):
     make_corpus(tmp_path / "c", ["abcdefghi"] * 2000, documents=True)
-    path = tmp_path / "c" / "train"
-    plain, noisy = TextDataset(path, 64), TextDataset(path, 64, replace=0.25, seed=1)
+    plain = TextDataset(tmp_path / "c" / "train", 64)
+    noisy = NoisyTextDataset(plain, 0.25, seed=1)
+    assert len(noisy) == len(plain)
     every = np.arange(len(plain))
-    (x, y), (noisy_x, noisy_y) = plain.__getitems__(every), noisy.__getitems__(every)
-    assert torch.equal(y, noisy_y)  # the targets are the text's
+    (x, y), (noisy_x, noisy_y) = plain[every], noisy[every]
+    assert torch.equal(y, noisy_y)  # the targets are the text
     changed = x != noisy_x
     text = x != 256
-    assert (
-        not changed[~text].any() and not (noisy_x == 256)[text].any()
-    )  # documents stay as they are
+    assert not changed[~text].any() and not (noisy_x == 256)[text].any()  # documents stay whole
     # 1 in 256 draws is the id that was there; 5 sigma of a binomial
     n, p = int(text.sum()), 0.25 * 255 / 256
     assert abs(int(changed.sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
     assert noisy_x[changed].unique().numel() == 256  # any id but the end of text
-    some = [17, 3, 17]  # a function of the place alone: in whatever batch, at any time
-    assert torch.equal(noisy.__getitems__(some)[0], noisy_x[some])
-    assert not torch.equal(TextDataset(path, 64, replace=0.25, seed=2)[17][0], noisy_x[17])
+    some = [17, 3, 17, -1]  # a function of the place only: the same in every batch
+    assert torch.equal(noisy[some][0], noisy_x[some])
+    assert torch.equal(noisy[-1][0], noisy_x[-1])
+    batch = next(iter(torch.utils.data.DataLoader(noisy, batch_size=4)))
+    assert torch.equal(batch[0], noisy_x[:4]) and torch.equal(batch[1], y[:4])
+    assert not torch.equal(NoisyTextDataset(plain, 0.25, seed=2)[17][0], noisy_x[17])
+    collated = collate_huggingface([noisy[17]])
+    assert torch.equal(collated["input_ids"][0], noisy_x[17])
+    assert torch.equal(collated["labels"][0, 1:], x[17, 1:])
     with pytest.raises(ValueError, match="from 0 to 1"):
-        TextDataset(path, 64, replace=1.5)
+        NoisyTextDataset(plain, 1.5)
+    with pytest.raises(ValueError, match="vocabulary"):
+        NoisyTextDataset(TextDataset(np.arange(9), 4), 0.1)
+
+
+def test_token_noise_stays_the_same():
+    """Runs resume with the noise that they began with: ids written by commit 58944c1."""
+    tokens = Tokens(np.arange(200) % 257, eot_token=256, vocab_size=257)
+    noisy = NoisyTextDataset(TextDataset(tokens, 12, 3), 0.5, seed=5)
+    assert noisy[[0, 7, -1]][0].tolist() == [
+        [0, 1, 21, 3, 55, 5, 148, 149, 8, 9, 10, 11],
+        [21, 249, 23, 24, 25, 18, 202, 28, 39, 123, 31, 229],
+        [136, 211, 74, 189, 148, 191, 119, 193, 156, 195, 26, 197],
+    ]
+    x = torch.arange(12)
+    assert add_token_noise(x, 0, 0.5, 5, 257, 256).tolist() == noisy[0][0].tolist()
+    assert torch.equal(add_token_noise(x, 0, 0.0, 5, 257), x)
+    assert int(add_token_noise(x, 0, 1.0, 5, 257).max()) < 257
+
+
+def test_token_noise_of_the_loaders(tmp_path):
+    make_corpus(tmp_path / "c", ["".join(chr(33 + i % 90) for i in range(1000))])
+    options = {"sequence_length": 16, "batch_size": 8}
+    plain, plain_val = create_dataloaders(tmp_path / "c", **options)
+    noisy, noisy_val = create_dataloaders(tmp_path / "c", **options, token_noise=0.5)
+    for (x, y), (noisy_x, noisy_y) in zip(plain, noisy):
+        assert torch.equal(y, noisy_y) and 0.2 < (x != noisy_x).double().mean() < 0.8
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain_val, noisy_val))
 
 
 def test_ten_billion_tokens(tmp_path):
@@ -308,7 +386,7 @@ def test_ten_billion_tokens(tmp_path):
     for place in (0, n // 2, n - 4):
         assert data[place][1].tolist() == [2, 3, 4]
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=ShuffledBatches(len(data), 32, stride=3), collate_fn=list
+        data, sampler=ShuffledBatches(len(data), 32, stride=3), batch_size=None
     )
     x, y = next(iter(loader))
     assert x.shape == y.shape == (32, 3)
@@ -324,7 +402,72 @@ def test_torchs_distributed_sampler():
     assert sorted(seen) == list(range(196))
 
 
-def test_a_look_at_a_corpus(tmp_path):
+@pytest.mark.parametrize("make", ["file", "array"])
+def test_tokens_are_complete_in_parts_and_copies(tmp_path, make):
+    """Parts, pickled copies and their parts keep vocabulary and end of text."""
+    if make == "file":
+        make_corpus(tmp_path / "c", ["abcdefghi"] * 100, documents=True)
+        tokens = Tokens(tmp_path / "c" / "train")
+    else:
+        ids = np.tile([*b"abcdefghi", 256], 90)
+        tokens = Tokens(ids, eot_token=256, vocab_size=257, has_documents=True)
+    copy = pickle.loads(pickle.dumps(tokens.part(10, 500)))
+    for part in (tokens.part(10, 500), copy, pickle.loads(pickle.dumps(copy)).part(0, 490)):
+        assert (part.vocab_size, part.eot_token, part.has_documents) == (257, 256, True)
+        assert (part.path, part.start, len(part)) == (tokens.path, 10, 490)
+        assert part.num_documents() == 49 and part.document_end(3) == 10
+        assert np.array_equal(part.read([0], 490), tokens.read([10], 490))
+
+
+def test_text_in_memory_in_spawned_workers():
+    """A DataLoader with spawn pickles the dataset: noise and masks need its vocabulary."""
+    tokens = tokenize(lambda: ["abcdefghi"] * 100, get_tokenizer("bytes"))
+    first, last = TextDataset(tokens, 16).split(0.2)
+    assert first.vocab_size == last.vocab_size == 257
+    assert first.num_documents() + last.num_documents() == 100
+    noisy = NoisyTextDataset(last, 0.5)
+    options = {"sampler": ShuffledBatches(len(last), 4), "batch_size": None}
+    loader = torch.utils.data.DataLoader(
+        noisy, num_workers=1, multiprocessing_context="spawn", **options
+    )
+    options = {"sampler": ShuffledBatches(len(last), 4), "batch_size": None}
+    expected = torch.utils.data.DataLoader(noisy, **options)
+    for (x, y), (a, b) in zip(loader, expected):
+        assert torch.equal(x, a) and torch.equal(y, b)
+
+
+def test_wrong_use_is_refused(tmp_path):
+    make_corpus(tmp_path / "c", ["one running text, " * 100])
+    split, corpus = tmp_path / "c" / "train", tmp_path / "c"
+    with pytest.raises(ValueError, match=r"c is a corpus: choose one of its splits \(.*c/train, "):
+        TextDataset(corpus, 4)
+    for array in (np.eye(3), np.arange(3.0), ["a", "b"], None, 5):
+        with pytest.raises(ValueError, match="is not a split of a prepared corpus"):
+            TextDataset(array, 4)
+    with pytest.raises(ValueError, match="0 tokens"):
+        TextDataset([], 4)
+    with pytest.raises(ValueError, match="dtype must be an integer type"):
+        TextDataset(split, 4, dtype="many")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        TextDataset(split, 0)
+    for size in (1.0, 0.0, -0.5, 2.5, 0, -3, True, float("nan"), "half"):
+        with pytest.raises(ValueError, match=f"can't be split by {size}: give a share"):
+            TextDataset(split, 4).split(size)
+    for rank, world_size in ((1, 1), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank must be from 0 to world_size - 1"):
+            create_dataloaders(corpus, 4, rank=rank, world_size=world_size)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        create_dataloaders(corpus, 4, batch_size=0)
+
+
+def test_loaders_pin_no_memory(tmp_path):
+    """The training step does, on CUDA alone (training.device.move_to_device)."""
+    make_corpus(tmp_path / "c", ["one two three " * 40])
+    loaders = create_dataloaders(tmp_path / "c", 4)
+    assert [loader.pin_memory for loader in loaders] == [False, False]
+
+
+def test_the_preview_of_a_corpus(tmp_path):
     make_corpus(tmp_path / "data" / "c", ["abc", "defghi", "jk"] * 100, documents=True)
     result = run_script("dataset.py", "c", "--sequence_length", "12", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -334,6 +477,12 @@ def test_a_look_at_a_corpus(tmp_path):
     shares = [float(share) for share in re.findall(r"([\d.]+)% padding (?:in|with)", result.stdout)]
     assert shares[0] > 20 > 5 > shares[1]  # in random order; with those of similar length
     assert "million tokens/s" in result.stdout
+    assert_one_line_error(
+        run_script(
+            "dataset.py", "c", "--batch_size", "4096", "--sequence_length", "8192", cwd=tmp_path
+        ),
+        "lower --batch_size or --sequence_length",
+    )
     make_corpus(tmp_path / "data" / "book", ["one running text, " * 100])
     result = run_script("dataset.py", cwd=tmp_path)  # the newest
     assert "1 documents" in result.stdout and "padded" not in result.stdout

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from batches.documents import best_fit
+from batches.packing import best_fit
 from dataset import (
     DocumentDataset,
     document_ids,
@@ -26,11 +26,13 @@ def test_ids_positions_and_mask_of_documents_in_a_row():
     rows = torch.from_numpy(np.random.default_rng(0).integers(250, 258, (20, 30)))
     ids = document_ids(rows, EOT)
     positions, mask = document_positions(ids), document_mask(ids)
-    for row, of, places, sees in zip(rows.tolist(), ids.tolist(), positions.tolist(), mask):
+    for row, row_ids, places, row_mask in zip(
+        rows.tolist(), ids.tolist(), positions.tolist(), mask.tolist()
+    ):
         document = place = 0
         for i, token in enumerate(row):
-            assert (of[i], places[i]) == (document, place)
-            assert sees[i].tolist() == [of[j] == document and j <= i for j in range(30)]
+            assert (row_ids[i], places[i]) == (document, place)
+            assert row_mask[i] == [row_ids[j] == document and j <= i for j in range(30)]
             document, place = (document + 1, 0) if token == EOT else (document, place + 1)
     assert ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
 
@@ -44,9 +46,9 @@ def test_documents_of_a_split(tmp_path):
             documents = DocumentDataset(tmp_path / "c" / name, max_length)
             found += [documents[i].tolist() for i in range(len(documents))]
             assert [len(documents[i]) for i in range(len(documents))] == documents.lengths.tolist()
-            account = documents.account()
-            assert sum(account.values()) == len(documents.tokens)
-            tokens, kept = tokens + len(documents.tokens), kept + account["trained"]
+            counts = documents.count_tokens()
+            assert sum(counts.values()) == len(documents.tokens)
+            tokens, kept = tokens + len(documents.tokens), kept + counts["trained"]
         expected = [[*text.encode(), EOT][:max_length] for text in texts]
         assert sorted(found) == sorted(expected)
         assert kept == sum(map(len, expected))
@@ -75,7 +77,7 @@ def test_views_of_documents(tmp_path):
 
 
 def test_padding_keeps_every_end_of_text():
-    """Labels come from lengths: an end of text is learnt even where it is the padding, too."""
+    """Labels come from lengths: the end of text is learned even if it is also the padding."""
     documents = [torch.tensor(ids) for ids in ([5, 6, 7, EOT], [8, EOT], [EOT])]
     batch = pad_documents(documents, pad_token=EOT)
     assert batch["input_ids"].tolist() == [[5, 6, 7, EOT], [8, EOT, EOT, EOT], [EOT] * 4]
@@ -100,18 +102,18 @@ def test_packing_loses_nothing(lengths, T):
     documents = [torch.arange(n) + 100 * i for i, n in enumerate(lengths, 1)]
     packed = pack_documents(documents, T)
     rows = [packed[i] for i in range(len(packed))]
-    account = packed.account()
-    assert account["trained"] + account["cut"] == sum(lengths)
-    assert account["trained"] + account["padded"] == len(packed) * T
+    counts = packed.count_tokens()
+    assert counts["trained"] + counts["cut"] == sum(lengths)
+    assert counts["trained"] + counts["padded"] == len(packed) * T
     found = [i for row in rows for i in row["input_ids"][row["document_ids"] >= 0].tolist()]
     assert sorted(found) == sorted(i for document in documents for i in document.tolist())
     for row in rows:
         for number in row["document_ids"].unique():
-            here = row["document_ids"] == number
-            ids, labels = row["input_ids"][here], row["labels"][here]
-            assert row["position_ids"][here].tolist() == list(range(len(ids)))
+            members = row["document_ids"] == number
+            ids, labels = row["input_ids"][members], row["labels"][members]
+            assert row["position_ids"][members].tolist() == list(range(len(ids)))
             if number == -1:
-                assert (labels == -100).all() and (ids == 0).all() and here[-1]
+                assert (labels == -100).all() and (ids == 0).all() and members[-1]
                 continue
             assert labels.tolist() == [-100, *ids[1:].tolist()]
             assert (ids.diff() == 1).all()  # of one document
@@ -123,7 +125,7 @@ def test_best_fit_by_hand():
     """5 5 4 3 3 2 into rows of 8: 5 + 3, 5 + 3, 4 + 2."""
     assert best_fit(np.array([3, 5, 2, 4, 5, 3]), 8).tolist() == [1, 0, 2, 2, 1, 0]
     assert best_fit(np.array([], np.int64), 8).tolist() == []
-    # each fits in the row with the least room that is enough: 6 leaves 4, 7 leaves 3; 3 goes to 7's
+    # 6 leaves 4 and 7 leaves 3: 3 goes to the row of 7
     assert best_fit(np.array([6, 7, 3]), 10).tolist() == [1, 0, 0]
 
 
@@ -131,12 +133,48 @@ def test_packed_rows_of_a_corpus(tmp_path):
     make_corpus(tmp_path / "c", ["abc", "defgh", "i" * 30] * 30, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train", max_length=20)
     packed = pack_documents(documents, 16)
-    account = packed.account()
-    assert account["trained"] + account["cut"] == len(documents.tokens)
-    assert account["cut"] == documents.account()["cut"] > 0
+    counts = packed.count_tokens()
+    assert counts["trained"] + counts["cut"] == len(documents.tokens)
+    assert counts["cut"] == documents.count_tokens()["cut"] > 0
     batch = next(iter(DataLoader(packed, batch_size=4)))
     assert {name: rows.shape for name, rows in batch.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels", "document_ids"), (4, 16)
     )
     with pytest.raises(IndexError):
         packed[len(packed)]
+
+
+def test_the_docstring_examples_of_rows():
+    row = torch.tensor([5, 6, EOT, 7, EOT, 8])
+    ids = document_ids(row, EOT)
+    assert ids.tolist() == [0, 0, 0, 1, 1, 2]
+    assert document_positions(ids).tolist() == [0, 1, 2, 0, 1, 0]
+    assert document_mask(torch.tensor([0, 0, 1])).int().tolist() == [
+        [1, 0, 0], [1, 1, 0], [0, 0, 1]
+    ]  # fmt: skip
+    documents = [torch.tensor([5, 6, EOT]), torch.tensor([7, EOT])]
+    packed = pack_documents(documents, 6)[0]
+    assert packed["input_ids"].tolist() == [5, 6, EOT, 7, EOT, 0]
+    assert packed["document_ids"].tolist() == [0, 0, 0, 1, 1, -1]
+    assert packed["position_ids"].tolist() == [0, 1, 2, 0, 1, 0]
+    assert packed["labels"].tolist() == [-100, 6, EOT, -100, EOT, -100]
+
+
+def test_wrong_use_is_refused(tmp_path):
+    make_corpus(tmp_path / "c", ["one running text, " * 100])
+    with pytest.raises(ValueError, match=r"one running text without documents.*TextDataset"):
+        DocumentDataset(tmp_path / "c" / "train", 512)
+    with pytest.raises(ValueError, match="c is a corpus: choose one of its splits"):
+        DocumentDataset(tmp_path / "c")
+    with pytest.raises(ValueError, match="is empty"):
+        DocumentDataset([], eot_token=EOT)
+    documents = DocumentDataset(np.array([1, EOT, 2, EOT]), eot_token=EOT)
+    for size in (1.0, 0, -1, True, 1.5):
+        with pytest.raises(ValueError, match=f"can't be split by {size}: give a share"):
+            documents.split(size)
+    with pytest.raises(IndexError, match="document 2 is out of range: the array has 2"):
+        documents[2]
+    with pytest.raises(ValueError, match="no documents to pad"):
+        pad_documents([])
+    with pytest.raises(ValueError, match="sequence_length must be at least 1, not 0"):
+        pack_documents(documents, 0)

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -8,7 +9,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from batches.order import permute
-from dataset import ShuffledBatches, TextDataset
+from dataset import (
+    ShuffledBatches,
+    ShuffledIndices,
+    ShuffledOrder,
+    SimilarLengthBatches,
+    TextDataset,
+)
 
 
 def test_the_permutation_is_one():
@@ -42,17 +49,17 @@ def drain(order, batches):
 def test_an_epoch_reads_every_token_once():
     T, n = 8, 1003
     data = TextDataset(np.arange(n), T)
-    order = ShuffledBatches(len(data), batch_size=1, seed=3, stride=T)
-    blocks = order.num_items
-    assert blocks == (n - 1 - (T - 1)) // T  # whole blocks behind any offset
+    order = ShuffledOrder(len(data), seed=3, stride=T)
+    blocks = len(order)
+    assert blocks == (n - 1 - (T - 1)) // T  # whole blocks after any offset
     offsets = set()
     for epoch in range(3):
-        starts = order.order(np.arange(epoch * blocks, (epoch + 1) * blocks))
+        starts = order.indices(np.arange(epoch * blocks, (epoch + 1) * blocks))
         offsets.add(starts[0] % T)
         assert len(np.unique(starts)) == blocks
         assert (starts % T == starts[0] % T).all()
         assert starts.min() >= 0 and starts.max() < len(data)
-    assert len(offsets) > 1  # cut elsewhere each time
+    assert len(offsets) > 1  # divided elsewhere each time
 
 
 def test_batches_reach_over_epochs():
@@ -89,8 +96,8 @@ def test_the_permutation_sends_no_two_to_one_place(n, seed, data):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_resumed_twice_in_an_epoch_with_workers():
-    """Loaders whose workers draw ahead, one a rank, stopped and gone on with by the windows that
-    were used: the same global batches."""
+    """Loaders whose workers draw ahead, one per rank, resumed by the number of windows that were
+    used: the same global batches."""
     data = TextDataset(np.arange(300), 4)  # 296 windows, 37 batches of 8
     whole = drain(ShuffledBatches(len(data), 8, seed=2), 21)
     for world_size, workers in itertools.product((1, 2, 4), (0, 1, 4)):
@@ -100,7 +107,7 @@ def test_resumed_twice_in_an_epoch_with_workers():
             for rank in range(world_size):
                 order = ShuffledBatches(len(data), 8, seed=2, rank=rank, world_size=world_size)
                 order.position = 8 * len(used)
-                loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=list)
+                loader = DataLoader(data, sampler=order, batch_size=None, num_workers=workers)
                 ranks.append([x[:, 0].tolist() for x, _ in itertools.islice(loader, steps)])
             used += [[i for part in parts for i in part] for parts in zip(*ranks)]
         assert used == whole
@@ -116,10 +123,10 @@ def test_a_pass_ends_where_it_would_have():
 
 def test_a_plain_sampler_of_anyones_dataset():
     data = torch.utils.data.TensorDataset(torch.arange(50))
-    loader = DataLoader(data, batch_size=7, sampler=ShuffledBatches(50, seed=4))
+    loader = DataLoader(data, batch_size=7, sampler=ShuffledIndices(50, seed=4))
     seen = torch.cat([batch for (batch,) in loader]).tolist()
     assert sorted(seen) == list(range(50)) != seen
-    ranks = [list(ShuffledBatches(50, seed=4, rank=r, world_size=2)) for r in range(2)]
+    ranks = [list(ShuffledIndices(50, seed=4, rank=r, world_size=2)) for r in range(2)]
     assert [i for pair in zip(*ranks) for i in pair] == seen
     loader = DataLoader(data, batch_sampler=ShuffledBatches(50, 5, seed=4))
     assert torch.cat([batch for (batch,) in loader]).tolist() == seen
@@ -128,7 +135,7 @@ def test_a_plain_sampler_of_anyones_dataset():
 @pytest.mark.parametrize("n", [10, 100, 1000, 5000])
 def test_batches_of_similar_length(n):
     lengths = np.random.default_rng(0).integers(1, 500, n)
-    order = ShuffledBatches(n, 8, seed=1, lengths=lengths)
+    order = SimilarLengthBatches(lengths, 8, seed=1)
     batches = list(order)
     assert len(batches) == n // 8
     plain = list(ShuffledBatches(n, 8, seed=1))
@@ -142,20 +149,28 @@ def test_batches_of_similar_length(n):
         assert longest != sorted(longest)  # short and long ones mixed
     order.position = 3 * 8
     assert list(order) == batches[3:] if n > 24 else True
-    ranks = [ShuffledBatches(n, 8, 1, rank=r, world_size=2, lengths=lengths) for r in range(2)]
+    ranks = [SimilarLengthBatches(lengths, 8, 1, rank=r, world_size=2) for r in range(2)]
     assert [a + b for a, b in zip(*ranks)] == batches
+    assert list(SimilarLengthBatches(lengths.tolist(), 8, seed=1)) == batches
 
 
+@pytest.mark.parametrize("form", ["items", "windows"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchdatas_loader_goes_on_where_it_was(workers):
+def test_torchdatas_loader_resumes(workers, form):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
-    data = torch.utils.data.TensorDataset(torch.arange(60))
 
     def loader():
         order = ShuffledBatches(60, 5, seed=7)
-        return stateful.StatefulDataLoader(data, batch_sampler=order, num_workers=workers)
+        if form == "items":
+            data = torch.utils.data.TensorDataset(torch.arange(60))
+            options = {"batch_sampler": order}
+        else:
+            data = TextDataset(np.arange(64), 4)
+            options = {"sampler": order, "batch_size": None}
+        return stateful.StatefulDataLoader(data, num_workers=workers, **options)
 
-    whole = [batch.tolist() for (batch,) in loader()]
+    whole = [batch[0].tolist() for batch in loader()]
+    assert len(whole) == 12
     first, state = loader(), None
     for step in (2, 5):  # stopped twice
         if state:
@@ -167,4 +182,50 @@ def test_torchdatas_loader_goes_on_where_it_was(workers):
         state = first.state_dict()
     last = loader()
     last.load_state_dict(state)
-    assert [batch.tolist() for (batch,) in last] == whole[5:]
+    assert [batch[0].tolist() for batch in last] == whole[5:]
+
+
+def test_the_order_stays_the_same():
+    """Runs resume with the order that they began with: indices written by commit 58944c1."""
+    assert drain(ShuffledBatches(1000, 8, seed=7, stride=4), 3) == [
+        [138, 74, 510, 558, 234, 690, 702, 846],
+        [286, 550, 430, 210, 506, 126, 870, 798],
+        [398, 982, 38, 682, 130, 186, 282, 934],
+    ]
+    assert drain(ShuffledBatches(11, 4, seed=1), 6) == [
+        [1, 5, 4, 8], [9, 3, 10, 2], [0, 6, 7, 2], [9, 8, 3, 5], [7, 10, 6, 0], [4, 1, 10, 2],
+    ]  # fmt: skip
+    ranks = list(ShuffledIndices(20, seed=4, rank=1, world_size=2))
+    assert ranks == [18, 6, 5, 14, 16, 15, 9, 12, 4, 8]
+    lengths = np.random.default_rng(0).integers(1, 500, 1000)
+    similar = drain(SimilarLengthBatches(lengths, 8, seed=1), 130)
+    assert similar[0] == [565, 800, 207, 701, 174, 536, 143, 181]
+    assert similar[64] == [670, 698, 932, 16, 837, 451, 138, 1]
+    assert sha256(similar) == "fd60cc359ecd928b"
+    assert sha256(drain(ShuffledBatches(301_000, 8, 1337, 256), 3000)) == "037454781514ef1d"
+
+
+def sha256(batches):
+    return hashlib.sha256(np.array(batches, "<i8").tobytes()).hexdigest()[:16]
+
+
+def test_wrong_use_is_refused():
+    for make in (
+        lambda **options: ShuffledBatches(9, 6, **options),
+        lambda **options: ShuffledIndices(9, **options),
+        lambda **options: SimilarLengthBatches(range(9), 6, **options),
+    ):
+        for rank, world_size in ((2, 2), (3, 2), (-1, 2), (1, 1), (0, 0)):
+            with pytest.raises(ValueError, match=f"rank must be from 0 .*, not {rank}"):
+                make(rank=rank, world_size=world_size)
+    for batch_size in (0, -4):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+            ShuffledBatches(9, batch_size)
+    for empty in (lambda: ShuffledBatches(0, 4), lambda: SimilarLengthBatches([], 4)):
+        with pytest.raises(ValueError, match="the dataset is empty"):
+            empty()
+    for lengths in ([[1, 2], [3, 4]], ["a", "b"], None):
+        with pytest.raises(ValueError, match="lengths must be one number per item"):
+            SimilarLengthBatches(lengths, 1)
+    with pytest.raises(ValueError, match=r"stride \(0\) must be at least 1"):
+        ShuffledOrder(9, stride=0)

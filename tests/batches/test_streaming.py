@@ -1,6 +1,9 @@
+import gzip
+import io
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def windows(data):
 
 
 def blocks(texts, T):
-    """What the windows must be: blocks of the documents' ids, an end of text behind each."""
+    """What the windows must be: blocks of the documents' ids, an end of text after each."""
     ids = [i for text in texts for i in (*text.encode(), EOT)]
     return [ids[k : k + T + 1] for k in range(0, len(ids) - T, T)]
 
@@ -40,17 +43,17 @@ def stream(source, T=32, **options):
 
 def test_windows_are_blocks_of_the_text(files):
     data = stream(files)
-    assert len(data.spans) > 5
+    assert len(data._spans(data.sources, 1)) > 5
     assert windows(data) == blocks(TEXTS, 32) == windows(data)  # pass after pass
     assert windows(stream(lambda: TEXTS)) == blocks(TEXTS, 32)
     assert windows(stream(iter(TEXTS))) == blocks(TEXTS, 32)
     tokens = sum(len(text) + 1 for text in TEXTS)
-    assert sum(data.account().values()) == tokens
-    assert data.account()["trained"] == 32 * len(blocks(TEXTS, 32))
+    assert sum(data.count_tokens().values()) == tokens
+    assert data.count_tokens()["trained"] == 32 * len(blocks(TEXTS, 32))
 
 
 def test_they_are_the_windows_of_the_prepared_corpus(tmp_path, tinyshakespeare, gpt2_tokenizer):
-    """A running text, in parts whose ids are the whole's."""
+    """A running text is read in parts, whose ids are those of the whole."""
     text = tinyshakespeare.read_text(encoding="utf-8")[:300_000]
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
     data = StreamingTextDataset(tmp_path / "my.txt", gpt2_tokenizer, 64)
@@ -78,7 +81,7 @@ def test_shards_have_each_document_once(files, by, world_size, workers):
 
 @pytest.mark.parametrize("by", ["files", "documents", "text"])
 @pytest.mark.parametrize("shuffle_buffer", [0, 1, 50, 10_000])
-def test_gone_on_with_at_any_item(tmp_path, files, by, shuffle_buffer):
+def test_resumed_at_any_item(tmp_path, files, by, shuffle_buffer):
     (tmp_path / "one.txt").write_text(" ".join(TEXTS))
     source = {"files": files, "documents": lambda: TEXTS, "text": str(tmp_path / "one.txt")}[by]
     options = dict(shuffle_buffer=shuffle_buffer, seed=3, T=64)
@@ -108,7 +111,7 @@ def test_each_pass_is_shuffled_anew(files):
     assert windows(again) == second
 
 
-def test_torchdatas_loader_goes_on_where_it_was(files):
+def test_torchdatas_loader_resumes(files):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
     loader = lambda: stateful.StatefulDataLoader(  # noqa: E731
         stream(files, shuffle_buffer=20), batch_size=4, num_workers=2
@@ -135,9 +138,174 @@ def test_small_raw_text_in_memory(files, tmp_path):
     assert found == ["one", "two\nlines", "three"]
 
 
-def test_what_is_no_document_is_told(tmp_path):
+def test_an_invalid_document_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: the field 'text' is no text"):
         list(stream(str(tmp_path / "a.jsonl")))
     with pytest.raises((OSError, ValueError), match=r"b.jsonl"):
         stream(str(tmp_path / "b.jsonl"))
+
+
+NUM_SHARDS = [(1, 2), (2, 0), (3, 0), (2, 2), (8, 0)]
+
+
+def windows_of_ranks(make, world_size, workers):
+    """The windows of each rank."""
+    found = []
+    for rank in range(world_size):
+        data = make(rank=rank, world_size=world_size)
+        batches = DataLoader(data, batch_size=16, num_workers=workers)
+        found.append([row for x, _ in batches for row in x.tolist()])
+    return found
+
+
+@pytest.mark.parametrize("world_size, workers", NUM_SHARDS)
+def test_every_rank_gets_a_share_of_a_small_file(tmp_path, world_size, workers):
+    """A file of one span is divided into smaller ones: about equal shares for all ranks."""
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    ranks = windows_of_ranks(
+        lambda **ranks: stream(str(tmp_path / "a.jsonl"), 32, **ranks), world_size, workers
+    )
+    counts = [len(rank) for rank in ranks]
+    assert min(counts) > 0.5 * max(counts)
+    tokens = sum(len(text) + 1 for text in TEXTS)
+    shards = world_size * max(1, workers)
+    assert tokens - 33 * shards <= 32 * sum(counts) <= tokens
+
+
+def test_a_rank_without_a_window_is_an_error(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write('{"text": "one compressed file can not be divided"}\n' * 1000)
+    data = stream(str(tmp_path / "a.jsonl.gz"), 8, rank=1, world_size=2)
+    with pytest.raises(ValueError, match=r"divided into 1 spans only, for 2 processes x workers"):
+        next(iter(data))
+    assert len(windows(stream(str(tmp_path / "a.jsonl.gz"), 8))) > 1000
+    for source in (lambda: ["only one document"], lambda: ["ab", "cd"], lambda: []):
+        with pytest.raises(ValueError, match=r"shard 1 of 2 .* has no window of 8 tokens"):
+            list(stream(source, 8, rank=1, world_size=2))
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match=r"shard 0 of 1 .* has no window of 8 tokens"):
+        list(stream(str(tmp_path / "short.txt"), 8))
+
+
+@pytest.mark.parametrize("by", ["files", "documents"])
+def test_a_state_belongs_to_its_number_of_shards(files, by):
+    """At another number of ranks or workers, documents would come twice."""
+    source = files if by == "files" else lambda: TEXTS
+    data = stream(source, rank=1, world_size=2)
+    used = windows(itertools.islice(data, 3))
+    state = data.state_dict()
+    same = stream(source, rank=1, world_size=2)
+    same.load_state_dict(state)
+    assert used + windows(same) == windows(stream(source, rank=1, world_size=2))
+    for other in (
+        stream(source),
+        stream(source, rank=0, world_size=2),
+        stream(source, rank=1, world_size=3),
+    ):
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"saved with shard \(1, 2\), which is now"):
+            next(iter(other))
+    other = stream(source, 16, rank=1, world_size=2)
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="saved with sequence_length 32, which is now 16"):
+        next(iter(other))
+    workers = stream(source)
+    workers.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"saved with shard \(1, 2\), which is now \(0, 4\)"):
+        next(iter(DataLoader(workers, num_workers=4)))
+
+
+def test_the_state_is_small(files):
+    """Numbers and tensors of ids that are read and not used, which torch.load takes as safe."""
+    for shuffle_buffer in (0, 20):
+        data = stream(files, shuffle_buffer=shuffle_buffer)
+        assert data.state_dict() == {}
+        windows(itertools.islice(data, 30))
+        file = io.BytesIO()
+        torch.save(data.state_dict(), file)
+        assert len(file.getvalue()) < 30_000
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        assert all(type(number) is int for number in state["place"])
+        assert len(state["ids"]) < 5000 and state["buffer"].shape == (shuffle_buffer, 33)
+        rest = stream(files, shuffle_buffer=shuffle_buffer)
+        rest.load_state_dict(state)
+        whole = windows(stream(files, shuffle_buffer=shuffle_buffer))
+        assert windows(rest) == whole[30:]
+
+
+def test_resuming_tokenizes_nothing_twice(files, monkeypatch):
+    data = stream(files)
+    windows(itertools.islice(data, 100))
+    state, rest = data.state_dict(), stream(files)
+    rest.load_state_dict(state)
+    tokenized = []
+    encode = rest.tokenizer.encode_documents
+    monkeypatch.setattr(
+        rest.tokenizer, "encode_documents", lambda texts: tokenized.extend(texts) or encode(texts)
+    )
+    used = windows(rest)
+    assert used and sum(len(text) + 1 for text in tokenized) <= 32 * len(used) + 33
+    assert tokenized == TEXTS[-len(tokenized) :]
+
+
+def test_sources_of_every_kind(files, tmp_path):
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    expected = blocks(TEXTS, 32)
+    for source in (
+        (a, b),
+        [a, b],
+        (Path(a), b),
+        [Path(a), Path(b)],
+        Path(tmp_path) / "*.jsonl",
+        (text for text in TEXTS),
+        lambda: iter(TEXTS),
+    ):
+        assert windows(stream(source)) == expected
+    for source in (None, b"text", 7, [], (), [1, 2], ["a", None], [b"text"]):
+        with pytest.raises(ValueError, match="is not a source of text: give a path"):
+            stream(source)
+    for document, kind in ((b"text", "bytes"), (Path(a), "PosixPath"), (None, "NoneType")):
+        source = iter(["text " * 20, document])
+        with pytest.raises(ValueError, match=f"document 1 of the iterable is of type {kind}"):
+            list(stream(source))
+
+
+def test_a_generator_gives_one_pass_only():
+    data = stream(text for text in TEXTS)
+    assert windows(data) == blocks(TEXTS, 32)
+    with pytest.raises(ValueError, match=r"one pass only: pass a function"):
+        next(iter(data))
+
+
+def test_wrong_use_is_refused(files):
+    with pytest.raises(ValueError, match=r"sequence_length \(0\) must be at least 1"):
+        stream(files, 0)
+    with pytest.raises(ValueError, match=r"shuffle_buffer \(-1\) at least 0"):
+        stream(files, shuffle_buffer=-1)
+    for rank, world_size in ((1, None), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank must be from 0 to world_size - 1"):
+            stream(files, rank=rank, world_size=world_size)
+    for empty in (lambda: [], lambda: iter(())):
+        with pytest.raises(ValueError, match="there is no text in"):
+            tokenize(empty, get_tokenizer("bytes"))
+
+
+def test_text_in_memory_knows_its_vocabulary(tmp_path):
+    tokens = tokenize(lambda: ["ab", "c"], get_tokenizer("bytes"))
+    assert tokens.read([0], 5)[0].tolist() == [97, 98, EOT, 99, EOT]
+    assert (tokens.vocab_size, tokens.eot_token, tokens.has_documents) == (257, EOT, True)
+    first, last = DocumentDataset(tokens).split(1)
+    assert first.tokens.vocab_size == last.tokens.vocab_size == 257
+    (tmp_path / "one.txt").write_text("one running text")
+    tokens = tokenize(tmp_path / "one.txt", get_tokenizer("bytes"))
+    with pytest.raises(ValueError, match="one running text"):
+        DocumentDataset(tokens)
+
+
+def test_the_docstring_example():
+    data = stream(lambda: ["ab", "c"], 2)
+    assert windows(data) == [[97, 98, EOT], [EOT, 99, EOT]]
+    assert data.count_tokens() == {"trained": 4, "left_out": 1}

@@ -173,7 +173,9 @@ def test_preparing_into_a_folder_that_is_read_only(read_only, lines):
     read_only(home)
     with pytest.raises(OSError) as error:
         prepare(home / "data" / "c", path)
-    assert sentence(error.value).startswith(f"{home}/data: Permission denied; change the permissions")
+    assert sentence(error.value).startswith(
+        f"{home}/data: Permission denied; change the permissions"
+    )
 
 
 @pytest.mark.parametrize("given", ["", "out/mine"])
@@ -186,7 +188,10 @@ def test_training_into_a_folder_that_is_read_only(read_only, train, monkeypatch,
     with pytest.raises(OSError) as error:
         train(resume=given, **{} if given else TINY)
     path, _, remedy = sentence(error.value).partition(": Permission denied; ")
-    assert path == (f"{given}/metrics.jsonl" if given else "out") and "change the permissions" in remedy
+    assert (
+        path == (f"{given}/metrics.jsonl" if given else "out")
+        and "change the permissions" in remedy
+    )
 
 
 # ---- damage
@@ -232,9 +237,7 @@ def test_a_bit_of_a_checkpoint(tmp_path, name):
     path = (tmp_path / "last.pt").rename(tmp_path / name)
     (tmp_path / "last.pt").touch()
     good, content, harmless = load_checkpoint(path), path.read_bytes(), 0
-    remedy = (
-        "remove it to use last.pt" if name == "best.pt" else "name another, or start a new run"
-    )
+    remedy = "remove it to use last.pt" if name == "best.pt" else "name another, or start a new run"
     for damaged in flips(content, range(0, len(content), 13)):
         path.write_bytes(damaged)
         try:

@@ -20,10 +20,10 @@ import pytest
 import torch
 from conftest import DEAD_PROXY, ROOT, flat
 
+import dataset
 import prepare_data
 import sample
 import train_gpt2
-from batches import preview
 from common.script import run
 from corpus import inputs
 from corpus.metadata import read_metadata
@@ -47,7 +47,7 @@ SCRIPTS = {
     ),
     "train_gpt2.py": (train_gpt2, f"{TINY} --max_steps 9"),
     "sample.py": (sample, "--max_new_tokens 1"),
-    "dataset.py": (preview, "--rows 1"),
+    "dataset.py": (dataset, "--rows 1"),
 }
 ALONE = {  # flags that the others wouldn't go with
     "list": "", "describe": "", "verify": "",
@@ -218,7 +218,7 @@ REFUSED = [  # flags, and words of the line
     (TRAIN, "--n_embd 1000000 --n_head 1", "GB of memory"),
     (TRAIN, "--batch_size 1000000000", "GB of memory"),
     (TRAIN, "--max_steps 9 --train_flops 9", "--train_flops has no effect beside --max_steps"),
-    (TRAIN, "--resume out/x --run_name y", "--run_name y is another than --resume out/x's"),
+    (TRAIN, "--resume out/x --run_name y", "--run_name y differs from the name of --resume out/x"),
     (SAMPLE, "--interactive --prompt x", "--prompt has no effect beside --interactive"),
     (SAMPLE, "--interactive --prompt_file x", "--prompt_file has no effect beside --interactive"),
     (SAMPLE, "--export x --top_k 1", "--top_k has no effect beside --export"),
@@ -314,7 +314,9 @@ def test_two_processes_cannot_train_one_run(call):
     other.start()
     assert held.wait(60)
     before = files(Path("out"))
-    assert call("train_gpt2.py", *flags)[1].startswith("error: out/one is there already: --resume")
+    assert call("train_gpt2.py", *flags)[1].startswith(
+        "error: out/one holds a run already: continue it with --resume"
+    )
     for resume in (["--resume", "out/one"], ["--resume", "auto", "--run_name", "one"]):
         code, err = call("train_gpt2.py", *resume)
         assert code == 1 and err.startswith("error: out/one is being trained by another process")
