@@ -27,7 +27,7 @@ from batches.documents import (
 from batches.order import ShuffledBatches
 from batches.streaming import StreamingTextDataset, tokenize
 from batches.tokens import Tokens
-from common.hashing import mix
+from common.hashing import splitmix64
 from common.script import run
 from corpus.metadata import newest_corpus, read_metadata
 
@@ -141,10 +141,10 @@ class TextDataset(Dataset):
         if not self.replace:
             return x
         eot, places = self.tokens.eot_token, np.arange(self.sequence_length, dtype=np.uint64)
-        windows = mix(np.asarray(starts, np.uint64) ^ mix(np.array([self.seed], np.uint64)))
-        dice = mix(windows[:, None] + places)
+        windows = splitmix64(np.asarray(starts, np.uint64) ^ splitmix64(np.array([self.seed], np.uint64)))
+        dice = splitmix64(windows[:, None] + places)
         chosen = (dice < np.uint64(min(int(self.replace * 2**64), 2**64 - 1))) & (x.numpy() != eot)
-        ids = (mix(~dice) % np.uint64(self.vocab_size - 1)).astype(np.int64)
+        ids = (splitmix64(~dice) % np.uint64(self.vocab_size - 1)).astype(np.int64)
         ids += ids >= eot  # any but the end of text
         return torch.from_numpy(np.where(chosen, ids, x.numpy()))
 

@@ -8,7 +8,7 @@ DataLoader(dataset, batch_size=32, sampler=ShuffledBatches(len(dataset)))   # on
 import numpy as np
 from torch.utils.data import Sampler
 
-from common.hashing import mix
+from common.hashing import splitmix64
 
 TOGETHER = 1 << 15  # items whose order is computed at once
 BUCKET = 64  # batches among which items of similar length are brought together
@@ -105,8 +105,8 @@ def permute(i, n: int, keys):
         x = out[walking]
         left, right = x >> low, x & low_mask
         for a, b in keys.reshape(-1, 2):
-            left ^= mix(right ^ a) & high_mask
-            right ^= mix(left ^ b) & low_mask
+            left ^= splitmix64(right ^ a) & high_mask
+            right ^= splitmix64(left ^ b) & low_mask
         x = left << low | right
         out[walking] = x
         walking = np.flatnonzero(out >= n)

@@ -15,7 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from batches.tokens import Tokens
 from corpus.inputs import Corpus, find
-from corpus.reader import Bad, cut, read, where
+from corpus.planning import refuse_long_text
+from corpus.reader import divide, read
+from corpus.sources import InvalidDocument
 
 SPAN_BYTES = 8 << 20  # of a file, read by one worker
 GROUP = 256  # documents of a generator that are tokenized together
@@ -50,9 +52,12 @@ class StreamingTextDataset(IterableDataset):
         if isinstance(source, (str, Path, list)):
             inputs = source if isinstance(source, list) else [source]
             sources = [s for item in inputs for s in find(str(item), documents, text_field)]
+            for s in sources:
+                if s.format == "text" and not s.documents:
+                    refuse_long_text(s, tokenizer)
             if not tokenizer.divisible:  # a running text is one piece
                 sources = [replace(s, documents=s.documents or "file") for s in sources]
-            self.spans = [span for s in sources for span, _ in cut(s, SPAN_BYTES)]
+            self.spans = [span for s in sources for span, _ in divide(s, SPAN_BYTES)]
             self.documents = Corpus("", {}, sources).documents
         self.loaded, self.state = None, {}
 
@@ -133,9 +138,9 @@ class StreamingTextDataset(IterableDataset):
             span = replace(span, start=start or span.start)
             start = 0
             for positions, texts in read(span):
-                for position, text in zip(positions, texts):
-                    if type(text) is Bad:
-                        raise ValueError(f"{where(span, position + text.offset)}: {text}")
+                for text in texts:
+                    if isinstance(text, InvalidDocument):
+                        raise ValueError(str(text))
                 yield (i, positions[0]), texts
 
 

@@ -27,7 +27,7 @@ from corpus.catalog import KNOWN
 from corpus.descriptions import describe, described
 from corpus.inputs import find, load_corpus
 from corpus.metadata import sealed
-from corpus.reader import Bad
+from corpus.sources import InvalidDocument
 from corpus.tasks import engine
 from corpus.tokenizer import _load, get_tokenizer
 from corpus.verify import verify
@@ -61,7 +61,7 @@ def documents(sources) -> dict[str, list[str]]:
     found = {}
     for source in sources:
         for _, text in flat(source):
-            assert not isinstance(text, Bad), text
+            assert not isinstance(text, InvalidDocument), text
             found.setdefault(source.split, []).append(text)
     return found
 
@@ -380,7 +380,11 @@ def test_a_field_of_another_name(tmp_path):
     (tmp_path / "b.parquet").write_bytes(parquet_of(["b"], "body"))
     assert documents(find(str(tmp_path), text_field="body")) == {"": ["a", "b"]}
     ((_, text),) = flat(find(str(tmp_path))[0])
-    assert isinstance(text, Bad) and "body" in text and "--text_field" in text
+    assert (
+        isinstance(text, InvalidDocument)
+        and "body" in text.reason
+        and "--text_field" in text.reason
+    )
 
 
 def test_running_text_beside_documents(tmp_path):

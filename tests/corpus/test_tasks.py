@@ -140,11 +140,13 @@ def test_what_is_no_document_stops_or_is_skipped_counted_and_listed(tmp_path):
     (tmp_path / "my.jsonl").write_text("\n".join(lines))
     flags = ["--input", "my.jsonl", "--tokenizer", "bytes"]
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
-    assert_one_line_error(result, "my.jsonl, line 21", "is no text, but int", "--on_error skip")
+    assert_one_line_error(result, "my.jsonl, line 21", "is not text, but int", "--on_error skip")
     assert not (tmp_path / "data").exists()
     result = run_script("prepare_data.py", *flags, "--on_error", "skip", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "2 documents skipped" in result.stdout and "my.jsonl, line 151: no JSON" in result.stdout
+    assert (
+        "2 documents skipped" in result.stdout and "my.jsonl, line 151: not JSON" in result.stdout
+    )
     listed = (tmp_path / "data/my/skipped.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == ["my.jsonl, line 21", "my.jsonl, line 151"]
     metadata = json.loads((tmp_path / "data/my/metadata.json").read_text())

@@ -144,11 +144,11 @@ def test_a_tokenizer_json_is_found_later_by_its_name(kept, tmp_path):
 def test_a_tokenizer_json_whose_end_of_text_may_come_from_text(kept, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     made = make_json(tmp_path / "mine.json", special=())
-    with pytest.raises(ValueError, match="has no end of text"):
+    with pytest.raises(ValueError, match="has no end-of-text token"):
         get_tokenizer(str(tmp_path / "mine.json"))
     made.add_tokens([tokenizers.AddedToken("<|endoftext|>")])
     made.save(str(tmp_path / "mine.json"))
-    with pytest.raises(ValueError, match=r"<\|endoftext\|> is no special token"):
+    with pytest.raises(ValueError, match=r"<\|endoftext\|> is not a special token"):
         get_tokenizer(str(tmp_path / "mine.json"))
     assert not kept.exists()
 
@@ -192,16 +192,20 @@ def test_a_known_tiktoken_file_is_that_encoding(kept, tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "no JSON": ("a.json", b"{", r"a\.json is no tokenizer\.json"),
-    "other JSON": ("a.json", b'{"model": {}}', r"a\.json is no tokenizer\.json"),
-    "no base64": ("a.tiktoken", tiktoken_file(BYTES) + b"!! 256\n", "line 257: not a piece"),
-    "no rank": ("a.tiktoken", tiktoken_file(BYTES) + b"YWI= x\n", "line 257: not a piece"),
-    "cut off": ("a.tiktoken", tiktoken_file(BYTES)[:-4], "line 256: not a piece"),
+    "no JSON": ("a.json", b"{", r"a\.json is not a tokenizer\.json"),
+    "other JSON": ("a.json", b'{"model": {}}', r"a\.json is not a tokenizer\.json"),
+    "no base64": ("a.tiktoken", tiktoken_file(BYTES) + b"!! 256\n", "line 257: not a token"),
+    "no rank": ("a.tiktoken", tiktoken_file(BYTES) + b"YWI= x\n", "line 257: not a token"),
+    "cut off": ("a.tiktoken", tiktoken_file(BYTES)[:-4], "line 256: not a token"),
     "half of it": ("a.tiktoken", tiktoken_file(BYTES)[:900], "line|all 256 bytes"),
     "empty": ("a.tiktoken", b"", "all 256 bytes"),
-    "one rank twice": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 7}), "two pieces have one rank"),
-    "below 0": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": -7}), "one is below 0"),
-    "beyond all": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 1 << 40}), "ranks have no piece"),
+    "one rank twice": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 7}), "two tokens have one rank"),
+    "below 0": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": -7}), "a rank is below 0"),
+    "beyond all": (
+        "a.tiktoken",
+        tiktoken_file(BYTES | {b"ab": 1 << 40}),
+        "stand for nothing",
+    ),
 }
 
 

@@ -27,8 +27,8 @@ from batches import preview
 from common.script import run
 from corpus import inputs
 from corpus.metadata import read_metadata
-from corpus.reader import Source
 from corpus.shards import prepare
+from corpus.sources import Source
 from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
