@@ -118,8 +118,9 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                     if not (members & valid).any():
                         continue
                     if split not in writers:
-                        file = files.enter_context(_whole(f"{path}.{split}.bin"))
-                        writers[split] = _SplitWriter(job, tokenizer, file, skipped)
+                        bin_path = f"{path}.{split}.bin"
+                        file = files.enter_context(_whole(bin_path))
+                        writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
                     chosen = itertools.compress(zip(positions, texts), members & valid)
                     writers[split].add(chunk, list(chosen))
         for writer in writers.values():
@@ -138,10 +139,11 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
 class _SplitWriter:
     """Tokenizes the texts of one split into a file, about BLOCK characters at once."""
 
-    def __init__(self, job: Job, tokenizer, file, skipped: list[str]):
+    def __init__(self, job: Job, tokenizer, file, path: str, skipped: list[str]):
         self.job = job
         self.tokenizer = tokenizer
         self.file = file
+        self.path = path
         self.skipped = skipped
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
         self.dropped = 0
@@ -174,7 +176,11 @@ class _SplitWriter:
                 f"{tokenizer.name} gave the id {ids.max()}, but its vocabulary has "
                 f"{tokenizer.vocab_size} ids: choose another --tokenizer"
             )
-        self.file.write(ids.astype(tokenizer.dtype).tobytes())
+        try:
+            self.file.write(ids.astype(tokenizer.dtype).tobytes())
+        except OSError as error:
+            error.filename = self.path  # a failed write does not know it, and files are many
+            raise
         self.counts["tokens"] += len(ids)
 
     def _encode(self, texts) -> np.ndarray:

@@ -12,6 +12,7 @@ import codecs
 import functools
 import hashlib
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -72,6 +73,7 @@ class Tokenizer:
         eot_token: id of the end-of-text token, which no text encodes to.
         sha256: of the vocabulary, so equal ids in two files mean equal text.
         divisible: whether a text may be encoded in parts that end at boundaries (boundaries.py).
+        lossless: whether decode_bytes gives the text that was encoded, even in parts.
         token_bytes: id -> the bytes that it stands for.
     """
 
@@ -80,6 +82,7 @@ class Tokenizer:
     eot_token: int
     sha256: str
     divisible: bool = True
+    lossless: bool = True
     token_bytes: dict[int, bytes]
 
     def encode(self, text: str) -> np.ndarray:
@@ -204,7 +207,7 @@ class TiktokenTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, which the `tokenizers` package reads."""
 
-    divisible = False
+    lossless = False
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
     def __init__(self, name: str, path: Path):
@@ -218,6 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.name = name
         self.sha256 = sha256_of(path)
+        self.divisible = _has_pattern_of_gpt2(json.loads(self.tokenizer.to_str()))
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=0) + 1
         if self.vocab_size > 2 * len(ids) + 1:
@@ -261,6 +265,19 @@ class HuggingFaceTokenizer(Tokenizer):
         stream = DecodeStream(skip_special_tokens=False)
         for i in ids:
             yield stream.step(self.tokenizer, int(i)) or ""
+
+
+def _has_pattern_of_gpt2(settings: dict) -> bool:
+    """Whether a tokenizer.json divides text as GPT-2 does, before anything else happens to it."""
+    pattern = settings["pre_tokenizer"] or {}
+    return (
+        pattern.get("type") == "ByteLevel"
+        and pattern.get("use_regex", True)
+        and not pattern["add_prefix_space"]
+        and settings["normalizer"] is None
+        and settings["model"].get("dropout") is None
+        and all(token["special"] for token in settings["added_tokens"])
+    )
 
 
 def encodable(text: str) -> str:

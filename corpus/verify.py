@@ -82,7 +82,7 @@ def _differs(folder, name, where):
 
 def _compare_text(folder, metadata, tokenizer, sources) -> str:
     """All of a running text, as bytes; as ids where a tokenizer may change the text."""
-    decode = tokenizer.divisible
+    decode = tokenizer.lossless
     source_digest, digest = hashlib.sha256(), hashlib.sha256()
     for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
         for text in itertools.chain.from_iterable(texts for _, texts in read(source)):

@@ -199,3 +199,71 @@ def test_a_table_from_any_row_to_any_row(tmp_path, rows):
             part = replace(source, start=start, stop=stop)
             assert flat(part) == [(i, str(i)) for i in range(5000)][start:stop], (kind, start, stop)
         assert documents(source, 9000) == flat(source)
+
+
+def test_a_zst_file_with_a_long_window(tmp_path):
+    """As `zstd --long=31` writes it: a frame by hand that names a window of 2 GiB."""
+    text = b"the same words again\n" * 1000
+    header = b"\x28\xb5\x2f\xfd" + bytes([0, 21 << 3])  # no size, no checksum; a window of 2^31
+    block = (1 | len(text) << 3).to_bytes(3, "little")  # last, not compressed
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(header + block + text)
+    source = Source(str(path), documents="line")
+    assert [text for _, text in flat(source)] == ["the same words again"] * 1000
+
+
+def test_lines_are_counted_while_a_chunk_is_read(tmp_path, monkeypatch):
+    """The lines before a chunk are counted once, not for each invalid document."""
+    lines = [b'{"text": "a"}', b"{broken", b"", b'{"text": 1}'] * 500
+    source = Source(written(tmp_path / "a.jsonl", b"\n".join(lines)), "jsonl")
+    counted = []
+    count = reader._count_line_feeds
+    monkeypatch.setattr(
+        reader, "_count_line_feeds", lambda path, stop: counted.append(stop) or count(path, stop)
+    )
+    monkeypatch.setattr(reader, "BLOCK", 700)
+    for size in (1 << 20, 5000, 1):
+        chunks = [chunk for chunk, _ in divide(source, size)]
+        counted.clear()
+        found = [document for chunk in chunks for document in flat(chunk)]
+        bad = [text.place for _, text in found if isinstance(text, InvalidDocument)]
+        numbers = [n for n, line in enumerate(lines, 1) if line in (lines[1], lines[3])]
+        assert bad == [f"{source.path}, line {n}" for n in numbers]
+        assert len(counted) <= len(chunks)
+
+
+def test_only_the_text_counts_for_the_size_of_a_table(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    images = [random.Random(i).randbytes(100_000) for i in range(20)]
+    table = pyarrow.table({"image": images, "text": ["a few words"] * 20})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table)
+    for kind in ("parquet", "arrow"):
+        ((_, size),) = divide(Source(str(tmp_path / f"a.{kind}"), kind), 1 << 30)
+        assert 0 < size < 1000
+
+
+def test_long_rows_are_read_a_few_at_a_time(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    texts = [f"{i} " + random.Random(i).randbytes(150_000).hex() for i in range(30)]
+    table = pyarrow.table({"text": [*texts, *["short"] * 3000]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=30)
+    for kind in ("parquet", "arrow"):
+        groups = [group for _, group in read(Source(str(tmp_path / f"a.{kind}"), kind))]
+        assert max(sum(map(len, group)) for group in groups) < 1 << 20
+        assert [text for group in groups for text in group] == table["text"].to_pylist()
+
+
+def test_every_row_of_a_table_without_the_column_counts(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    parquet.write_table(pyarrow.table({"body": ["a"] * 3000}), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), "parquet")
+    found = [document for chunk, _ in divide(source, 1) for document in flat(chunk)]
+    assert [position for position, _ in found] == list(range(3000))
+    assert str(found[-1][1]).startswith(f"{source.path}, row 2999: no field 'text'; it has body")

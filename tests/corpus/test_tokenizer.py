@@ -4,8 +4,16 @@ import conftest
 import numpy as np
 import pytest
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from corpus.tokenizer import copy_vocabulary, get_tokenizer, missing_files
+from batches.streaming import StreamingTextDataset
+from corpus import planning
+from corpus.boundaries import BOUNDARY
+from corpus.inputs import Corpus
+from corpus.planning import plan
+from corpus.sources import Source
+from corpus.tokenizer import HuggingFaceTokenizer, copy_vocabulary, get_tokenizer, missing_files
 
 HOSTILE = [
     "",
@@ -125,6 +133,62 @@ def test_a_tokenizer_json(kept, tmp_path):
     ends = np.array([ours.eot_token], np.uint32)
     assert batch.tolist() == [i for t in HOSTILE for p in (ours.encode(t), ends) for i in p]
     assert ours.encode("\ud83d\ude00 \ud83d").tolist() == ours.encode("😀 \ufffd").tolist()
+
+
+TEXTS = st.text(st.sampled_from("one for'sTS 12漢字。、\u3000\xa0\u0301/!\n\r\t  "), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(tmp_path_factory):
+    """A tokenizer.json with GPT-2's pattern."""
+    path = tmp_path_factory.mktemp("json") / "mine.json"
+    make_json(path)
+    return HuggingFaceTokenizer("mine.json", path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS | st.text(max_size=40))
+def test_a_tokenizer_json_with_gpt2s_pattern_encodes_a_text_in_parts(text, json_tokenizer):
+    assert json_tokenizer.divisible
+    text = text.encode(errors="ignore").decode()
+    whole = json_tokenizer.encode(text).tolist()
+    for place in [match.start() for match in BOUNDARY.finditer(text)]:
+        parts = [json_tokenizer.encode(part) for part in (text[:place], text[place:])]
+        assert np.concatenate(parts).tolist() == whole, (text[:place], text[place:])
+
+
+def test_a_tokenizer_json_with_another_pattern_takes_no_long_running_text(
+    kept, tmp_path, monkeypatch
+):
+    """It needs 120 bytes of memory per byte of text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = make_json(tmp_path / "plain.json")
+    changes = {
+        "prefix": lambda: setattr(
+            made, "pre_tokenizer", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        ),
+        "none": lambda: setattr(made, "pre_tokenizer", tokenizers.pre_tokenizers.Whitespace()),
+        "normal": lambda: setattr(made, "normalizer", tokenizers.normalizers.NFC()),
+        "added": lambda: made.add_tokens(["two words"]),
+    }
+    monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+    (tmp_path / "my.txt").write_text("one for sorrow\n" * 400)
+    source = Source(str(tmp_path / "my.txt"))
+    corpus = Corpus("my", {}, [source])
+    for name, change in changes.items():
+        made = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+        change()
+        made.save(str(tmp_path / f"{name}.json"))
+        tokenizer = get_tokenizer(str(tmp_path / f"{name}.json"))
+        assert not tokenizer.divisible, name
+        with pytest.raises(ValueError, match=r"my\.txt is one running text of 6,000 char.*--docum"):
+            plan(corpus, tokenizer, 0.9, 1 << 20, 1 << 20)
+        with pytest.raises(ValueError, match=r"my\.txt is one running text of 6,000 characters"):
+            StreamingTextDataset(source.path, tokenizer, 8)
+        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 6000)
+        assert len(plan(corpus, tokenizer, 0.9, 1000, 1000)) == 2  # train and val, undivided
+        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+    assert len(plan(corpus, get_tokenizer(str(tmp_path / "plain.json")), 0.9, 1000, 1000)) > 4
 
 
 def test_a_tokenizer_json_is_found_later_by_its_name(kept, tmp_path):
