@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from batches.tokens import Tokens
-from corpus.inputs import Corpus, find
+from corpus.files import find
+from corpus.inputs import Corpus
 from corpus.planning import refuse_long_text
 from corpus.reader import divide, read
 from corpus.sources import InvalidDocument
