@@ -1,4 +1,4 @@
-"""Boundaries: where a text ends one document and begins the next, or may be divided.
+r"""Boundaries: where a text ends one document and begins the next, or may be divided.
 
     record_ends(b"one\ntwo\nthr", "line")      # [4, 8]
 
@@ -9,6 +9,7 @@ the token ids of the whole.
 
 import codecs
 import re
+from typing import BinaryIO
 
 TAIL = 1 << 12  # bytes in which almost every text has a boundary
 WINDOW = 1 << 16  # bytes searched at once
@@ -80,7 +81,7 @@ def record_ends(data: bytes, documents: str) -> list[int]:
     return []
 
 
-def next_boundary(file, start: int, stop: int) -> int:
+def next_boundary(file: BinaryIO, start: int, stop: int) -> int:
     """Return the first place after byte `start` where a running text may be divided.
 
     Args:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,7 +35,7 @@ class _TryAgain(Exception):
 
 
 def download(
-    urls,
+    urls: Sequence[str],
     path: Path,
     size: int | None = None,
     sha256: str = "",
@@ -119,65 +120,77 @@ def _fetch_rest(url, part, done, size, sha256) -> str | None:
         headers["Range"] = f"bytes={done}-"
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            status, reason = response.status_code, f"{response.status_code} {response.reason}"
-            if status in (408, 429) or status >= 500:
-                asked = _number(response, "Retry-After")
-                if asked > LONGEST_PAUSE:
-                    raise ConnectionError(f"{url}: {reason}, try again in {asked:,} s")
-                raise _TryAgain(reason, asked)
-            if done and status == 416:  # no bytes after `done`: it is whole, or another file
-                part.unlink()
-                raise _TryAgain("the server refused to resume the download")
-            if status != 200 and not (done and status == 206):
-                raise ConnectionError(f"{url}: {reason}")
-            # the hub names a large file's sha256 in the answer that redirects to it
-            tags = [r.headers.get("X-Linked-Etag", "") for r in (*response.history, response)]
-            sent = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
-            sha256 = sha256 or (sent[0] if sent else None)
-            if status == 206 and not sha256:
+            _check_status(url, response, part, done)
+            sha256 = sha256 or _sha256_of_hub(response)
+            resumed = response.status_code == 206
+            if resumed and not sha256:
                 part.unlink()
                 raise _TryAgain("it broke off, and no sha256 can prove that the parts fit")
-            done = done if status == 206 else 0
+            done = done if resumed else 0
             length = _number(response, "Content-Length")
             total = done + length if length else size
-            kind = response.headers.get("Content-Type", "something else")
-            if (size and total != size) or kind.startswith("text/html"):
-                expected = f" of {total:,} bytes where {size:,} were expected" if size else ""
-                raise ConnectionError(
-                    f"{url} sent {kind}{expected}; perhaps it is the login page of this network"
-                )
-            if not (total or sha256 or "Transfer-Encoding" in response.headers):
-                raise ConnectionError(
-                    f"{url} does not send the length of the file, so it may be cut off"
-                )
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                open(part, "ab" if done else "wb") as f,
-                tqdm(
-                    desc=part.stem,
-                    total=total,
-                    initial=done,
-                    unit="B",
-                    unit_scale=True,
-                    disable=None,
-                ) as bar,
-            ):
-                for block in response.iter_content(1 << 14):
-                    f.write(block)
-                    bar.update(len(block))
-                    done += len(block)
-                    most = total or MOST_BYTES
-                    if done > most:
-                        raise ConnectionError(f"{url} sent more than {most:,} bytes")
-                f.flush()
-                os.fsync(f.fileno())
-            if total and done < total:
-                raise _TryAgain(f"the connection broke after {done:,} of {total:,} bytes")
+            _check_headers(url, response, total, size, sha256)
+            _save(url, response, part, done, total)
             return sha256
     except requests.TooManyRedirects:
         raise ConnectionError(f"{url}: redirected in a circle") from None
     except (requests.RequestException, ValueError) as error:  # a redirection may lead to no address
         raise _TryAgain(_reason(error)) from None
+
+
+def _check_status(url, response, part, done) -> None:
+    """Raise _TryAgain or ConnectionError unless the answer holds the bytes asked for."""
+    status = response.status_code
+    reason = f"{status} {response.reason}"
+    if status in (408, 429) or status >= 500:
+        pause = _number(response, "Retry-After")
+        if pause > LONGEST_PAUSE:
+            raise ConnectionError(f"{url}: {reason}, try again in {pause:,} s")
+        raise _TryAgain(reason, pause)
+    if done and status == 416:  # no bytes after `done`: it is whole, or another file
+        part.unlink()
+        raise _TryAgain("the server refused to resume the download")
+    if status != 200 and not (done and status == 206):
+        raise ConnectionError(f"{url}: {reason}")
+
+
+def _sha256_of_hub(response) -> str | None:
+    """Return the sha256 that the hub names in the answer that redirects to a large file."""
+    for answer in (*response.history, response):
+        tag = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
+        if tag:
+            return tag[1]
+    return None
+
+
+def _check_headers(url, response, total, size, sha256) -> None:
+    """Raise ConnectionError if the answer is not the file, or its end cannot be told."""
+    kind = response.headers.get("Content-Type", "something else")
+    if (size and total != size) or kind.startswith("text/html"):
+        expected = f" of {total:,} bytes where {size:,} were expected" if size else ""
+        raise ConnectionError(
+            f"{url} sent {kind}{expected}; perhaps it is the login page of this network"
+        )
+    if not (total or sha256 or "Transfer-Encoding" in response.headers):
+        raise ConnectionError(f"{url} does not send the length of the file, so it may be cut off")
+
+
+def _save(url, response, part, done, total) -> None:
+    """Append an answer to the `done` bytes of `part`, with a progress bar."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    most = total or MOST_BYTES
+    bar = tqdm(desc=part.stem, total=total, initial=done, unit="B", unit_scale=True, disable=None)
+    with open(part, "ab" if done else "wb") as f, bar:
+        for block in response.iter_content(1 << 14):
+            f.write(block)
+            bar.update(len(block))
+            done += len(block)
+            if done > most:
+                raise ConnectionError(f"{url} sent more than {most:,} bytes")
+        f.flush()
+        os.fsync(f.fileno())
+    if total and done < total:
+        raise _TryAgain(f"the connection broke after {done:,} of {total:,} bytes")
 
 
 def _number(response, header) -> int:

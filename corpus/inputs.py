@@ -9,6 +9,7 @@ of files that --input names (files.py, hub.py, descriptions.py), or of Python's 
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def list_corpora() -> str:
 
 
 def load_corpus(
-    name: str, folder: Path, inputs=(), documents: str = "", text_field: str = ""
+    name: str,
+    folder: Path,
+    inputs: Sequence[str] = (),
+    documents: str = "",
+    text_field: str = "",
 ) -> Corpus:
     """Return a corpus whose files are on this machine, downloaded into `folder` if necessary.
 

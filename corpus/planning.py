@@ -3,14 +3,19 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from corpus.inputs import Corpus
 from corpus.reader import divide
 from corpus.sources import BLOCK, Source, damage, open_file
+from corpus.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 MOST_TASKS = 64  # of a corpus whose tasks may have any size: enough for 64 workers
 LONGEST_UNDIVIDED = 8 << 20  # characters that a tokenizer encodes at once: a gigabyte of memory
@@ -19,7 +24,11 @@ TOKENS_PER_BYTE = 0.4  # of a vocabulary with more than the 256 bytes, at most, 
 
 
 def plan(
-    corpus: Corpus, tokenizer, train_split_ratio: float, least_bytes: int, most_bytes: int
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    train_split_ratio: float,
+    least_bytes: int,
+    most_bytes: int,
 ) -> list[tuple[list[Source], int]]:
     """Divide a corpus into tasks.
 
@@ -51,7 +60,7 @@ def plan(
     return tasks
 
 
-def in_groups(items, most: int, size) -> list[list]:
+def in_groups(items: Iterable[T], most: int, size: Callable[[T], int]) -> list[list[T]]:
     """Divide items into groups, in order.
 
     Args:
@@ -59,7 +68,7 @@ def in_groups(items, most: int, size) -> list[list]:
         most: most total size of a group, unless it has one item only.
         size: function that gives the size of an item.
     """
-    groups = []
+    groups: list[list[T]] = []
     filled = 0
     for item in items:
         if not groups or filled + size(item) > most:
@@ -70,7 +79,9 @@ def in_groups(items, most: int, size) -> list[list]:
     return groups
 
 
-def split_text(sources: list[Source], train_split_ratio: float, tokenizer) -> list[Source]:
+def split_text(
+    sources: list[Source], train_split_ratio: float, tokenizer: Tokenizer
+) -> list[Source]:
     """Split a running text of n characters: the first int(n * train_split_ratio) are for train.
 
     Args:
@@ -104,7 +115,7 @@ def split_text(sources: list[Source], train_split_ratio: float, tokenizer) -> li
     return parts
 
 
-def refuse_long_text(source: Source, tokenizer) -> None:
+def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
     """Raise ValueError for a running text that would take too much memory to encode.
 
     Args:
@@ -148,7 +159,7 @@ def _byte_of_character(path, number: int) -> int:
     raise ValueError(f"{path} has changed while it was read: run this again")
 
 
-def check_room(folder: Path, tokenizer, tasks) -> None:
+def check_room(folder: Path, tokenizer: Tokenizer, tasks: list[tuple[list[Source], int]]) -> None:
     """Check that the disk has room for the files of tasks and for the shards joined from them.
 
     The sizes are estimates. Files of finished tasks are there already and count as free.

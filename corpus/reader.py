@@ -14,7 +14,9 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
 from corpus.sources import (
@@ -88,7 +90,7 @@ def _division(source: Source) -> str:
     return "line" if source.format == "jsonl" else source.documents
 
 
-def read(chunk: Source):
+def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
     """Yield the documents of a chunk, a list of some of them at a time.
 
     Args:
@@ -129,7 +131,7 @@ class _Block:
     ends: list[int]
 
 
-def _blocks(file, chunk: Source):
+def _blocks(file: BinaryIO, chunk: Source) -> Iterator[_Block]:
     """Yield the records of a chunk in blocks of about BLOCK bytes, or of one longer record.
 
     Memory is bounded by twice the longest record. A damaged file gives the records before the

@@ -5,6 +5,8 @@ import math
 import sys
 import zlib
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, BinaryIO
 
 from common.packages import optional
 
@@ -81,7 +83,7 @@ class InvalidText(Exception):
         self.offset = offset
 
 
-def open_file(path: str):
+def open_file(path: str) -> BinaryIO:
     """Open a file for reading its uncompressed bytes.
 
     Raises:
@@ -105,7 +107,7 @@ def damage(path: str) -> tuple[type[Exception], ...]:
     return errors
 
 
-def zstd(path: str):
+def zstd(path: str) -> ModuleType:
     """Return the module that reads .zst files, which Python itself has since 3.14.
 
     Raises:
@@ -116,7 +118,7 @@ def zstd(path: str):
     return optional("backports.zstd", path, "backports.zstd")
 
 
-def text_of_row(row, field: str) -> str:
+def text_of_row(row: Any, field: str) -> str:
     """Return the text that a row holds in `field`.
 
     Raises:
@@ -128,7 +130,7 @@ def text_of_row(row, field: str) -> str:
     raise InvalidText(f"no field {field!r}{fields}: choose one with --text_field")
 
 
-def checked_text(value, field: str) -> str:
+def checked_text(value: Any, field: str) -> str:
     """Return `value` if it is a string.
 
     Raises:

@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from common.packages import optional
@@ -42,7 +43,9 @@ def divide_table(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
     return chunks
 
 
-def read_table(chunk: Source):
+def read_table(
+    chunk: Source,
+) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
     """Yield documents as reader.read does; the position of a document is its row."""
     with _open(chunk) as table:
         schema = table.schema if chunk.format == "arrow" else table.schema_arrow

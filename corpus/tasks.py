@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Job:
 
 
 def assign_split(
-    source: Source, positions, train_split_ratio: float, seed: int
+    source: Source, positions: Sequence[int], train_split_ratio: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Assign documents to splits.
 

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,8 @@ VOCABULARY_FILES = {  # encoding -> path and sha256 of the files of its vocabula
 VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
 ALIASES = {"distilgpt2": "gpt2"}  # names of the same vocabulary
-# more white space than tiktoken's regular expressions can match
-LONG_SPACE = re.compile(r"\s{1000000,}")
+LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
+LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
 
 
 class CannotEncode(ValueError):
@@ -68,7 +69,7 @@ class Tokenizer:
     """Base class of all tokenizers.
 
     Attributes:
-        name: name that get_tokenizer takes.
+        name: as get_tokenizer takes it.
         vocab_size: number of ids; every id is below it.
         eot_token: id of the end-of-text token, which no text encodes to.
         sha256: of the vocabulary, so equal ids in two files mean equal text.
@@ -99,12 +100,20 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def can_encode(self, text: str) -> bool:
+        """Return whether `encode` takes the text."""
+        try:
+            self.encode(text)
+        except CannotEncode:
+            return False
+        return True
+
     @property
     def dtype(self) -> np.dtype:
         """Little-endian dtype of ids on disk: uint16 if all ids fit, else uint32."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
-    def encode_documents(self, texts) -> np.ndarray:
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         """Encode texts, each followed by the end-of-text token.
 
         Args:
@@ -122,7 +131,7 @@ class Tokenizer:
             parts += [self.encode(text), end]
         return np.concatenate(parts)
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of ids, which may begin or end inside a character.
 
         An id that stands for nothing becomes U+FFFD: an untrained model may choose it.
@@ -130,12 +139,12 @@ class Tokenizer:
         unknown = "\ufffd".encode()
         return b"".join([self.token_bytes.get(i, unknown) for i in map(int, ids)])
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def decode_stream(self, ids):
-        """Yield the text of an iterable of ids as it comes, in whole characters.
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of ids as it comes, in whole characters.
 
         A character that the last id leaves incomplete is not shown.
         """
@@ -159,7 +168,12 @@ class BytesTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken, under its own or another name."""
+    """An encoding of tiktoken, under its own or another name.
+
+    Args:
+        name: name that get_tokenizer takes.
+        encoding: the encoding.
+    """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name = name
@@ -177,7 +191,11 @@ class TiktokenTokenizer(Tokenizer):
         """Return (n,) uint32 ids; raise CannotEncode for a very long run of white space."""
         return self._encode(text, set())
 
-    def encode_documents(self, texts) -> np.ndarray:
+    def can_encode(self, text: str) -> bool:
+        """Return whether `encode` takes the text, at once if it is short."""
+        return len(text) < LONGEST_SPACE or super().can_encode(text)
+
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         """Encode many texts in one call: its fixed cost is that of encoding ten short documents."""
         parts = [np.empty(0, np.uint32)]
         for has_eot, group in itertools.groupby(texts, key=lambda text: self.eot_text in text):
@@ -205,7 +223,15 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, which the `tokenizers` package reads."""
+    """A tokenizer.json, which the `tokenizers` package reads.
+
+    Args:
+        name: name that get_tokenizer takes.
+        path: path of the file.
+
+    Raises:
+        ValueError: if the file is damaged or has no end-of-text token.
+    """
 
     lossless = False
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -249,17 +275,17 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return (n,) uint32 ids; raise CannotEncode if the package fails."""
         return np.array(self._encode([text])[0].ids, np.uint32)
 
-    def encode_documents(self, texts) -> np.ndarray:
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         """Encode many texts in one call."""
         encodings = self._encode(texts)
         return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of the text of ids."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False).encode()
 
-    def decode_stream(self, ids):
-        """Yield the text of an iterable of ids as it comes."""
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of ids as it comes."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=False)
@@ -298,7 +324,7 @@ def vocabulary_folder() -> Path:
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
-def vocabularies_beside(data_dir) -> None:
+def vocabularies_beside(data_dir: str | Path) -> None:
     """Use the vocabularies that were prefetched with the corpora of `data_dir`, if there are any."""
     folder = (Path(data_dir) / "tokenizers").resolve()
     if folder.is_dir():

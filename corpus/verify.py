@@ -108,6 +108,8 @@ def _compare_documents(folder, metadata, tokenizer, sources) -> str:
         for text, name in _split_of_each(metadata, source):
             if isinstance(text, InvalidDocument):
                 continue  # skipped when it was prepared, too
+            if metadata.get("skipped") and not tokenizer.can_encode(text):
+                continue
             ids = next(prepared.get(name, iter(())), None)
             seen[name] += 1
             if ids is None or seen[name] % step == 0:

@@ -42,7 +42,7 @@ def written(path, data: bytes) -> str:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000, 1 << 20])
-def test_jsonl_gives_its_texts_wherever_it_is_divide(tmp_path, size, suffix):
+def test_jsonl_gives_its_texts_wherever_it_is_divided(tmp_path, size, suffix):
     lines = "\ufeff" + "\n\n".join(json.dumps({"text": text}) for text in TEXTS)
     source = Source(written(tmp_path / f"a.jsonl{suffix}", lines.encode()), "jsonl")
     found = documents(source, size)
@@ -52,7 +52,7 @@ def test_jsonl_gives_its_texts_wherever_it_is_divide(tmp_path, size, suffix):
 
 @pytest.mark.parametrize("kind", ["line", "blank-line", "article", "file", ""])
 @pytest.mark.parametrize("size", [1, 5, 40, 1 << 20])
-def test_plain_text_is_the_same_wherever_it_is_divide(tmp_path, kind, size):
+def test_plain_text_is_the_same_wherever_it_is_divided(tmp_path, kind, size):
     source = Source(written(tmp_path / "a.txt", TEXT.encode()), documents=kind)
     texts = [text for _, text in documents(source, size)]
     expected = {

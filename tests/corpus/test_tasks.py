@@ -313,6 +313,8 @@ def test_white_space_that_a_pattern_cannot_match_is_an_invalid_document(tmp_path
     metadata = json.loads((tmp_path / "data/my/metadata.json").read_text())
     assert metadata["skipped"] == 1
     assert sum(split["documents"] for split in metadata["splits"].values()) == 49
+    result = run_script("prepare_data.py", "--verify", "my", cwd=tmp_path)
+    assert "49 of 49 documents were compared with the source" in result.stdout
     (tmp_path / "my.txt").write_text("漢 a b\n" * 300_000 + "\n" * 1_000_020 + "x" * 1_000_000)
     result = run_script("prepare_data.py", "--input", "my.txt", "--corpus", "b", cwd=tmp_path)
     assert_one_line_error(result, "my.txt, line 300000: gpt2 cannot encode a run of 1,000,021")
