@@ -58,7 +58,7 @@ def list_corpora() -> str:
     """Return a table of the corpora that are known by name: size to download, licence, source."""
     rows = [("name", "download", "licence", "source")]
     for name, entry in CATALOG.items():
-        size = entry.size or f"{sum(part.size for part in entry.downloads) / 1e6:.1f} MB"
+        size = entry.size or f"{sum(part.size or 0 for part in entry.downloads) / 1e6:.1f} MB"
         rows.append((name, size, entry.licence, entry.home))
     rows.append((BUILT_IN, "nothing", "PSF-2.0", "Python's own documentation, in every Python"))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from io import BufferedIOBase
 
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
 from corpus.sources import (
@@ -33,7 +33,7 @@ from corpus.tables import divide_table, read_table
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
 JSON_SPACE = b" \t\r\n"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SCAN = json.JSONDecoder().scan_once
+_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not documented
 
 
 def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
@@ -131,7 +131,7 @@ class _Block:
     ends: list[int]
 
 
-def _blocks(file: BinaryIO, chunk: Source) -> Iterator[_Block]:
+def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
     """Yield the records of a chunk in blocks of about BLOCK bytes, or of one longer record.
 
     Memory is bounded by twice the longest record. A damaged file gives the records before the
@@ -173,7 +173,9 @@ class _LineCounter:
         self.chunk = chunk
         self.position = chunk.start  # of the bytes counted
         self.line_feeds = 0  # of the chunk before `position`
-        self.line_feeds_before = None  # the chunk, counted if the chunk has an invalid document
+        self.line_feeds_before: int | None = (
+            None  # the chunk, counted if the chunk has an invalid document
+        )
 
     def finish(self, block: _Block) -> None:
         """Count the rest of a block."""
@@ -223,22 +225,27 @@ def _documents(block: _Block, chunk: Source, lines: _LineCounter) -> tuple[list,
     division = _division(chunk)
     skip_blank = division in RECORD_END
     skip_blank_lines = division in ("blank-line", "article")
-    positions = []
-    texts = []
+    positions: list[int] = []
+    texts: list[str | InvalidDocument] = []
     for start, end in itertools.pairwise([0, *block.ends]):
         record = block.data[start:end]
         if skip_blank and record.isspace():
             continue
         if skip_blank_lines:
-            start = BLANK_LINES.match(block.data, start, end).end()
+            start = _skip_blank_lines(block.data, start, end)
             record = block.data[start:end]
         try:
-            text = parse(record)
+            texts.append(parse(record))
         except InvalidText as error:
-            text = InvalidDocument(str(error), lines.place_in(block, start + error.offset))
+            place = lines.place_in(block, start + error.offset)
+            texts.append(InvalidDocument(str(error), place))
         positions.append(block.position + start)
-        texts.append(text)
     return positions, texts
+
+
+def _skip_blank_lines(data: bytes, start: int, end: int) -> int:
+    match = BLANK_LINES.match(data, start, end)
+    return match.end() if match else start
 
 
 def _decode(record: bytes) -> str:

@@ -5,8 +5,9 @@ import math
 import sys
 import zlib
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader, FileIO
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 from common.packages import optional
 
@@ -83,7 +84,7 @@ class InvalidText(Exception):
         self.offset = offset
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> BufferedIOBase:
     """Open a file for reading its uncompressed bytes.
 
     Raises:
@@ -96,12 +97,12 @@ def open_file(path: str) -> BinaryIO:
         module = zstd(path)
         options = {module.DecompressionParameter.window_log_max: LONGEST_WINDOW}
         return module.open(path, "rb", options=options)
-    return open(path, "rb", buffering=BLOCK)
+    return BufferedReader(FileIO(path), BLOCK)
 
 
 def damage(path: str) -> tuple[type[Exception], ...]:
     """Return the exceptions that reading a damaged compressed file raises."""
-    errors = (EOFError, gzip.BadGzipFile, zlib.error)
+    errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
     if path.endswith(".zst"):
         errors += (zstd(path).ZstdError,)
     return errors

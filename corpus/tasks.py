@@ -111,19 +111,18 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     with contextlib.ExitStack() as files:
         for chunk in chunks:
             for positions, texts in read(chunk):
-                valid = np.array([type(text) is not InvalidDocument for text in texts])
-                for i in np.flatnonzero(~valid):
-                    skipped.append(_skip(job, texts[i]))
-                splits = assign_split(chunk, positions, job.train_split_ratio, job.seed)
-                for split, members in splits.items():
-                    if not (members & valid).any():
-                        continue
-                    if split not in writers:
+                for text in texts:
+                    if isinstance(text, InvalidDocument):
+                        skipped.append(_skip(job, text))
+                masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
+                for split, mask in masks.items():
+                    documents = _valid_documents(positions, texts, mask)
+                    if documents and split not in writers:
                         bin_path = f"{path}.{split}.bin"
                         file = files.enter_context(_whole(bin_path))
                         writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
-                    chosen = itertools.compress(zip(positions, texts), members & valid)
-                    writers[split].add(chunk, list(chosen))
+                    if documents:
+                        writers[split].add(chunk, documents)
         for writer in writers.values():
             writer.flush()
     counts = {
@@ -137,6 +136,12 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     return counts
 
 
+def _valid_documents(positions, texts, mask) -> list[tuple[int, str]]:
+    """Return (position, text) of the valid documents that a mask selects."""
+    documents = itertools.compress(zip(positions, texts), mask)
+    return [(position, text) for position, text in documents if isinstance(text, str)]
+
+
 class _SplitWriter:
     """Tokenizes the texts of one split into a file, about BLOCK characters at once."""
 
@@ -148,7 +153,7 @@ class _SplitWriter:
         self.skipped = skipped
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
         self.dropped = 0
-        self.waiting = []  # (chunk, [(position, text), ...])
+        self.waiting: list[tuple[Source, list[tuple[int, str]]]] = []  # (chunk, documents)
         self.characters = 0
 
     def add(self, chunk: Source, documents: list[tuple[int, str]]) -> None:

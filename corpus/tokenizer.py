@@ -237,7 +237,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
     def __init__(self, name: str, path: Path):
-        tokenizers = optional("tokenizers", path)
+        tokenizers = optional("tokenizers", str(path))
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower type
