@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.hashing import mix as splitmix64
+from common.hashing import splitmix64
 
 
 def add_token_noise(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from common.hashing import mix as splitmix64
+from common.hashing import splitmix64
 
 BLOCK_ITEMS = 1 << 15  # items whose order is computed at once
 BUCKET_BATCHES = 64  # batches whose items are sorted by length together

@@ -17,8 +17,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from batches.order import check_rank
 from batches.tokens import Tokens
-from corpus.inputs import Corpus, find
-from corpus.reader import Bad, Source, cut, read, where
+from corpus.files import find
+from corpus.inputs import Corpus
+from corpus.planning import refuse_long_text
+from corpus.reader import divide, read
+from corpus.sources import InvalidDocument, Source
 
 SPAN_BYTES = 8 << 20  # of a file, read by one worker
 SPANS_PER_SHARD = 4  # at least, where the files can be divided, so that shards are about equal
@@ -99,6 +102,9 @@ class StreamingTextDataset(IterableDataset):
         paths = _paths(source)
         if paths is not None:
             self.sources = [s for path in paths for s in find(path, documents, text_field)]
+            for source_file in self.sources:
+                if source_file.format == "text" and not source_file.documents:
+                    refuse_long_text(source_file, tokenizer)
             if not tokenizer.divisible:  # a running text has to be tokenized at once
                 self.sources = [replace(s, documents=s.documents or "file") for s in self.sources]
             self.has_documents = bool(Corpus("", {}, self.sources).documents)
@@ -258,7 +264,7 @@ class StreamingTextDataset(IterableDataset):
                 span = replace(span, start=position)
                 position = 0
             for positions, texts in read(span):
-                _check_texts(span, positions, texts)
+                _check_texts(texts)
                 yield (i, positions[0]), texts
 
     def _document_groups(self, place: Place, shard: int, num_shards: int):
@@ -283,7 +289,7 @@ class StreamingTextDataset(IterableDataset):
         wanted = num_shards * SPANS_PER_SHARD if num_shards > 1 else 1
         span_bytes = SPAN_BYTES
         while True:
-            spans = [span for source in sources for span, _ in cut(source, span_bytes)]
+            spans = [span for source in sources for span, _ in divide(source, span_bytes)]
             if len(spans) >= wanted or span_bytes == 1:
                 break
             span_bytes = max(1, span_bytes // 4)
@@ -312,11 +318,11 @@ def _paths(source) -> list[str] | None:
     )
 
 
-def _check_texts(span, positions, texts) -> None:
+def _check_texts(texts) -> None:
     """Raise ValueError for an invalid document."""
-    for position, text in zip(positions, texts):
-        if type(text) is Bad:
-            raise ValueError(f"{where(span, position + text.offset)}: {text}")
+    for text in texts:
+        if isinstance(text, InvalidDocument):
+            raise ValueError(str(text))
 
 
 def tokenize(source, tokenizer, documents: str = "", text_field: str = "") -> Tokens:

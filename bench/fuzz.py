@@ -25,8 +25,9 @@ with atheris.instrument_imports(include=["common", "describe", "json", "reader",
     import yaml  # noqa: F401  imported by describe where it is used, which would be too late
 
     from corpus import reader
-    from corpus.descriptions import described
+    from corpus.descriptions import read_description
     from corpus.metadata import read_metadata
+    from corpus.sources import InvalidDocument, Source
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 SEEDS = {
@@ -44,10 +45,10 @@ SEEDS = {
 def jsonl(data: bytes) -> None:
     path = FOLDER / "a.jsonl"
     path.write_bytes(data)
-    source = reader.Source(str(path), "jsonl")
+    source = Source(str(path), "jsonl")
     found = [text for _, texts in reader.read(source) for text in texts]
     expected = [text_of(line) for line in data.split(b"\n") if line.strip()]
-    assert [None if isinstance(text, reader.Bad) else text for text in found] == expected
+    assert [None if isinstance(text, InvalidDocument) else text for text in found] == expected
 
 
 def text_of(line: bytes) -> str | None:
@@ -62,7 +63,7 @@ def text_of(line: bytes) -> str | None:
 def metadata(data: bytes) -> None:
     name = "metadata.yaml" if data[:1] == b"y" else "metadata.json"
     (FOLDER / name).write_bytes(data[1:])
-    for read in read_metadata, described:
+    for read in read_metadata, read_description:
         try:
             read(FOLDER)
         except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The corpora that are known by name: addresses, sizes, checksums, licences."""
+"""Catalog: the corpora that are known by name, with addresses, sizes, checksums and licences."""
 
 import re
 from dataclasses import dataclass
@@ -8,34 +8,48 @@ from corpus.sources import Source
 
 @dataclass(frozen=True)
 class Download:
-    """A file on the network, at each of its addresses. sha256 "": the Hugging Face hub tells it.
-    members: of an archive, a pattern of names -> the file that they go into."""
+    """A file on the network.
+
+    Attributes:
+        urls: its addresses, in the order in which they are tried.
+        size: its size in bytes, if it is known.
+        sha256: its checksum, or "" if the Hugging Face hub names it on downloading.
+        members: of an archive, (pattern of member names, file that they are written to).
+    """
 
     urls: tuple[str, ...]
-    size: int | None = None  # bytes
+    size: int | None = None
     sha256: str = ""
     members: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
-class Known:
-    """A corpus on the network. sources: its files as they lie in its folder."""
+class CatalogEntry:
+    """A corpus on the network.
+
+    Attributes:
+        downloads: the files to download.
+        sources: the files of the corpus, with paths relative to its folder.
+        licence: licence of the text.
+        home: page that describes the corpus.
+        size: size of all downloads for people, if the catalog does not have their sizes in bytes.
+    """
 
     downloads: tuple[Download, ...]
     sources: tuple[Source, ...]
     licence: str
-    home: str  # where it is described
-    size: str = ""  # to download, where the parts' sizes aren't known
+    home: str
+    size: str = ""
 
 
 def _hub(path: str) -> tuple[str, str]:
-    """Addresses of a file on the Hugging Face hub and on its mirror."""
+    """Return the addresses of a file on the Hugging Face hub and on its mirror."""
     return f"https://huggingface.co/{path}", f"https://hf-mirror.com/{path}"
 
 
-def _wikitext(name, size, sha256, mirror) -> Known:
+def _wikitext(name, size, sha256, mirror) -> CatalogEntry:
     files = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
-    return Known(
+    return CatalogEntry(
         (
             Download(
                 (f"https://wikitext.smerity.com/{name}-raw-v1.zip", *_hub(mirror)),
@@ -52,8 +66,8 @@ def _wikitext(name, size, sha256, mirror) -> Known:
 
 _REVISION = "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
 _FINEWEB = "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-KNOWN = {
-    "tinyshakespeare": Known(
+CATALOG = {
+    "tinyshakespeare": CatalogEntry(
         (
             Download(
                 (
@@ -81,7 +95,7 @@ KNOWN = {
         "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
         "datasets/mattdangerw/wikitext-103-raw/resolve/3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
     ),
-    "imdb": Known(
+    "imdb": CatalogEntry(
         (
             Download(
                 (
@@ -98,14 +112,14 @@ KNOWN = {
             ),
         ),
         (
-            Source("train.jsonl", "jsonl"),  # shared out to train and val, as are the unlabelled
+            Source("train.jsonl", "jsonl"),  # divided into train and val, as the unlabelled are
             Source("unlabelled.jsonl", "jsonl"),
             Source("test.jsonl", "jsonl", split="test"),
         ),
         "not stated; cite Maas et al. 2011",
         "https://ai.stanford.edu/~amaas/data/sentiment/",
     ),
-    "fineweb-edu-10BT": Known(
+    "fineweb-edu-10BT": CatalogEntry(
         tuple(Download(_hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet")) for i in range(14)),
         tuple(Source(f"{i:03}_00000.parquet", "parquet") for i in range(14)),
         "ODC-By 1.0",

@@ -1,29 +1,72 @@
-"""Described data: a folder with a metadata.json or metadata.yaml in tatm's field names.
+"""Described data: a folder with a metadata.json or metadata.yaml that has tatm's fields.
 
-python prepare_data.py --describe raw/pile      # asks, and writes raw/pile/metadata.json
+    python prepare_data.py --describe raw/pile      # asks, and writes raw/pile/metadata.json
+
+The description names the folder's sub-corpora and the field that holds the text.
 """
 
 import datetime
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import atomic_write, read_json
 from common.packages import optional
 
+DEEPEST_YAML = 20  # nested collections that a metadata.yaml may have
 
-def describe(folder: Path, answers: dict) -> Path:
-    """Asks on standard input for what `answers` hasn't got and writes the description.
 
-    answers: name, download_source, description, content_field, corpuses (separated by commas).
-    Raises ValueError where `folder` or a sub-corpus is none, or standard input ends too early,
-    FileExistsError where there is a description.
+@dataclass(frozen=True)
+class Description:
+    """What the metadata.json or metadata.yaml of a folder says.
+
+    Attributes:
+        root: folder of the data.
+        field: field that holds the text.
+        corpora: names of the sub-corpora; none if the folder is one corpus.
+        parent: folder of the sub-corpora's folders, relative to `root`.
+        configs: whether the sub-corpora are configs of a `datasets` folder, not folders.
+    """
+
+    root: Path
+    field: str
+    corpora: tuple[str, ...]
+    parent: str
+    configs: bool
+
+    def folder_of(self, corpus: str) -> Path:
+        """Return the folder of a sub-corpus.
+
+        Raises:
+            ValueError: if there is no such folder inside the described one.
+        """
+        path = self.root / self.parent / corpus
+        if not path.is_dir() or self.root.resolve() not in path.resolve().parents:
+            raise ValueError(f"{self.root} has no folder for its sub-corpus {corpus!r}")
+        return path
+
+
+def describe(folder: Path, answers: dict[str, str]) -> Path:
+    """Write the description of a folder, and ask on standard input for what is missing.
+
+    Args:
+        folder: folder of raw text.
+        answers: answers known beforehand, by field: name, download_source, description,
+            content_field, corpuses (separated by commas).
+
+    Returns:
+        Path of the metadata.json.
+
+    Raises:
+        ValueError: if `folder` or a sub-corpus is not a folder, or standard input ends early.
+        FileExistsError: if the folder has a description.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: --describe takes one that holds raw text")
+        raise ValueError(f"{folder} is not a folder: --describe takes one that holds raw text")
     for old in (folder / "metadata.json", folder / "metadata.yaml"):
         if old.exists():
-            raise FileExistsError(f"{old} is there already: edit it, or remove it first")
+            raise FileExistsError(f"{old} exists already: edit it, or remove it first")
     folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     questions = {
         "corpuses": ("sub-corpora, separated by commas; - for none", ",".join(folders) or "-"),
@@ -32,21 +75,14 @@ def describe(folder: Path, answers: dict) -> Path:
         "description": ("what it is", ""),
         "content_field": ("field that holds the text", "text"),
     }
+    answers = {field: answer for field, answer in answers.items() if answer}
     if not folders:
-        answers = {"corpuses": "-"} | {k: v for k, v in answers.items() if v}
+        answers = {"corpuses": "-"} | answers
     for field, (question, default) in questions.items():
-        if not answers.get(field):
-            try:
-                answers[field] = input(f"{question} [{default}]: ").strip() or default
-            except EOFError:
-                raise ValueError(
-                    f"standard input ended before the answer to {question!r}"
-                ) from None
-        if field == "corpuses":  # before anything else is asked
-            names = [name.strip() for name in answers[field].split(",")]
-            corpuses = [name for name in names if name.strip("-")]
-            if missing := [name for name in corpuses if name not in folders]:
-                raise ValueError(f"{folder} has no folder for the sub-corpus {missing[0]!r}")
+        if field not in answers:
+            answers[field] = _ask(question, default) or default
+        if field == "corpuses":  # checked before anything else is asked
+            corpora = _sub_corpora(answers[field], folder, folders)
     text = {
         "name": answers["name"],
         "dataset_path": ".",
@@ -55,8 +91,8 @@ def describe(folder: Path, answers: dict) -> Path:
         "download_source": answers["download_source"],
         "data_content": "text",
         "content_field": answers["content_field"],
-        "corpuses": corpuses,
-        "corpus_separation_strategy": "data_dirs" if corpuses else None,
+        "corpuses": corpora,
+        "corpus_separation_strategy": "data_dirs" if corpora else None,
         "corpus_data_dir_parent": None,
     }
     with atomic_write(folder / "metadata.json") as f:
@@ -64,62 +100,75 @@ def describe(folder: Path, answers: dict) -> Path:
     return folder / "metadata.json"
 
 
-def described(folder: Path) -> dict | None:
-    """The description of a folder: root (Path), field, corpuses, strategy and parent of their
-    folders; None where it has none. Raises ValueError for one that is damaged, or leads out of its
-    folder."""
-    for path in (folder / "metadata.json", folder / "metadata.yaml"):
-        if path.is_file():
-            break
-    else:
+def _ask(question, default) -> str:
+    try:
+        return input(f"{question} [{default}]: ").strip()
+    except EOFError:
+        raise ValueError(f"standard input ended before the answer to {question!r}") from None
+
+
+def _sub_corpora(answer, folder, folders) -> list[str]:
+    """Return the names in an answer, each of which must be one of `folders`."""
+    names = [name.strip() for name in answer.split(",")]
+    corpora = [name for name in names if name.strip("-")]
+    for name in corpora:
+        if name not in folders:
+            raise ValueError(f"{folder} has no folder for the sub-corpus {name!r}")
+    return corpora
+
+
+def read_description(folder: Path) -> Description | None:
+    """Return the description of a folder, or None if it has none.
+
+    Raises:
+        ValueError: if the description is damaged, is not of text, or leads out of the folder.
+    """
+    paths = [folder / "metadata.json", folder / "metadata.yaml"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return None
-    told = _read_yaml(path) if path.suffix == ".yaml" else read_json(path)
-    if not isinstance(told, dict) or not {"name", "data_content"} <= told.keys():
-        return None  # somebody else's metadata
-    corpuses, parent = told.get("corpuses") or [], told.get("corpus_data_dir_parent") or "."
-    names = [told.get("dataset_path") or ".", told.get("content_field") or "text", parent]
-    content, configs = told["data_content"], told.get("corpus_separation_strategy") == "configs"
-    if not isinstance(corpuses, list) or any(
-        type(n) is not str for n in [content, *names, *corpuses]
-    ):
+    fields = _read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+    if not isinstance(fields, dict) or not {"name", "data_content"} <= fields.keys():
+        return None  # metadata of another kind
+    content = fields["data_content"]
+    dataset_path = fields.get("dataset_path") or "."
+    field = fields.get("content_field") or "text"
+    parent = fields.get("corpus_data_dir_parent") or "."
+    corpora = fields.get("corpuses") or []
+    configs = fields.get("corpus_separation_strategy") == "configs"
+    texts = [content, dataset_path, field, parent, *(corpora if type(corpora) is list else [None])]
+    if any(type(text) is not str for text in texts):
         raise ValueError(
-            f"{path}: data_content, dataset_path, content_field and corpuses aren't all text"
+            f"{path} is damaged: data_content, dataset_path, content_field and corpuses must all "
+            f"be text"
         )
     if content != "text":
         raise ValueError(f"{path} describes {content!r:.60}, not text")
-    root = folder / names[0]
-    if root.is_dir() and not root.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path}: dataset_path {names[0]!r} leads out of {folder}; say '.'")
-    if configs and (odd := [name for name in corpuses if not re.fullmatch(r"\w[\w.-]*", name)]):
-        raise ValueError(f"{path}: {odd[0]!r} is no name of a config")
-    return {
-        "root": root if root.is_dir() else folder,
-        "field": names[1],
-        "corpuses": corpuses,
-        "parent": parent,
-        "configs": configs,
-    }
+    root = folder / dataset_path
+    if not root.is_dir():
+        root = folder
+    elif not root.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path}: dataset_path {dataset_path!r} leads out of {folder}; write '.'")
+    for name in corpora if configs else []:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{path}: {name!r} is not the name of a config")
+    return Description(root, field, tuple(corpora), parent, configs)
 
 
 def _read_yaml(path):
-    yaml, data = optional("yaml", str(path), "pyyaml"), path.read_bytes()
+    """Return what a YAML file holds, or raise ValueError."""
+    yaml = optional("yaml", str(path), "pyyaml")
+    data = path.read_bytes()
     try:
         depth = 0
         for token in yaml.scan(data):
-            depth += (kind := type(token).__name__).endswith("StartToken")
+            kind = type(token).__name__
+            depth += kind.endswith("StartToken")
             depth -= kind.endswith("EndToken")
             # ten aliases of ten aliases of ten ... take a few bytes to write and all memory to read
-            if depth > 20 or kind == "AliasToken":
+            if depth > DEEPEST_YAML or kind == "AliasToken":
                 raise ValueError("it has an alias (*), or nests too deeply")
         return yaml.safe_load(data)
-    except Exception as error:  # what a tag such as !!bool makes of its value fails in its own way
+    except Exception as error:  # the value of a tag such as !!bool may raise anything
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is damaged: {reason}") from None
-
-
-def folder_of(told: dict, corpus: str) -> Path:
-    """Where a sub-corpus lies. Raises ValueError where that isn't inside the described folder."""
-    path = told["root"] / told["parent"] / corpus
-    if not path.is_dir() or told["root"].resolve() not in path.resolve().parents:
-        raise ValueError(f"{told['root']} has no folder for its sub-corpus {corpus!r}")
-    return path

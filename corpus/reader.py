@@ -1,192 +1,291 @@
-"""Files to documents: .txt, .jsonl, .parquet, each also .gz or .zst, cut into spans.
+"""Files to documents: .txt, .jsonl and .parquet files, also as .gz or .zst, read in chunks.
 
-    spans = cut(Source("corpus.jsonl", "jsonl"), piece_bytes=1 << 23)
-    for positions, texts in read(spans[0]): ...
+    chunks = divide(Source("corpus.jsonl", "jsonl"), chunk_bytes=1 << 23)
+    for positions, texts in read(chunks[0][0]): ...
 
-A span is part of one file and holds whole documents: what the spans of a file yield, one after
-another, is what the file yields, wherever it was cut. A running text (documents="") comes in parts
-that a tokenizer may take one by one, with the ids that the whole text would give.
+A chunk is part of one file and holds whole documents: the chunks of a file, one after another, give
+the documents of the file, wherever it is divided. A running text comes in parts whose token ids,
+one after another, are the token ids of the whole text (boundaries.py).
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import mmap
 import os
 import re
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BufferedIOBase
 
-from corpus.sources import BLOCK, Bad, Source, damage, field_of, open_file
-from corpus.tables import cut_table, read_table
-
-# Cutting a text just before a lone space, or just after a lone line feed, changes no token: neither
-# GPT-2's pattern nor any other of tiktoken's reaches over such a place from both sides. In UTF-8,
-# leaving out every character that starts or ends like a space that isn't ASCII:
-_CHARACTER = (
-    rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe4-\xef][\x80-\xbf]{2}|\xe3\x80[\x81-\xbf]"
-    rb"|\xe3[\x81-\xbf][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{3})"
+from corpus.boundaries import RECORD_END, next_boundary, record_ends
+from corpus.sources import (
+    BLOCK,
+    InvalidDocument,
+    InvalidText,
+    Source,
+    damage,
+    open_file,
+    text_of_row,
 )
-_NEXT = rb"(?:[!-.0-~\xc3-\xdf\xe0\xe4-\xef\xf0-\xf4]|\xe3[\x81-\xbf])"
-BOUNDARY = {  # where a file may be cut: behind each match
-    "": re.compile(_CHARACTER + rb"(?:(?= " + _NEXT + rb")|\n(?=" + _NEXT + rb"))"),
-    "line": re.compile(rb"\n"),
-    "blank-line": re.compile(rb"\n[ \t\r\f\v]*\n"),
-    "article": re.compile(rb"\n[ \t\r\f\v]*\n(?= = [^=\s][^\n]* = \r?\n)"),  # WikiText's title
-}
+from corpus.tables import divide_table, read_table
+
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
-_SCAN = json.JSONDecoder().scan_once
+JSON_SPACE = b" \t\r\n"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not documented
 
 
-def cut(source: Source, piece_bytes: int) -> list[tuple[Source, int]]:
-    """(part, its size in bytes) of a source, about `piece_bytes` each where it can be cut; a
-    compressed text can't. Raises OSError and ValueError for a file that can't be read."""
-    if source.table:
-        return cut_table(source, piece_bytes)
-    size = os.path.getsize(source.path)
-    stop = size if source.stop is None else source.stop
-    pattern = BOUNDARY.get("line" if source.format == "jsonl" else source.documents)
-    if source.compressed:
-        return [(source, size)]
-    if pattern is None or stop - source.start <= piece_bytes:
-        return [(source, stop - source.start)] if size else []
-    parts, start = [], source.start
-    with open(source.path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        while start < stop:
-            match = pattern.search(text, start + piece_bytes, stop)
-            end = match.end() if match else stop
-            parts.append((replace(source, start=start, stop=end), end - start))
-            start = end
-    return parts
+def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
+    """Divide a source into chunks that can be read independently.
 
+    Args:
+        source: a file, or a range of one. A compressed text is never divided.
+        chunk_bytes: least size of a chunk but the last; a chunk ends at the next place where the
+            source may be divided.
 
-def read(source: Source):
-    """Yields (positions, texts), lists of some documents each; a Bad where a text is none.
+    Returns:
+        (chunk, size of the chunk in bytes) in order; none for an empty file.
 
-    position: the document's first byte in the (unpacked) file, or its row; it depends on nothing
-    but the file. Raises OSError, and ValueError for a table that can't be read.
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a table is damaged, or the package that reads it is missing.
     """
-    if source.table:
-        yield from read_table(source)
+    if source.is_table:
+        return divide_table(source, chunk_bytes)
+    file_bytes = os.path.getsize(source.path)
+    if source.compressed:
+        return [(source, file_bytes)]
+    if file_bytes == 0:
+        return []
+    stop = file_bytes if source.stop is None else source.stop
+    if source.documents == "file" and source.format == "text":
+        return [(source, stop - source.start)]
+    chunks = []
+    start = source.start
+    with open(source.path, "rb") as file:
+        while start < stop:
+            end = _next_end(file, source, start + chunk_bytes, stop)
+            chunks.append((replace(source, start=start, stop=end), end - start))
+            start = end
+    if len(chunks) == 1:
+        return [(source, chunks[0][1])]
+    return chunks
+
+
+def _next_end(file, source: Source, start: int, stop: int) -> int:
+    """Return the first byte at or after `start` where `source` may be divided, at most `stop`."""
+    if start >= stop:
+        return stop
+    kind = _division(source)
+    if kind == "":
+        return next_boundary(file, start, stop)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        match = RECORD_END[kind].search(data, start, stop)
+        return match.end() if match else stop
+
+
+def _division(source: Source) -> str:
+    """Return how the bytes of a text are divided, as in Source.documents."""
+    return "line" if source.format == "jsonl" else source.documents
+
+
+def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
+    """Yield the documents of a chunk, a list of some of them at a time.
+
+    Args:
+        chunk: a source, or a chunk of one.
+
+    Yields:
+        (positions, texts), two sequences of one length. A position is the document's first byte in
+        the uncompressed file, or its row, so it depends on nothing but the file. A text is a str,
+        or an InvalidDocument.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a table is damaged, or a package is missing.
+    """
+    if chunk.is_table:
+        yield from read_table(chunk)
         return
-    position = source.start
+    lines = _LineCounter(chunk)
     try:
-        with open_file(source.path) as f:
-            f.seek(source.start)
-            if source.format == "jsonl":
-                make = functools.partial(_json_text, field=source.field)
-                groups = _lines(f, source)
-            else:
-                make = _text if source.documents in ("", "file") else _stripped
-                groups = _GROUPS[source.documents](f, source)
-            for positions, data in groups:
-                position = positions[-1]
-                yield positions, list(map(make, data))
-    except damage(source.path) as error:
-        yield [position], [Bad(f"the compressed file is damaged from here on ({error})")]
+        with open_file(chunk.path) as file:
+            file.seek(chunk.start)
+            for block in _blocks(file, chunk):
+                positions, texts = _documents(block, chunk, lines)
+                lines.finish(block)
+                if texts:
+                    yield positions, texts
+    except damage(chunk.path) as error:
+        reason = f"the compressed file is damaged from here on ({error})"
+        yield [lines.position], [InvalidDocument(reason, lines.place())]
 
 
-def _blocks(f, source, last):
-    """(position, bytes) of about a block: last(bytes) tells where it may end, 0 where nowhere."""
-    position, rest, left = source.start, b"", source.length
-    while left > 0:
-        block = f.read1(min(max(BLOCK, len(rest)), left))  # more, where a document is longer
-        left = left - len(block) if block else 0
-        rest += block
-        if end := last(rest) if left else len(rest):
-            yield position, rest[:end]
-            position, rest = position + end, rest[end:]
+@dataclass
+class _Block:
+    """Whole records of a file, which end at `ends`; the first begins at byte `position`."""
+
+    position: int
+    data: bytes
+    ends: list[int]
 
 
-def _lines(f, source):
-    """Without their ends; blank ones are left out."""
-    for position, block in _blocks(f, source, lambda data: data.rfind(b"\n") + 1):
-        lines = block.split(b"\n")
-        starts = itertools.accumulate((len(line) + 1 for line in lines), initial=position)
-        kept = list(map(bytes.strip, lines))
-        if any(kept):
-            yield list(itertools.compress(starts, kept)), list(itertools.compress(lines, kept))
+def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
+    """Yield the records of a chunk in blocks of about BLOCK bytes, or of one longer record.
+
+    Memory is bounded by twice the longest record. A damaged file gives the records before the
+    damage, then its error.
+    """
+    division = _division(chunk)
+    position = chunk.start
+    left = chunk.length
+    data = bytearray()
+    wanted = BLOCK
+    error = None
+    while left > 0 and error is None:
+        try:
+            part = file.read1(int(min(wanted, left)))
+        except damage(chunk.path) as damaged:
+            error = damaged
+            part = b""
+        left = left - len(part) if part else 0
+        data += part
+        wanted -= len(part)
+        if wanted > 0 and left > 0:
+            continue
+        ends = record_ends(bytes(data), division)
+        if left == 0 and error is None and len(data) > (ends[-1] if ends else 0):
+            ends.append(len(data))
+        if ends:
+            yield _Block(position, bytes(data[: ends[-1]]), ends)
+            position += ends[-1]
+            del data[: ends[-1]]
+        wanted = max(BLOCK, len(data))
+    if error is not None:
+        raise error
 
 
-def _paragraphs(f, source):
-    """What lies between blank lines, or from one article's title to the next."""
+class _LineCounter:
+    """Gives places in a chunk their line numbers, which ascend: each byte is counted once."""
 
-    def ends(data):
-        return [match.end() for match in BOUNDARY[source.documents].finditer(data)]
-
-    for position, block in _blocks(f, source, lambda data: max(ends(data), default=0)):
-        positions, texts = [], []
-        for start, end in itertools.pairwise([0, *ends(block), len(block)]):
-            start = BLANK_LINES.match(block, start, end).end()
-            if block[start:end].strip():
-                positions.append(position + start)
-                texts.append(block[start:end])
-        if texts:
-            yield positions, texts
-
-
-def _stream(f, source):
-    """A running text in parts, cut where no token is."""
-
-    def last(data):
-        for start in (max(0, len(data) - (1 << 14)), 0):  # there is one near the end, as a rule
-            if ends := [match.end() for match in BOUNDARY[""].finditer(data, start)]:
-                return ends[-1]
-        return 0
-
-    for position, block in _blocks(f, source, last):
-        yield [position], [block]
-
-
-def _whole(f, source):
-    for position, block in _blocks(f, source, lambda data: 0):
-        yield [position], [block]
-
-
-_GROUPS = {
-    "": _stream, "line": _lines, "blank-line": _paragraphs, "article": _paragraphs, "file": _whole,
-}  # fmt: skip
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        likely = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        bad = Bad(
-            f"not UTF-8 (byte {data[error.start]:#04x}); convert it first, say with "
-            f"iconv -f {likely} -t utf-8"
+    def __init__(self, chunk: Source):
+        self.chunk = chunk
+        self.position = chunk.start  # of the bytes counted
+        self.line_feeds = 0  # of the chunk before `position`
+        self.line_feeds_before: int | None = (
+            None  # the chunk, counted if the chunk has an invalid document
         )
-        bad.offset = error.start
-        return bad
+
+    def finish(self, block: _Block) -> None:
+        """Count the rest of a block."""
+        self._count(block, len(block.data))
+
+    def place_in(self, block: _Block, offset: int) -> str:
+        """Return file and line of a byte of the block at hand."""
+        self._count(block, offset)
+        return self.place()
+
+    def place(self) -> str:
+        """Return file and line of the first byte that is not counted."""
+        if self.line_feeds_before is None:
+            self.line_feeds_before = _count_line_feeds(self.chunk.path, self.chunk.start)
+        line = 1 + self.line_feeds_before + self.line_feeds
+        return f"{self.chunk.path}, line {line}"
+
+    def _count(self, block, offset):
+        start = self.position - block.position
+        self.line_feeds += block.data.count(b"\n", start, offset)
+        self.position = block.position + offset
 
 
-def _stripped(data: bytes) -> str:
-    text = _text(data)
-    return text if isinstance(text, Bad) else text.strip()
+def place_of(source: Source, position: int) -> str:
+    """Return file and line, or file and row, of a document; reads the file up to there."""
+    if source.is_table:
+        return f"{source.path}, row {position}"
+    return f"{source.path}, line {1 + _count_line_feeds(source.path, position)}"
 
 
-def _json_text(data: bytes, field: str) -> str:
+def _count_line_feeds(path: str, stop: int) -> int:
+    """Return how many line feeds the first `stop` bytes of a file hold."""
+    count = 0
+    left = stop
+    with open_file(path) as file:
+        while left > 0 and (block := file.read1(min(BLOCK, left))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def _documents(block: _Block, chunk: Source, lines: _LineCounter) -> tuple[list, list]:
+    """Return (positions, texts) of the documents of a block."""
+    parse = _PARSERS[chunk.documents]
+    if chunk.format == "jsonl":
+        parse = functools.partial(_json_text, field=chunk.field)
+    division = _division(chunk)
+    skip_blank = division in RECORD_END
+    skip_blank_lines = division in ("blank-line", "article")
+    positions: list[int] = []
+    texts: list[str | InvalidDocument] = []
+    for start, end in itertools.pairwise([0, *block.ends]):
+        record = block.data[start:end]
+        if skip_blank and record.isspace():
+            continue
+        if skip_blank_lines:
+            start = _skip_blank_lines(block.data, start, end)
+            record = block.data[start:end]
+        try:
+            texts.append(parse(record))
+        except InvalidText as error:
+            place = lines.place_in(block, start + error.offset)
+            texts.append(InvalidDocument(str(error), place))
+        positions.append(block.position + start)
+    return positions, texts
+
+
+def _skip_blank_lines(data: bytes, start: int, end: int) -> int:
+    match = BLANK_LINES.match(data, start, end)
+    return match.end() if match else start
+
+
+def _decode(record: bytes) -> str:
+    """Return the text of a record."""
     try:
-        text = data.decode()
+        return record.decode()
+    except UnicodeDecodeError as error:
+        encoding = "utf-16" if record[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        reason = (
+            f"not UTF-8 (byte {record[error.start]:#04x}); convert the file first, for example "
+            f"with iconv -f {encoding} -t utf-8"
+        )
+        raise InvalidText(reason, error.start) from None
+
+
+def _decode_stripped(record: bytes) -> str:
+    return _decode(record).strip()
+
+
+_PARSERS = {
+    "": _decode,
+    "file": _decode,
+    "line": _decode_stripped,
+    "blank-line": _decode_stripped,
+    "article": _decode_stripped,
+}
+
+
+def _json_text(record: bytes, field: str) -> str:
+    """Return the text that a line of a .jsonl file holds."""
+    try:
+        text = record.strip(JSON_SPACE).decode()
         row, end = _SCAN(text, 0)  # half the time of json.loads
         if end == len(text) and type(row[field]) is str:
             return row[field]
     except (StopIteration, ValueError, LookupError, TypeError, RecursionError):
-        pass  # slowly, to say what is wrong
-    text = _text(data.removeprefix(b"\xef\xbb\xbf"))
+        pass  # the slow way finds out what is wrong
+    text = _decode(record.removesuffix(b"\n").removeprefix(BYTE_ORDER_MARK))
     try:
-        return text if isinstance(text, Bad) else field_of(json.loads(text), field)
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Bad(f"no JSON ({error})")
-
-
-def where(source: Source, position: int) -> str:
-    """A place in a file, for people: its line, or its row."""
-    if source.table:
-        return f"{source.path}, row {position}"
-    line = 1
-    with contextlib.suppress(*damage(source.path)), open_file(source.path) as f:
-        while position > 0 and (block := f.read(min(BLOCK, position))):
-            line, position = line + block.count(b"\n"), position - len(block)
-    return f"{source.path}, line {line}"
+        raise InvalidText(f"not JSON ({error})") from None
+    return text_of_row(row, field)

@@ -19,7 +19,7 @@ from common.files import atomic_write, read_json
 from corpus.inputs import Corpus
 from corpus.metadata import read_metadata, sealed
 from corpus.planning import check_room, in_groups, plan
-from corpus.tasks import Job, join_pieces, tokenize_piece
+from corpus.tasks import Job, join_pieces, tokenize_task
 from corpus.token_files import open_tokens
 from corpus.work import read_accounts, working_folder
 
@@ -101,7 +101,7 @@ def _tokenize(job, pieces, todo, run) -> None:
     with tqdm(
         total=total, unit="B", unit_scale=True, mininterval=every, delay=every, leave=False
     ) as line:
-        for i, account in run(tokenize_piece, [(job, i, pieces[i][0]) for i in todo]):
+        for i, account in run(tokenize_task, [(job, i, pieces[i][0]) for i in todo]):
             tokens += sum(split["tokens"] for split in account["splits"].values())
             speed = tokens / max(1e-9, time.time() - line.start_t)
             line.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)

@@ -1,25 +1,34 @@
-"""Where documents lie: a file or a part of one, what opens it, and what is no document there."""
+"""Sources: an input file or a chunk of it, how it is opened, and what makes a document invalid."""
 
 import gzip
 import math
 import sys
 import zlib
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader, FileIO
+from types import ModuleType
+from typing import Any
 
 from common.packages import optional
 
 BLOCK = 1 << 20  # bytes read at once
+LONGEST_WINDOW = 31  # log2 of the bytes that a .zst file may refer back to (zstd --long=31)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or part of it.
+    """One input file, or a chunk of it: the part from `start` to `stop`.
 
-    format: text, jsonl, parquet, or arrow (of the `datasets` library). documents: how a text is
-    cut: "" (it is one running text), line, blank-line, file, or article (WikiText's). field: that
-    holds the text, in the other formats. split: train, val, test, or "" where the documents are
-    shared out. number: of the file among the corpus's. start, stop: bytes of the text (its end:
-    None), rows of a table.
+    Attributes:
+        path: path of the file.
+        format: "text", "jsonl", "parquet", or "arrow" (a file of the `datasets` library).
+        documents: how a text is divided into documents: "line", "blank-line", "file", "article"
+            (WikiText), or "" for a running text, which is not divided.
+        field: name of the field or column that holds the text, in the other formats.
+        split: "train", "val" or "test", or "" to assign each document by a hash.
+        number: number of the file in its corpus, from 0.
+        start: first byte of the uncompressed text, or first row of the table.
+        stop: end of the byte or row range; None means the end of the file.
     """
 
     path: str
@@ -33,56 +42,101 @@ class Source:
 
     @property
     def length(self) -> float:
-        """Bytes or rows, as far as is known; math.inf: to the end."""
+        """Number of bytes or rows, or math.inf if `stop` is None."""
         return math.inf if self.stop is None else self.stop - self.start
 
     @property
-    def table(self) -> bool:
+    def is_table(self) -> bool:
+        """Whether the file has rows and columns."""
         return self.format in ("parquet", "arrow")
 
     @property
     def compressed(self) -> bool:
+        """Whether the file is uncompressed while it is read."""
         return self.path.endswith((".gz", ".zst"))
 
 
-class Bad(str):
-    """Why something is no document, and how many bytes behind its start."""
+@dataclass(frozen=True)
+class InvalidDocument:
+    """What a reader yields in place of a text that it cannot read.
 
-    offset = 0
+    Attributes:
+        reason: what is wrong with the document.
+        place: file and line, or file and row.
+    """
+
+    reason: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
-def open_file(path: str):
-    """A binary file to read, unpacked on the way. Raises OSError, or ValueError where the package
-    for it is missing."""
+class InvalidText(Exception):
+    """Raised while one document is read.
+
+    Attributes:
+        offset: number of bytes from the start of the document to the fault.
+    """
+
+    def __init__(self, reason: str, offset: int = 0):
+        super().__init__(reason)
+        self.offset = offset
+
+
+def open_file(path: str) -> BufferedIOBase:
+    """Open a file for reading its uncompressed bytes.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the package that reads its format is missing.
+    """
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
-        return zstd(path).open(path, "rb")
-    return open(path, "rb", buffering=BLOCK)
+        module = zstd(path)
+        options = {module.DecompressionParameter.window_log_max: LONGEST_WINDOW}
+        return module.open(path, "rb", options=options)
+    return BufferedReader(FileIO(path), BLOCK)
 
 
-def damage(path: str) -> tuple:
-    """The exceptions by which a compressed file shows that it is damaged."""
-    of_zstd = (zstd(path).ZstdError,) if path.endswith(".zst") else ()
-    return (EOFError, gzip.BadGzipFile, zlib.error, *of_zstd)
+def damage(path: str) -> tuple[type[Exception], ...]:
+    """Return the exceptions that reading a damaged compressed file raises."""
+    errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
+    if path.endswith(".zst"):
+        errors += (zstd(path).ZstdError,)
+    return errors
 
 
-def zstd(path: str):
-    """The module that reads .zst files, in Python since 3.14."""
+def zstd(path: str) -> ModuleType:
+    """Return the module that reads .zst files, which Python itself has since 3.14.
+
+    Raises:
+        ValueError: if the package for an older Python is missing.
+    """
     if sys.version_info >= (3, 14):
         return optional("compression.zstd", path)
     return optional("backports.zstd", path, "backports.zstd")
 
 
-def field_of(row, field: str) -> str:
-    """The text that a row holds, or a Bad."""
-    if not isinstance(row, dict) or field not in row:
-        there = f"; there are {', '.join(list(row)[:9])}" if isinstance(row, dict) else ""
-        return Bad(f"no field {field!r}{there}: name it by --text_field")
-    return text_or_bad(row[field], field)
+def text_of_row(row: Any, field: str) -> str:
+    """Return the text that a row holds in `field`.
+
+    Raises:
+        InvalidText: if the row is not an object, or its field is missing or not text.
+    """
+    if isinstance(row, dict) and field in row:
+        return checked_text(row[field], field)
+    fields = f"; it has {', '.join(list(row)[:9])}" if isinstance(row, dict) else ""
+    raise InvalidText(f"no field {field!r}{fields}: choose one with --text_field")
 
 
-def text_or_bad(value, field: str) -> str:
-    if not isinstance(value, str):
-        return Bad(f"the field {field!r} is no text, but {type(value).__name__}")
-    return value
+def checked_text(value: Any, field: str) -> str:
+    """Return `value` if it is a string.
+
+    Raises:
+        InvalidText: if it is not.
+    """
+    if isinstance(value, str):
+        return value
+    raise InvalidText(f"the field {field!r} is not text, but {type(value).__name__}")

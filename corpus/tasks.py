@@ -1,13 +1,12 @@
-"""The work of preparing, in pieces that any worker on any node can do alone: documents to ids.
+"""Tasks: what one worker does at once, from chunks of sources to token ids on disk.
 
     with engine("processes", workers=2) as run:
-        for result in run(tokenize_piece, [(job, 0, piece), ...]): ...
+        for index, counts in run(tokenize_task, [(job, 0, chunks), ...]): ...
 
-What a piece becomes depends on the job and the piece alone, so that the bytes on disk are the same
-for any number of workers and either engine, and a piece that is done need not be done again.
+The result of a task depends on nothing but its arguments, so the bytes on disk are the same for any
+number of workers and either engine, and a finished task is never repeated.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -22,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,26 @@ from pathlib import Path
 import numpy as np
 
 from common.files import atomic_write
-from common.hashing import mix
+from common.hashing import splitmix64
 from common.packages import optional
-from corpus.reader import read, where
-from corpus.sources import BLOCK, Bad, Source
-from corpus.tokenizer import encodable, get_tokenizer
+from corpus.reader import place_of, read
+from corpus.sources import BLOCK, InvalidDocument, Source
+from corpus.tokenizer import CannotEncode, encodable, get_tokenizer
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all pieces have in common. folder: for finished pieces. documents: whether an end of
-    text follows each text; max_length: tokens a document keeps, 0 for all."""
+    """What all tasks of a corpus have in common.
+
+    Attributes:
+        folder: folder for the files of finished tasks.
+        tokenizer: name of the tokenizer.
+        documents: whether an end-of-text token follows each text.
+        max_length: tokens kept of a document; 0 keeps all.
+        train_split_ratio: share of the documents that train gets, if `assign_split` decides.
+        seed: seed of `assign_split`.
+        on_error: "stop" or "skip", at an invalid document.
+    """
 
     folder: str
     tokenizer: str
@@ -50,96 +59,187 @@ class Job:
     on_error: str
 
 
-def share_out(source: Source, positions, train_split_ratio, seed) -> dict[str, np.ndarray]:
-    """Which documents each split gets: its file's all, or else by a hash of the seed and the
-    place, so that order, workers and what else is in the corpus make no difference."""
+def assign_split(
+    source: Source, positions: Sequence[int], train_split_ratio: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Assign documents to splits.
+
+    All documents of a source with a split go there. Otherwise a hash of the seed, the number of the
+    source and the position decides, so the result does not depend on order, workers, or the other
+    documents.
+
+    Args:
+        source: the source, or a chunk of it.
+        positions: positions of n documents, as reader.read gives them.
+        train_split_ratio: share of the documents for train.
+        seed: seed of the hash.
+
+    Returns:
+        Name of a split -> (n,) bool array, true for the documents of the split.
+    """
     if source.split:
         return {source.split: np.ones(len(positions), bool)}
-    key = mix(np.array([source.number], np.uint64) ^ mix(np.array([seed], np.int64)))
-    hashes = mix(np.array(positions, np.uint64) ^ key)
+    seed_hash = splitmix64(np.array([seed], np.int64))
+    key = splitmix64(np.array([source.number], np.uint64) ^ seed_hash)
+    hashes = splitmix64(np.array(positions, np.uint64) ^ key)
     train = hashes < np.uint64(min(int(train_split_ratio * 2**64), 2**64 - 1))
     return {"train": train, "val": ~train}
 
 
-def tokenize_piece(job: Job, number: int, piece: list[Source]) -> dict:
-    """Writes job.folder/NUMBER.SPLIT.bin of each split and returns the piece's account, which it
-    also writes, last, to NUMBER.json.
+def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
+    """Tokenize chunks into one file per split: job.folder/NUMBER.SPLIT.bin.
 
-    The account: splits (tokens, documents and bytes of UTF-8 text of each), dropped (tokens cut
-    off by max_length), skipped (what was no document: where and why), seconds. Raises ValueError
-    for what is no document, unless on_error is "skip".
+    Args:
+        job: what all tasks have in common.
+        number: number of the task, which names its files.
+        chunks: chunks of sources, in order.
+
+    Returns:
+        The counts, which are also written, last, to job.folder/NUMBER.json: "splits" (name ->
+        "tokens", "documents" and "bytes" of UTF-8 text), "dropped" (tokens after max_length),
+        "skipped" (place and reason of each invalid document) and "seconds".
+
+    Raises:
+        ValueError: at an invalid document, unless job.on_error is "skip".
+        OSError: if a file cannot be read or written.
     """
     tokenizer = get_tokenizer(job.tokenizer)
-    start = time.perf_counter()
-    account = {"splits": {}, "dropped": 0, "skipped": []}
+    began = time.perf_counter()
     path = Path(job.folder) / f"{number:06}"
-    with contextlib.ExitStack() as stack:
-        writers = {}
-
-        def write(split):
-            if split not in writers:
-                file = stack.enter_context(_whole(f"{path}.{split}.bin"))
-                totals = account["splits"][split] = dict(tokens=0, documents=0, bytes=0)
-                writers[split] = file, totals
-            texts, size[split] = batches.pop(split), 0
-            account["dropped"] += _write(job, tokenizer, texts, *writers[split])
-
-        batches, size = collections.defaultdict(list), collections.Counter()
-        for source in piece:
-            for positions, texts in read(source):
-                good = np.array([type(text) is not Bad for text in texts])
-                for i in np.flatnonzero(~good):
-                    account["skipped"].append(_complain(job, source, positions[i], texts[i]))
-                own_of = share_out(source, positions, job.train_split_ratio, job.seed)
-                for split, own in own_of.items():
-                    batches[split] += (chosen := list(itertools.compress(texts, own & good)))
-                    size[split] += sum(map(len, chosen))
-                    if size[split] >= BLOCK:
-                        write(split)
-        for split in filter(batches.get, list(batches)):
-            write(split)
-    account["seconds"] = time.perf_counter() - start
+    skipped = []
+    writers = {}
+    with contextlib.ExitStack() as files:
+        for chunk in chunks:
+            for positions, texts in read(chunk):
+                for text in texts:
+                    if isinstance(text, InvalidDocument):
+                        skipped.append(_skip(job, text))
+                masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
+                for split, mask in masks.items():
+                    documents = _valid_documents(positions, texts, mask)
+                    if documents and split not in writers:
+                        bin_path = f"{path}.{split}.bin"
+                        file = files.enter_context(_whole(bin_path))
+                        writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
+                    if documents:
+                        writers[split].add(chunk, documents)
+        for writer in writers.values():
+            writer.flush()
+    counts = {
+        "splits": {split: writer.counts for split, writer in writers.items()},
+        "dropped": sum(writer.dropped for writer in writers.values()),
+        "skipped": skipped,
+        "seconds": time.perf_counter() - began,
+    }
     with _whole(f"{path}.json") as f:
-        f.write(json.dumps(account).encode())
-    return account
+        f.write(json.dumps(counts).encode())
+    return counts
+
+
+def _valid_documents(positions, texts, mask) -> list[tuple[int, str]]:
+    """Return (position, text) of the valid documents that a mask selects."""
+    documents = itertools.compress(zip(positions, texts), mask)
+    return [(position, text) for position, text in documents if isinstance(text, str)]
+
+
+class _SplitWriter:
+    """Tokenizes the texts of one split into a file, about BLOCK characters at once."""
+
+    def __init__(self, job: Job, tokenizer, file, path: str, skipped: list[str]):
+        self.job = job
+        self.tokenizer = tokenizer
+        self.file = file
+        self.path = path
+        self.skipped = skipped
+        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.dropped = 0
+        self.waiting: list[tuple[Source, list[tuple[int, str]]]] = []  # (chunk, documents)
+        self.characters = 0
+
+    def add(self, chunk: Source, documents: list[tuple[int, str]]) -> None:
+        self.waiting.append((chunk, documents))
+        self.characters += sum(len(text) for _, text in documents)
+        if self.characters >= BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tokenize and write the texts that wait."""
+        texts = [text for _, documents in self.waiting for _, text in documents]
+        try:
+            ids = self._encode(texts)
+        except CannotEncode:
+            texts = self._encodable_texts()
+            ids = self._encode(texts)
+        self.waiting = []
+        self.characters = 0
+        self.counts["documents"] += len(texts)
+        self.counts["bytes"] += sum(len(encodable(text).encode()) for text in texts)
+        if self.job.max_length:
+            ids = self._drop_beyond_max_length(ids)
+        tokenizer = self.tokenizer
+        if len(ids) and ids.max() >= tokenizer.vocab_size:  # as uint16, 65,536 would become 0
+            raise ValueError(
+                f"{tokenizer.name} gave the id {ids.max()}, but its vocabulary has "
+                f"{tokenizer.vocab_size} ids: choose another --tokenizer"
+            )
+        try:
+            self.file.write(ids.astype(tokenizer.dtype).tobytes())
+        except OSError as error:
+            error.filename = self.path  # a failed write does not know it, and files are many
+            raise
+        self.counts["tokens"] += len(ids)
+
+    def _encode(self, texts) -> np.ndarray:
+        """Return the ids of texts, with end-of-text tokens after documents."""
+        if self.job.documents:
+            return self.tokenizer.encode_documents(texts)
+        parts = [self.tokenizer.encode(text) for text in texts]
+        return np.concatenate([np.empty(0, np.uint32), *parts])
+
+    def _encodable_texts(self) -> list[str]:
+        """Return the texts that the tokenizer can encode; the others are invalid documents."""
+        texts = []
+        for chunk, documents in self.waiting:
+            for position, text in documents:
+                try:
+                    self.tokenizer.encode(text)
+                except CannotEncode as error:
+                    # such a text is very long, so reading the file again for its line is cheap
+                    offset = len(encodable(text[: error.offset]).encode())
+                    if chunk.is_table or self.job.documents:
+                        offset = 0
+                    invalid = InvalidDocument(str(error), place_of(chunk, position + offset))
+                    self.skipped.append(_skip(self.job, invalid))
+                else:
+                    texts.append(text)
+        return texts
+
+    def _drop_beyond_max_length(self, ids: np.ndarray) -> np.ndarray:
+        """Return the first max_length ids of each document, with its end-of-text token."""
+        ends = ids == self.tokenizer.eot_token
+        last = np.flatnonzero(ends)
+        lengths = np.diff(last, prepend=-1)  # with the end-of-text token
+        place = np.arange(len(ids)) - np.repeat(last - lengths + 1, lengths)
+        keep = (place < self.job.max_length) | ends
+        self.counts["bytes"] -= len(self.tokenizer.decode_bytes(ids[~keep]))
+        self.dropped += int((~keep).sum())
+        return ids[keep]
+
+
+def _skip(job: Job, invalid: InvalidDocument) -> str:
+    """Return place and reason of an invalid document if it may be skipped, else raise them."""
+    if job.documents and job.on_error == "skip":
+        return str(invalid)
+    raise ValueError(f"{invalid}; --on_error skip leaves it out" if job.documents else str(invalid))
 
 
 def _whole(path):
-    """atomic_write, also where two do one piece: Ray does it again when it takes a node for dead
-    that isn't, and a worker outlives a parent that was killed by a moment."""
+    """atomic_write under a temporary name of this process.
+
+    Two processes may do one task: Ray repeats it if it takes a living node for dead, and a worker
+    outlives a killed parent by a moment.
+    """
     return atomic_write(Path(path), f".{platform.node()}-{os.getpid()}")
-
-
-def _complain(job, source, position, bad) -> str:
-    """Where and why there is no document. Raises it as a ValueError unless that may be skipped."""
-    place = f"{where(source, position + bad.offset)}: {bad}"
-    if job.documents and job.on_error == "skip":
-        return place
-    raise ValueError(place + ("; --on_error skip leaves it out" if job.documents else ""))
-
-
-def _write(job, tokenizer, texts, file, totals) -> int:
-    """Tokenizes texts into `file` and adds to `totals`; returns how many tokens were cut off."""
-    dropped = 0
-    if job.documents:
-        ids = tokenizer.encode_documents(texts)
-    else:
-        ids = np.concatenate([tokenizer.encode(text) for text in texts])
-    totals["documents"] += len(texts)
-    totals["bytes"] += sum(len(encodable(text).encode()) for text in texts)
-    if job.max_length:
-        ends = np.flatnonzero(ids == tokenizer.eot_token)
-        lengths = np.diff(ends, prepend=-1)  # with the end of text
-        place = np.arange(len(ids)) - np.repeat(ends - lengths + 1, lengths)
-        keep = (place < job.max_length) | (ids == tokenizer.eot_token)
-        totals["bytes"] -= len(tokenizer.decode_bytes(ids[~keep]))
-        dropped = int((~keep).sum())
-        ids = ids[keep]
-    if len(ids) and ids.max() >= tokenizer.vocab_size:  # before narrowing: 65,536 would become 0
-        raise ValueError(f"{tokenizer.name} gave the id {ids.max()}, beyond its own vocabulary")
-    file.write(ids.astype(tokenizer.dtype).tobytes())
-    totals["tokens"] += len(ids)
-    return dropped
 
 
 def join_pieces(paths: list[str], shard: str) -> str:

@@ -1,10 +1,10 @@
-"""Text to token ids and back: GPT-2's vocabulary (or any of tiktoken's), or plain bytes.
+"""Text to token ids and back, by GPT-2's vocabulary, another one of tiktoken's, or plain bytes.
 
     tokenizer = get_tokenizer("gpt2")
     ids = tokenizer.encode("To be, or not to be")      # (6,) uint32
     tokenizer.decode(ids)                              # the same text
 
-A tokenizer is known by its name and the sha256 of its vocabulary.
+A tokenizer is identified by its name and the sha256 of its vocabulary.
 """
 
 import base64
@@ -12,7 +12,10 @@ import codecs
 import functools
 import hashlib
 import itertools
+import json
 import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from common.settings import near
 from corpus.download import download, sha256_of
 
 _HOST = "https://openaipublic.blob.core.windows.net"
-VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken builds it from
+VOCABULARY_FILES = {  # encoding -> path and sha256 of the files of its vocabulary
     "gpt2": {
         "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -44,17 +47,35 @@ VOCABULARY_FILES = {  # encoding -> path and sha256 of the files that tiktoken b
     },
 }  # fmt: skip
 VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
-ALIASES = {"distilgpt2": "gpt2"}  # names of the same vocabulary
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
+ALIASES = {"distilgpt2": "gpt2"}  # names of the same vocabulary
+LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
+LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
+
+
+class CannotEncode(ValueError):
+    """A text that a tokenizer cannot encode.
+
+    Attributes:
+        offset: number of characters before the fault, where it is known.
+    """
+
+    def __init__(self, reason: str, offset: int = 0):
+        super().__init__(reason)
+        self.offset = offset
 
 
 class Tokenizer:
-    """What both kinds share.
+    """Base class of all tokenizers.
 
-    name: as given to get_tokenizer. vocab_size: ids lie below it. eot_token: the id that ends a
-    document; text never encodes to it. sha256: of the vocabulary, so that two files of ids can
-    be known to mean the same. divisible: a text may be cut at reader.py's boundaries. pieces: id
-    -> the bytes it stands for.
+    Attributes:
+        name: as get_tokenizer takes it.
+        vocab_size: number of ids; every id is below it.
+        eot_token: id of the end-of-text token, which no text encodes to.
+        sha256: of the vocabulary, so equal ids in two files mean equal text.
+        divisible: whether a text may be encoded in parts that end at boundaries (boundaries.py).
+        lossless: whether decode_bytes gives the text that was encoded, even in parts.
+        token_bytes: id -> the bytes that it stands for.
     """
 
     name: str
@@ -62,126 +83,209 @@ class Tokenizer:
     eot_token: int
     sha256: str
     divisible: bool = True
-    pieces: dict[int, bytes]
+    lossless: bool = True
+    token_bytes: dict[int, bytes]
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> (n,) uint32 ids. A literal "<|endoftext|>" is ordinary text."""
+        """Encode a text.
+
+        Args:
+            text: any text; "<|endoftext|>" in it is ordinary text.
+
+        Returns:
+            (n,) uint32 array of ids.
+
+        Raises:
+            CannotEncode: if the tokenizer cannot encode the text.
+        """
         raise NotImplementedError
+
+    def can_encode(self, text: str) -> bool:
+        """Return whether `encode` takes the text."""
+        try:
+            self.encode(text)
+        except CannotEncode:
+            return False
+        return True
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids on disk: uint16 where they fit, else uint32, little-endian."""
+        """Little-endian dtype of ids on disk: uint16 if all ids fit, else uint32."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
-    def encode_documents(self, texts) -> np.ndarray:
-        """Texts -> (n,) uint32 ids, an end of text behind each text's."""
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        """Encode texts, each followed by the end-of-text token.
+
+        Args:
+            texts: an iterable of strings.
+
+        Returns:
+            (n,) uint32 array of ids.
+
+        Raises:
+            CannotEncode: if the tokenizer cannot encode one of the texts.
+        """
         end = np.array([self.eot_token], np.uint32)
-        return np.concatenate([part for text in texts for part in (self.encode(text), end)])
+        parts = [np.empty(0, np.uint32)]
+        for text in texts:
+            parts += [self.encode(text), end]
+        return np.concatenate(parts)
 
-    def decode_bytes(self, ids) -> bytes:
-        """Ids -> the UTF-8 bytes they stand for, which may begin or end inside a character."""
-        unknown = "\ufffd".encode()  # of a gap, which an untrained model may choose
-        return b"".join([self.pieces.get(i, unknown) for i in map(int, ids)])
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of ids, which may begin or end inside a character.
 
-    def decode(self, ids) -> str:
-        """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        An id that stands for nothing becomes U+FFFD: an untrained model may choose it.
+        """
+        unknown = "\ufffd".encode()
+        return b"".join([self.token_bytes.get(i, unknown) for i in map(int, ids)])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def decode_stream(self, ids):
-        """An iterable of ids -> pieces of text, each cut between characters; one that the last id
-        leaves unfinished isn't shown."""
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of ids as it comes, in whole characters.
+
+        A character that the last id leaves incomplete is not shown.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             yield decoder.decode(self.decode_bytes([i]))
 
 
 class BytesTokenizer(Tokenizer):
-    """256 bytes and an end of text: needs no download, and learns fastest on small corpora."""
+    """256 bytes and an end-of-text token: no download, and fast learning on small corpora."""
 
-    name, vocab_size, eot_token = "bytes", 257, 256
+    name = "bytes"
+    vocab_size = 257
+    eot_token = 256
     sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
-    pieces = {i: bytes([i]) for i in range(256)} | {256: b"<|endoftext|>"}
+    token_bytes = {i: bytes([i]) for i in range(256)} | {256: b"<|endoftext|>"}
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
+        """Return the bytes of a text, as (n,) uint32 ids."""
         return np.frombuffer(encodable(text).encode(), np.uint8).astype(np.uint32)
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken's, or one like it, under a name of its own."""
+    """An encoding of tiktoken, under its own or another name.
+
+    Args:
+        name: name that get_tokenizer takes.
+        encoding: the encoding.
+    """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
-        self.name, self.encoding = name, encoding
-        self.vocab_size, self.eot_token = encoding.n_vocab, encoding.eot_token
-        self.eot = encoding.decode([self.eot_token])
+        self.name = name
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eot_token = encoding.eot_token
+        self.eot_text = encoding.decode([self.eot_token])
         special = {name.encode(): i for name, i in encoding._special_tokens.items()}
         ids = (encoding._mergeable_ranks | special).items()
-        self.pieces = dict(sorted((i, piece) for piece, i in ids))
-        lines = (b"%d %s\n" % (i, piece.hex().encode()) for i, piece in self.pieces.items())
+        self.token_bytes = dict(sorted((i, token) for token, i in ids))
+        lines = (b"%d %s\n" % (i, token.hex().encode()) for i, token in self.token_bytes.items())
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
-    def encode(self, text):
-        return self.encoding.encode_to_numpy(encodable(text), disallowed_special=())
+    def encode(self, text: str) -> np.ndarray:
+        """Return (n,) uint32 ids; raise CannotEncode for a very long run of white space."""
+        return self._encode(text, set())
 
-    def encode_documents(self, texts):
-        """One call for many: each has a fixed cost, ten times that of a short document."""
-        runs, special = [], {self.eot}
-        for marked, run in itertools.groupby(texts, key=lambda text: self.eot in text):
-            if marked:  # the literal marker is no boundary: one by one
-                runs.append(super().encode_documents(run))
-                continue
-            joined = encodable(self.eot.join([*run, ""]))
-            ids = self.encoding.encode_to_numpy(
-                joined, allowed_special=special, disallowed_special=()
+    def can_encode(self, text: str) -> bool:
+        """Return whether `encode` takes the text, at once if it is short."""
+        return len(text) < LONGEST_SPACE or super().can_encode(text)
+
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        """Encode many texts in one call: its fixed cost is that of encoding ten short documents."""
+        parts = [np.empty(0, np.uint32)]
+        for has_eot, group in itertools.groupby(texts, key=lambda text: self.eot_text in text):
+            if has_eot:  # its literal text must not end a document, so one call for each
+                parts.append(super().encode_documents(group))
+            else:
+                joined = self.eot_text.join([*group, ""])
+                parts.append(self._encode(joined, {self.eot_text}))
+        return np.concatenate(parts)
+
+    def _encode(self, text, allowed_special):
+        text = encodable(text)
+        try:
+            return self.encoding.encode_to_numpy(
+                text, allowed_special=allowed_special, disallowed_special=()
             )
-            runs.append(ids)
-        return np.concatenate(runs)
+        except ValueError as error:  # of the regular expression
+            run = LONG_SPACE.search(text)
+            if run is None:
+                raise CannotEncode(f"{self.name} cannot encode it: {error}") from None
+            raise CannotEncode(
+                f"{self.name} cannot encode a run of {len(run[0]):,} white-space characters",
+                run.start(),
+            ) from None
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, through the `tokenizers` package."""
+    """A tokenizer.json, which the `tokenizers` package reads.
 
-    divisible = False
+    Args:
+        name: name that get_tokenizer takes.
+        path: path of the file.
+
+    Raises:
+        ValueError: if the file is damaged or has no end-of-text token.
+    """
+
+    lossless = False
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
     def __init__(self, name: str, path: Path):
-        tokenizers = optional("tokenizers", path)
+        tokenizers = optional("tokenizers", str(path))
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower type
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
         self.tokenizer.encode_special_tokens = True  # their literal text is ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.name, self.sha256 = name, sha256_of(path)
+        self.name = name
+        self.sha256 = sha256_of(path)
+        self.divisible = _has_pattern_of_gpt2(json.loads(self.tokenizer.to_str()))
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=0) + 1
         if self.vocab_size > 2 * len(ids) + 1:
-            raise ValueError(f"{path} is no vocabulary: most of its ids have no piece")
+            raise ValueError(f"{path} is not a vocabulary: most of its ids stand for nothing")
         end = next((end for end in self.ENDS if end in ids), None)
         if end is None:
-            raise ValueError(f"{path} has no end of text: none of {', '.join(self.ENDS)}")
+            raise ValueError(
+                f"{path} has no end-of-text token: it needs one of {', '.join(self.ENDS)}"
+            )
         self.eot_token = ids[end]
         if self.eot_token in self.encode(end):
-            raise ValueError(f"{path}: {end} is no special token there, so any text may hold it")
+            raise ValueError(
+                f"{path}: {end} is not a special token there, so any text may hold it; mark it as "
+                f"special"
+            )
 
     def _encode(self, texts):
         try:
             texts = [encodable(text) for text in texts]
             return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the package raises no narrower type
-            raise ValueError(f"{self.name} can't encode every text: {error}") from None
+            raise CannotEncode(f"{self.name} cannot encode every text: {error}") from None
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
+        """Return (n,) uint32 ids; raise CannotEncode if the package fails."""
         return np.array(self._encode([text])[0].ids, np.uint32)
 
-    def encode_documents(self, texts):
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        """Encode many texts in one call."""
         encodings = self._encode(texts)
         return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of the text of ids."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False).encode()
 
-    def decode_stream(self, ids):
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of ids as it comes."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=False)
@@ -189,8 +293,21 @@ class HuggingFaceTokenizer(Tokenizer):
             yield stream.step(self.tokenizer, int(i)) or ""
 
 
+def _has_pattern_of_gpt2(settings: dict) -> bool:
+    """Whether a tokenizer.json divides text as GPT-2 does, before anything else happens to it."""
+    pattern = settings["pre_tokenizer"] or {}
+    return (
+        pattern.get("type") == "ByteLevel"
+        and pattern.get("use_regex", True)
+        and not pattern["add_prefix_space"]
+        and settings["normalizer"] is None
+        and settings["model"].get("dropout") is None
+        and all(token["special"] for token in settings["added_tokens"])
+    )
+
+
 def encodable(text: str) -> str:
-    """The text as tiktoken takes it: surrogates paired where they are pairs, else U+FFFD."""
+    """Return the text as tiktoken takes it: pairs of surrogates joined, others as U+FFFD."""
     try:
         text.encode()
         return text
@@ -199,49 +316,66 @@ def encodable(text: str) -> str:
 
 
 def vocabulary_folder() -> Path:
-    """Where vocabulary files lie: $TIKTOKEN_CACHE_DIR, or else data/tokenizers beside this file,
-    which, unlike tiktoken's own choice, the temporary folder, is still there tomorrow."""
+    """Return the folder of vocabulary files: $TIKTOKEN_CACHE_DIR, or data/tokenizers.
+
+    tiktoken itself would take the temporary folder, which is emptied now and then.
+    """
     default = Path(__file__).resolve().parent.parent / "data" / "tokenizers"
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
-def vocabularies_beside(data_dir) -> None:
-    """Lets vocabularies be found that were prefetched with the corpora of `data_dir`."""
+def vocabularies_beside(data_dir: str | Path) -> None:
+    """Use the vocabularies that were prefetched with the corpora of `data_dir`, if there are any."""
     folder = (Path(data_dir) / "tokenizers").resolve()
     if folder.is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
 
 
 def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """(address, path, sha256) of each vocabulary file of `name` that isn't there, or is damaged.
-    Raises ValueError for an unknown name, FileNotFoundError for a path without a file."""
+    """Return (address, path, sha256) of each vocabulary file that is missing or damaged.
+
+    Args:
+        name: as get_tokenizer takes it.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: for the path of a file that does not exist.
+    """
     if _is_file(name):
         if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
-            raise FileNotFoundError(f"{name} isn't there, nor in {vocabulary_folder()}")
+            raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
         return []
     name = ALIASES.get(name, name)
-    known = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
-    if name not in known:
+    names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
+    if name not in names:
         raise ValueError(
-            f"no tokenizer is called {name!r}; there are {', '.join(known)}, and the path of a "
-            f"tokenizer.json or a .tiktoken file" + near(name, known)
+            f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
+            f"tokenizer.json or a .tiktoken file" + near(name, names)
         )
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
-        path = vocabulary_folder() / _kept_as(file)
+        path = vocabulary_folder() / _cache_name(file)
         if not path.exists() or sha256_of(path) != sha256:
             missing.append((f"{_HOST}/{file}", path, sha256))
     return missing
 
 
-def _kept_as(file: str) -> str:
-    """The name that tiktoken looks for."""
+def _cache_name(file: str) -> str:
+    """Return the name under which tiktoken looks for a vocabulary file."""
     return hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
 
 
 def fetch_vocabulary(name: str) -> None:
-    """Downloads the vocabulary files of `name` that are missing. Raises ConnectionError, and what
-    missing_files raises."""
+    """Download the vocabulary files that are missing.
+
+    Args:
+        name: as get_tokenizer takes it.
+
+    Raises:
+        ConnectionError: if a file cannot be downloaded.
+        ValueError: for an unknown name.
+        FileNotFoundError: for the path of a file that does not exist.
+    """
     for url, path, sha256 in missing_files(name):
         try:
             download([url], path, sha256=sha256)
@@ -253,13 +387,21 @@ def fetch_vocabulary(name: str) -> None:
 
 
 def copy_vocabulary(name: str, folder: Path) -> None:
-    """Copies the vocabulary files of `name` to `folder`, those that are there and whole. Raises
-    what missing_files raises."""
+    """Copy the vocabulary files that are neither missing nor damaged.
+
+    Args:
+        name: as get_tokenizer takes it.
+        folder: folder to copy to.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: for the path of a file that does not exist.
+    """
     missing = {path for _, path, _ in missing_files(name)}
     files = VOCABULARY_FILES.get(ALIASES.get(name, name), {})
-    paths = [vocabulary_folder() / _kept_as(file) for file in files]
+    paths = [vocabulary_folder() / _cache_name(file) for file in files]
     if _is_file(name) and not Path(name).is_file():
-        paths = [vocabulary_folder() / name]  # a copy
+        paths = [vocabulary_folder() / name]  # kept there by _keep_copy
     for path in paths:
         if path not in missing and path.parent.resolve() != folder.resolve():
             folder.mkdir(parents=True, exist_ok=True)
@@ -268,11 +410,16 @@ def copy_vocabulary(name: str, folder: Path) -> None:
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """ "bytes", "gpt2" or another of tiktoken's encodings, "distilgpt2", or the path of a Hugging
-    Face tokenizer.json or of a .tiktoken file.
+    """Return a tokenizer.
 
-    Raises ValueError for an unknown name or a damaged file, FileNotFoundError where the vocabulary
-    isn't on this machine (python prepare_data.py downloads it).
+    Args:
+        name: "bytes", "gpt2" or another encoding of tiktoken, "distilgpt2", or the path of a
+            Hugging Face tokenizer.json or of a .tiktoken file.
+
+    Raises:
+        ValueError: for an unknown name or a damaged file.
+        FileNotFoundError: if the vocabulary is not on this machine; `python prepare_data.py`
+            downloads it.
     """
     if _is_file(name) and Path(name).is_file():
         name = _keep_copy(Path(name))
@@ -282,13 +429,13 @@ def get_tokenizer(name: str) -> Tokenizer:
     if missing := missing_files(name):
         url, path, _ = missing[0]
         raise FileNotFoundError(
-            f"the vocabulary of {name!r} isn't here: {path} is missing or damaged; with a network, "
-            f"`python prepare_data.py --tokenizer {name}` downloads it from {url}"
+            f"the vocabulary of {name!r} is not on this machine: {path} is missing or damaged; "
+            f"with a network, `python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
     return _load(name, vocabulary_folder())
 
 
-@functools.lru_cache(1)  # a fork of this process has it then, too
+@functools.lru_cache(1)  # a fork of this process has it, too
 def _load(name: str, folder: Path) -> Tokenizer:
     if _is_file(name):
         return _read_file(name, folder / name)
@@ -303,46 +450,53 @@ def _is_file(name: str) -> bool:
 def _read_file(name: str, path: Path) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(name, path)
-    return TiktokenTokenizer(name, _encoding_of(path))
+    return TiktokenTokenizer(name, _read_ranks(path))
 
 
 def _keep_copy(path: Path) -> str:
-    """Copies a tokenizer's file to where vocabularies are kept, so that a corpus can be read where
-    the original isn't; returns the name to find it by, that of an encoding if the file is its."""
+    """Copy a tokenizer's file to the vocabulary folder, and return the name to find it by.
+
+    A corpus can then be read without the original. A file of a known encoding gets its name.
+    """
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    copy, name = f"{path.stem}-{sha256[:12]}{path.suffix}", ""
-    for known, files in VOCABULARY_FILES.items():
+    name = ""
+    cache_name = f"{path.stem}-{sha256[:12]}{path.suffix}"
+    for encoding, files in VOCABULARY_FILES.items():
         if [*files.values()] == [sha256]:
-            (file,), name = files, known
-            copy = _kept_as(file)
+            name = encoding
+            cache_name = _cache_name(*files)
             break
-    kept = vocabulary_folder() / copy
+    kept = vocabulary_folder() / cache_name
     if not kept.exists() or kept.read_bytes() != data:
         if not name:
-            _read_file(copy, path)  # a damaged one isn't kept
+            _read_file(cache_name, path)  # a damaged file is not kept
         vocabulary_folder().mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as f:
             f.write(data)
-    return name or copy
+    return name or cache_name
 
 
-def _encoding_of(path: Path) -> tiktoken.Encoding:
-    """Of a .tiktoken file that is none of OpenAI's: with GPT-2's pattern, and an end of text as
-    its last id."""
+def _read_ranks(path: Path) -> tiktoken.Encoding:
+    """Read a .tiktoken file that is none of OpenAI's.
+
+    It gets GPT-2's pattern, and an end-of-text token as its last id.
+    """
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            piece, rank = line.split()
-            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not a piece in base64 and its rank") from None
+            raise ValueError(f"{path}, line {number}: not a token in base64 and its rank") from None
     if not {bytes([i]) for i in range(256)} <= ranks.keys():
-        raise ValueError(f"{path} is no vocabulary: it hasn't got all 256 bytes")
+        raise ValueError(f"{path} is not a vocabulary: it does not have all 256 bytes")
     if len({*ranks.values()}) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"{path} is no vocabulary: two pieces have one rank, or one is below 0")
+        raise ValueError(
+            f"{path} is not a vocabulary: two tokens have one rank, or a rank is below 0"
+        )
     if max(ranks.values()) > 2 * len(ranks):
-        raise ValueError(f"{path} is no vocabulary: most of its ranks have no piece")
+        raise ValueError(f"{path} is not a vocabulary: most of its ranks stand for nothing")
     return tiktoken.Encoding(
         path.stem,
         pat_str=tiktoken_ext.openai_public.r50k_pat_str,

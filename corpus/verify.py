@@ -10,8 +10,8 @@ import numpy as np
 from corpus.metadata import read_metadata
 from corpus.planning import split_text
 from corpus.reader import read
-from corpus.sources import Bad, Source
-from corpus.tasks import share_out
+from corpus.sources import InvalidDocument, Source
+from corpus.tasks import assign_split
 from corpus.token_files import blocks, open_tokens
 from corpus.tokenizer import get_tokenizer
 
@@ -82,10 +82,12 @@ def _differs(folder, name, where):
 
 def _compare_text(folder, metadata, tokenizer, sources) -> str:
     """All of a running text, as bytes; as ids where a tokenizer may change the text."""
-    decode = tokenizer.divisible
+    decode = tokenizer.lossless
     source_digest, digest = hashlib.sha256(), hashlib.sha256()
     for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
         for text in itertools.chain.from_iterable(texts for _, texts in read(source)):
+            if isinstance(text, InvalidDocument):
+                raise _differs(folder, "the text", text.place)
             source_digest.update(text.encode() if decode else tokenizer.encode(text).tobytes())
     for name in metadata["splits"]:
         for ids in blocks(open_tokens(folder / name)[0]):
@@ -104,8 +106,10 @@ def _compare_documents(folder, metadata, tokenizer, sources) -> str:
     seen, compared = Counter(), 0
     for source in sources:
         for text, name in _split_of_each(metadata, source):
-            if isinstance(text, Bad):
+            if isinstance(text, InvalidDocument):
                 continue  # skipped when it was prepared, too
+            if metadata.get("skipped") and not tokenizer.can_encode(text):
+                continue
             ids = next(prepared.get(name, iter(())), None)
             seen[name] += 1
             if ids is None or seen[name] % step == 0:
@@ -122,7 +126,7 @@ def _compare_documents(folder, metadata, tokenizer, sources) -> str:
 def _split_of_each(metadata, source):
     """(text, name of its split) of every document."""
     for positions, texts in read(source):
-        split = share_out(source, positions, metadata["train_split_ratio"], metadata["seed"])
+        split = assign_split(source, positions, metadata["train_split_ratio"], metadata["seed"])
         for name, own in split.items():
             yield from ((text, name) for text in itertools.compress(texts, own))
 

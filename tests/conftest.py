@@ -22,7 +22,8 @@ from processes import start
 import train_gpt2
 from corpus import shards
 from corpus.inputs import Corpus
-from corpus.reader import Source, read
+from corpus.reader import read
+from corpus.sources import Source
 from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig

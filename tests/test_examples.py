@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ROOT, make_corpus
 
-from corpus.catalog import KNOWN
+from corpus.catalog import CATALOG
 from dataset import (
     DocumentDataset,
     TextDataset,
@@ -24,7 +24,7 @@ def wikitext(tmp_path) -> Path:
     """data/ with a WikiText-2 of 30 short articles in place of the download."""
     folder = tmp_path / "data" / "wikitext-2"
     folder.mkdir(parents=True)
-    for number, source in enumerate(KNOWN["wikitext-2"].sources):
+    for number, source in enumerate(CATALOG["wikitext-2"].sources):
         articles = (f" = Article {number}.{i} = \n \n Some words. \n \n" for i in range(30))
         (folder / source.path).write_text("".join(articles))
     return tmp_path / "data"

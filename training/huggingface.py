@@ -203,7 +203,7 @@ def tokenizer_json(tokenizer) -> str:
         split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         before.insert(0, {"type": "Split", **split})
     ids = {*special.values()}
-    ranks = {piece: i for i, piece in tokenizer.pieces.items() if i not in ids}
+    ranks = {piece: i for i, piece in tokenizer.token_bytes.items() if i not in ids}
     pairs = (_last_merge(piece, ranks) for piece in sorted(ranks, key=ranks.get) if len(piece) > 1)
     model = {
         "type": "BPE",

@@ -140,7 +140,7 @@ def test_small_raw_text_in_memory(files, tmp_path):
 
 def test_an_invalid_document_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2: the field 'text' is no text"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: the field 'text' is not text"):
         list(stream(str(tmp_path / "a.jsonl")))
     with pytest.raises((OSError, ValueError), match=r"b.jsonl"):
         stream(str(tmp_path / "b.jsonl"))

@@ -140,11 +140,13 @@ def test_what_is_no_document_stops_or_is_skipped_counted_and_listed(tmp_path):
     (tmp_path / "my.jsonl").write_text("\n".join(lines))
     flags = ["--input", "my.jsonl", "--tokenizer", "bytes"]
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
-    assert_one_line_error(result, "my.jsonl, line 21", "is no text, but int", "--on_error skip")
+    assert_one_line_error(result, "my.jsonl, line 21", "is not text, but int", "--on_error skip")
     assert not (tmp_path / "data").exists()
     result = run_script("prepare_data.py", *flags, "--on_error", "skip", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "2 documents skipped" in result.stdout and "my.jsonl, line 151: no JSON" in result.stdout
+    assert (
+        "2 documents skipped" in result.stdout and "my.jsonl, line 151: not JSON" in result.stdout
+    )
     listed = (tmp_path / "data/my/skipped.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == ["my.jsonl, line 21", "my.jsonl, line 151"]
     metadata = json.loads((tmp_path / "data/my/metadata.json").read_text())
@@ -294,3 +296,37 @@ def test_pieces_that_were_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypat
         with engine("processes", workers=1) as run:
             shards.prepare(corpus, get_tokenizer("bytes"), tmp_path / folder, run, part=part)
     assert output(tmp_path / "c") == output(tmp_path / "d")
+
+
+def test_white_space_that_a_pattern_cannot_match_is_an_invalid_document(tmp_path, gpt2_tokenizer):
+    """tiktoken gives up at a million characters; other documents go on."""
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(50)]
+    lines[30] = json.dumps({"text": "漢 a" + " " * 1_000_020 + "x"}, ensure_ascii=False)
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    flags = ["--input", "my.jsonl"]
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path)
+    reason = "gpt2 cannot encode a run of 1,000,020 white-space characters"
+    assert_one_line_error(result, f"my.jsonl, line 31: {reason}", "--on_error skip")
+    result = run_script("prepare_data.py", *flags, "--on_error", "skip", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"skipped: my.jsonl, line 31: {reason}" in result.stdout
+    metadata = json.loads((tmp_path / "data/my/metadata.json").read_text())
+    assert metadata["skipped"] == 1
+    assert sum(split["documents"] for split in metadata["splits"].values()) == 49
+    result = run_script("prepare_data.py", "--verify", "my", cwd=tmp_path)
+    assert "49 of 49 documents were compared with the source" in result.stdout
+    (tmp_path / "my.txt").write_text("漢 a b\n" * 300_000 + "\n" * 1_000_020 + "x" * 1_000_000)
+    result = run_script("prepare_data.py", "--input", "my.txt", "--corpus", "b", cwd=tmp_path)
+    assert_one_line_error(result, "my.txt, line 300000: gpt2 cannot encode a run of 1,000,021")
+
+
+def test_a_failed_write_names_the_file_of_its_split(tmp_path):
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    job = tasks.Job(str(tmp_path), "bytes", True, 0, 0.5, 0, "stop")
+    writer = tasks._SplitWriter(job, get_tokenizer("bytes"), Full(), "000001.val.bin", [])
+    writer.add(Source("a.jsonl", "jsonl"), [(0, "text")])
+    with pytest.raises(OSError, match=r"No space left on device: '000001\.val\.bin'"):
+        writer.flush()

@@ -4,8 +4,16 @@ import conftest
 import numpy as np
 import pytest
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from corpus.tokenizer import copy_vocabulary, get_tokenizer, missing_files
+from batches.streaming import StreamingTextDataset
+from corpus import planning
+from corpus.boundaries import BOUNDARY
+from corpus.inputs import Corpus
+from corpus.planning import plan
+from corpus.sources import Source
+from corpus.tokenizer import HuggingFaceTokenizer, copy_vocabulary, get_tokenizer, missing_files
 
 HOSTILE = [
     "",
@@ -127,6 +135,62 @@ def test_a_tokenizer_json(kept, tmp_path):
     assert ours.encode("\ud83d\ude00 \ud83d").tolist() == ours.encode("😀 \ufffd").tolist()
 
 
+TEXTS = st.text(st.sampled_from("one for'sTS 12漢字。、\u3000\xa0\u0301/!\n\r\t  "), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(tmp_path_factory):
+    """A tokenizer.json with GPT-2's pattern."""
+    path = tmp_path_factory.mktemp("json") / "mine.json"
+    make_json(path)
+    return HuggingFaceTokenizer("mine.json", path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS | st.text(max_size=40))
+def test_a_tokenizer_json_with_gpt2s_pattern_encodes_a_text_in_parts(text, json_tokenizer):
+    assert json_tokenizer.divisible
+    text = text.encode(errors="ignore").decode()
+    whole = json_tokenizer.encode(text).tolist()
+    for place in [match.start() for match in BOUNDARY.finditer(text)]:
+        parts = [json_tokenizer.encode(part) for part in (text[:place], text[place:])]
+        assert np.concatenate(parts).tolist() == whole, (text[:place], text[place:])
+
+
+def test_a_tokenizer_json_with_another_pattern_takes_no_long_running_text(
+    kept, tmp_path, monkeypatch
+):
+    """It needs 120 bytes of memory per byte of text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = make_json(tmp_path / "plain.json")
+    changes = {
+        "prefix": lambda: setattr(
+            made, "pre_tokenizer", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        ),
+        "none": lambda: setattr(made, "pre_tokenizer", tokenizers.pre_tokenizers.Whitespace()),
+        "normal": lambda: setattr(made, "normalizer", tokenizers.normalizers.NFC()),
+        "added": lambda: made.add_tokens(["two words"]),
+    }
+    monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+    (tmp_path / "my.txt").write_text("one for sorrow\n" * 400)
+    source = Source(str(tmp_path / "my.txt"))
+    corpus = Corpus("my", {}, [source])
+    for name, change in changes.items():
+        made = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+        change()
+        made.save(str(tmp_path / f"{name}.json"))
+        tokenizer = get_tokenizer(str(tmp_path / f"{name}.json"))
+        assert not tokenizer.divisible, name
+        with pytest.raises(ValueError, match=r"my\.txt is one running text of 6,000 char.*--docum"):
+            plan(corpus, tokenizer, 0.9, 1 << 20, 1 << 20)
+        with pytest.raises(ValueError, match=r"my\.txt is one running text of 6,000 characters"):
+            StreamingTextDataset(source.path, tokenizer, 8)
+        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 6000)
+        assert len(plan(corpus, tokenizer, 0.9, 1000, 1000)) == 2  # train and val, undivided
+        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+    assert len(plan(corpus, get_tokenizer(str(tmp_path / "plain.json")), 0.9, 1000, 1000)) > 4
+
+
 def test_a_tokenizer_json_is_found_later_by_its_name(kept, tmp_path):
     make_json(tmp_path / "mine.json")
     first = get_tokenizer(str(tmp_path / "mine.json"))
@@ -144,11 +208,11 @@ def test_a_tokenizer_json_is_found_later_by_its_name(kept, tmp_path):
 def test_a_tokenizer_json_whose_end_of_text_may_come_from_text(kept, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     made = make_json(tmp_path / "mine.json", special=())
-    with pytest.raises(ValueError, match="has no end of text"):
+    with pytest.raises(ValueError, match="has no end-of-text token"):
         get_tokenizer(str(tmp_path / "mine.json"))
     made.add_tokens([tokenizers.AddedToken("<|endoftext|>")])
     made.save(str(tmp_path / "mine.json"))
-    with pytest.raises(ValueError, match=r"<\|endoftext\|> is no special token"):
+    with pytest.raises(ValueError, match=r"<\|endoftext\|> is not a special token"):
         get_tokenizer(str(tmp_path / "mine.json"))
     assert not kept.exists()
 
@@ -192,16 +256,20 @@ def test_a_known_tiktoken_file_is_that_encoding(kept, tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "no JSON": ("a.json", b"{", r"a\.json is no tokenizer\.json"),
-    "other JSON": ("a.json", b'{"model": {}}', r"a\.json is no tokenizer\.json"),
-    "no base64": ("a.tiktoken", tiktoken_file(BYTES) + b"!! 256\n", "line 257: not a piece"),
-    "no rank": ("a.tiktoken", tiktoken_file(BYTES) + b"YWI= x\n", "line 257: not a piece"),
-    "cut off": ("a.tiktoken", tiktoken_file(BYTES)[:-4], "line 256: not a piece"),
+    "no JSON": ("a.json", b"{", r"a\.json is not a tokenizer\.json"),
+    "other JSON": ("a.json", b'{"model": {}}', r"a\.json is not a tokenizer\.json"),
+    "no base64": ("a.tiktoken", tiktoken_file(BYTES) + b"!! 256\n", "line 257: not a token"),
+    "no rank": ("a.tiktoken", tiktoken_file(BYTES) + b"YWI= x\n", "line 257: not a token"),
+    "cut off": ("a.tiktoken", tiktoken_file(BYTES)[:-4], "line 256: not a token"),
     "half of it": ("a.tiktoken", tiktoken_file(BYTES)[:900], "line|all 256 bytes"),
     "empty": ("a.tiktoken", b"", "all 256 bytes"),
-    "one rank twice": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 7}), "two pieces have one rank"),
-    "below 0": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": -7}), "one is below 0"),
-    "beyond all": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 1 << 40}), "ranks have no piece"),
+    "one rank twice": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": 7}), "two tokens have one rank"),
+    "below 0": ("a.tiktoken", tiktoken_file(BYTES | {b"ab": -7}), "a rank is below 0"),
+    "beyond all": (
+        "a.tiktoken",
+        tiktoken_file(BYTES | {b"ab": 1 << 40}),
+        "stand for nothing",
+    ),
 }
 
 

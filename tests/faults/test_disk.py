@@ -25,7 +25,7 @@ from common.script import _message as sentence
 from corpus import shards
 from corpus.inputs import Corpus
 from corpus.metadata import read_metadata
-from corpus.reader import Source
+from corpus.sources import Source
 from corpus.tasks import engine
 from corpus.token_files import blocks
 from corpus.tokenizer import get_tokenizer

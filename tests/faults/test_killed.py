@@ -24,7 +24,7 @@ from common.files import atomic_write
 from corpus import shards
 from corpus.inputs import Corpus
 from corpus.metadata import newest_corpus, read_metadata
-from corpus.reader import Source
+from corpus.sources import Source
 from corpus.tasks import engine
 from corpus.token_files import open_tokens
 from corpus.tokenizer import get_tokenizer

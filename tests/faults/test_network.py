@@ -137,8 +137,8 @@ def test_a_file_that_changes_between_two_ranges(server, tmp_path, sha256):
 
 def test_a_file_that_never_stays_the_same(server, tmp_path):
     server.answer = lambda h, n: rest(h, bytes([n]) * len(BODY), sent=6 << 14 if n % 2 else None)
-    refused(server, tmp_path, "it changes while it is being fetched")
-    refused(server, tmp_path, "no sha256 tells", size=None, sha256="")
+    refused(server, tmp_path, "the file changes while it is downloaded")
+    refused(server, tmp_path, "no sha256 can prove", size=None, sha256="")
 
 
 @pytest.mark.parametrize("asked", [None, "1", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 5000])
@@ -210,11 +210,11 @@ def test_what_is_no_http(server, tmp_path):
 
 LENGTHS = {  # promised -> what a download says that knows its size, and one that doesn't
     len(BODY) + 1000: ("301,000 bytes where 300,000", "the connection broke"),
-    len(BODY) - 1000: ("299,000 bytes where 300,000", "something else: sha256"),
+    len(BODY) - 1000: ("299,000 bytes where 300,000", "another file: its sha256"),
     "many": (None, None),  # as good as not told
     "-5": (None, None),
     None: (None, None),
-    0: ("the connection broke after 0 of 300,000 bytes", "something else: sha256"),
+    0: ("the connection broke after 0 of 300,000 bytes", "another file: its sha256"),
 }
 
 
@@ -230,7 +230,7 @@ def test_a_server_that_lies_about_the_length(server, tmp_path, length):
 
 def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, sent=1000, Content_Length=None)
-    refused(server, tmp_path, "tells no length", size=None, sha256="")
+    refused(server, tmp_path, "does not send the length", size=None, sha256="")
     chunks = b"3e8\r\n" + BODY[:1000] + b"\r\n0\r\n\r\n"  # their end is told
     server.answer = lambda handler, n: reply(
         handler, body=chunks, Content_Length=None, Transfer_Encoding="chunked"
@@ -245,7 +245,7 @@ def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(serve
 
 
 def test_an_answer_without_length_or_end_does_not_fill_the_disk(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "UNTOLD", 100_000)
+    monkeypatch.setattr(download, "MOST_BYTES", 100_000)
 
     def answer(handler, n):
         reply(handler, body=b"", Content_Length=None, Transfer_Encoding="chunked")
@@ -254,8 +254,8 @@ def test_an_answer_without_length_or_end_does_not_fill_the_disk(server, tmp_path
                 handler.wfile.write(b"3e8\r\n" + BODY[:1000] + b"\r\n")
 
     server.answer = answer
-    refused(server, tmp_path, "sent more than the 300,000 bytes")
-    refused(server, tmp_path, "sent more than the 100,000 bytes", size=None)
+    refused(server, tmp_path, "sent more than 300,000 bytes")
+    refused(server, tmp_path, "sent more than 100,000 bytes", size=None)
     assert len(server.ranges) == 2
 
 
@@ -277,14 +277,14 @@ def test_login_page(server, tmp_path):
     page = b"<html>Welcome to our hotel</html>"
     server.answer = lambda handler, n: reply(handler, body=page, Content_Type="text/html")
     refused(server, tmp_path, r"sent text/html of 33 bytes where 300,000 were.*login page")
-    refused(server, tmp_path, "sent text/html: a login page", size=None, sha256="")
+    refused(server, tmp_path, "sent text/html; perhaps it is the login page", size=None, sha256="")
     server.answer = lambda handler, n: reply(handler, body=page.ljust(len(BODY)))  # no type told
-    refused(server, tmp_path, "something else: sha256")
+    refused(server, tmp_path, "another file: its sha256")
 
 
 def test_other_bytes_of_the_right_length(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, body=BODY[::-1])
-    refused(server, tmp_path, "something else: sha256")
+    refused(server, tmp_path, "another file: its sha256")
 
 
 def test_circle(server, tmp_path):
@@ -357,9 +357,9 @@ def test_folder_that_cannot_be_made(server, tmp_path):
 
 def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, capsys):
     """What lies in a corpus's folder is the download, or it is fetched again."""
-    known = inputs.KNOWN["tinyshakespeare"]
+    known = inputs.CATALOG["tinyshakespeare"]
     part = replace(known.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
-    monkeypatch.setitem(inputs.KNOWN, "tinyshakespeare", replace(known, downloads=(part,)))
+    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(known, downloads=(part,)))
     server.answer = lambda handler, n: reply(handler)
     path = tmp_path / "input.txt"
     path.write_bytes(BODY[::-1])
@@ -367,7 +367,7 @@ def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, 
         inputs.load_corpus("tinyshakespeare", tmp_path)
         assert path.read_bytes() == BODY
     assert len(server.ranges) == 1
-    assert f"{path} isn't the file that is known: fetched again" in capsys.readouterr().out
+    assert f"{path} is not the known file: it is downloaded again" in capsys.readouterr().out
     path.write_bytes(BODY[::-1])
     server.answer = lambda handler, n: reply(handler, 404)
     with pytest.raises(ConnectionError, match="404"):  # and until then it stays

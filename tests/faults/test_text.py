@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,7 @@ from hypothesis import strategies as st
 
 from corpus import reader, shards
 from corpus.inputs import Corpus
-from corpus.reader import Source
-from corpus.sources import zstd
+from corpus.sources import Source, zstd
 from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 
@@ -193,7 +193,7 @@ def prepared(folder, source, block, piece, on_error="stop"):
     sources = [source]
     if source.documents or source.format != "text":  # all of it to train
         end = Source(str(folder / "val.txt"), documents="file", split="val")
-        sources = [reader.replace(source, split="train"), reader.replace(end, number=1)]
+        sources = [replace(source, split="train"), replace(end, number=1)]
     shutil.rmtree(folder / "out", ignore_errors=True)
     try:
         with engine("processes", 1) as run, contextlib.redirect_stdout(io.StringIO()):

@@ -26,9 +26,10 @@ import sample
 import train_gpt2
 from common.script import run
 from corpus import inputs
+from corpus.hub import hugging_face
 from corpus.metadata import read_metadata
-from corpus.reader import Source
 from corpus.shards import prepare
+from corpus.sources import Source
 from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -185,7 +186,7 @@ REFUSED = [  # flags, and words of the line
     (PREPARE, "--verify mine --corpus mine", "--corpus has no effect beside --verify"),
     (PREPARE, "--list --seed 1", "--seed has no effect beside --list"),
     (PREPARE, "--describe raw --sub_corpora x", "raw has no folder for the sub-corpus 'x'"),
-    (PREPARE, "--describe data/mine", "data/mine/metadata.json is there already: edit it, or"),
+    (PREPARE, "--describe data/mine", "data/mine/metadata.json exists already: edit it, or"),
     (
         PREPARE,
         "--input a.txt --corpus mine --tokenizer bytes",
@@ -352,7 +353,7 @@ def test_the_hub_is_quiet_where_it_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hf:x/y: .*; is there a network"):
-        inputs.hugging_face("x/y", "")
+        hugging_face("x/y", "")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 
