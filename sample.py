@@ -1,13 +1,14 @@
-"""Writes text with a trained model.
+"""Write text with a trained model.
 
 python sample.py --prompt "ROMEO:"                          # the newest run
 python sample.py --run out/mine --num_samples 3 --temperature 0.7
-python sample.py --init_from gpt2 --interactive             # OpenAI's weights, prompt by prompt
+python sample.py --init_from gpt2 --interactive             # OpenAI's weights
 echo "To be" | python sample.py --prompt -
 python sample.py --run out/mine --export mine               # for transformers
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from common.script import run
 from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import (
     HuggingFaceTokenizer,
+    Tokenizer,
     fetch_vocabulary,
     get_tokenizer,
     vocabularies_beside,
@@ -32,24 +34,24 @@ from training.run_folder import newest_run
 class Settings:
     run: str = ""  # folder of the run; "": the one saved last
     out_dir: str = "out"  # folder of runs
-    init_from: str = ""  # no run, but gpt2, gpt2-medium, -large, -xl, or a folder with weights
-    data_dir: str = "data"  # folder in which those, and vocabularies, are kept
-    export: str = ""  # write the model, for transformers, to this folder, and no text
-    prompt: str = "\n"  # text to go on from; "-": standard input; "": as a document begins
+    init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
+    data_dir: str = "data"  # folder in which downloaded weights and vocabularies are kept
+    export: str = ""  # write the model for transformers to this folder, and no text
+    prompt: str = "\n"  # text to continue; "-": standard input; "": begin a document
     prompt_file: str = ""  # file to read the prompt from
     interactive: bool = False  # ask for one prompt after another; Ctrl-D ends
-    max_new_tokens: int = 300  # tokens that are added to the prompt
-    num_samples: int = 1  # texts that are made at once
-    temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own probabilities
-    top_k: int = 50  # choose among so many of the likeliest tokens; 0: among all
-    top_p: float = 1.0  # choose among the likeliest tokens that hold this share of the probability
-    seed: int = 0  # of the choices: the same seed gives the same text
-    device: str = "auto"  # cpu, cuda, mps; auto: cuda when there, else cpu
+    max_new_tokens: int = 300  # tokens added to the prompt
+    num_samples: int = 1  # texts sampled at once
+    temperature: float = 0.8  # 0: always the most likely token; 1: the model's probabilities
+    top_k: int = 50  # sample among this many of the most likely tokens; 0: among all
+    top_p: float = 1.0  # sample among the most likely tokens that hold this probability
+    seed: int = 0  # of the sampling: the same seed gives the same text
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
 
 
-LIMITS = {"max_new_tokens": (1, 2**31 - 1), "num_samples": (1, 10_000), "top_p": (1e-6, 1)}
+RANGES = {"max_new_tokens": (1, 2**31 - 1), "num_samples": (1, 10_000), "top_p": (1e-6, 1)}
 SAMPLING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")
-WITHOUT = {
+EXCLUDES = {
     "init_from": ("run", "out_dir"),
     "run": ("out_dir",),
     "prompt_file": ("prompt",),
@@ -59,58 +61,60 @@ WITHOUT = {
 
 
 @memory_errors("--num_samples")
-def main():
+def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    check_ranges(settings, LIMITS)
-    check_conflicts(settings, WITHOUT)
+    check_ranges(settings, RANGES)
+    check_conflicts(settings, EXCLUDES)
     prompt = read_prompt(settings)
-    model, tokenizer = load(settings)
-    if settings.export:
-        if (Path(settings.export) / "config.json").exists():  # a run has one, too
-            raise FileExistsError(f"{settings.export} holds a model already: choose another folder")
-        model.save_pretrained(settings.export, tokenizer)
-        return print(f"wrote {settings.export}/: transformers' from_pretrained reads it")
-    generator = torch.Generator(settings.device).manual_seed(settings.seed)
-    if not settings.interactive:
-        return write(settings, model, tokenizer, generator, prompt)
-    while True:
-        try:
-            prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
-            return print()
-        try:
-            write(settings, model, tokenizer, generator, prompt)
-        except KeyboardInterrupt:  # of this text, not of the loop
-            print()
-
-
-def load(settings):
-    """The model, ready to generate, and its tokenizer."""
-    settings.device = choose_device(settings.device).value
+    device = choose_device(settings.device).value
     vocabularies_beside(settings.data_dir)
-    if settings.init_from:
-        folder = pretrained_folder(settings.init_from, settings.data_dir)
-        model = GPT.from_pretrained(folder).to(settings.device).eval()
-        if (folder / "tokenizer.json").exists():
-            tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
-        else:  # as where OpenAI's weights were downloaded to
-            fetch_vocabulary("gpt2")
-            tokenizer = get_tokenizer("gpt2")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"{folder} has {model.config.vocab_size:,} ids, too few for {tokenizer.name}'s "
-                f"{tokenizer.vocab_size:,}: put the tokenizer.json of its vocabulary there"
-            )
-        return model, tokenizer
+    load = load_pretrained if settings.init_from else load_run
+    model, tokenizer = load(settings, device)
+    if settings.export:
+        export(model, tokenizer, Path(settings.export))
+        return
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    if settings.interactive:
+        answer_prompts(settings, model, tokenizer, generator)
+    else:
+        print_samples(settings, model, tokenizer, generator, prompt)
+
+
+def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
+    """Load the best weights of a run, and its tokenizer."""
     folder = Path(settings.run) if settings.run else newest_run(settings.out_dir)
     checkpoint = best_checkpoint(folder)
     print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
-    return load_model(checkpoint, settings.device), tokenizer
+    return load_model(checkpoint, device), tokenizer
 
 
-def read_prompt(settings) -> str:
-    """Raises OSError, or ValueError for bytes that are no text."""
+def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
+    """Load weights in the Hugging Face layout, and their tokenizer.json or GPT-2's vocabulary."""
+    folder = pretrained_folder(settings.init_from, settings.data_dir)
+    model = GPT.from_pretrained(folder).to(device).eval()
+    tokenizer: Tokenizer
+    if (folder / "tokenizer.json").exists():
+        tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
+    else:  # as in the folders that OpenAI's weights are downloaded to
+        fetch_vocabulary("gpt2")
+        tokenizer = get_tokenizer("gpt2")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder} has {model.config.vocab_size:,} ids, fewer than the "
+            f"{tokenizer.vocab_size:,} of {tokenizer.name}: put the tokenizer.json of its "
+            f"vocabulary there"
+        )
+    return model, tokenizer
+
+
+def read_prompt(settings: Settings) -> str:
+    """Return the prompt: from a file, from standard input, or from the settings.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The bytes are not UTF-8.
+    """
     if settings.prompt_file:
         data = Path(settings.prompt_file).read_bytes()
     elif settings.prompt == "-":
@@ -120,30 +124,54 @@ def read_prompt(settings) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        where = settings.prompt_file or "standard input"
-        raise ValueError(f"{where} is no UTF-8 text: see its byte {error.start:,}") from None
+        name = settings.prompt_file or "standard input"
+        raise ValueError(f"{name} is not UTF-8 text: see its byte {error.start:,}") from None
 
 
-def write(settings, model, tokenizer, generator, prompt) -> None:
-    """Prints samples: one while it is made, several one below the other."""
-    # nothing to go on from: begin as a document begins, after an end of text
-    ids = tokenizer.encode(prompt).astype("int64") if prompt else [tokenizer.eot_token]
-    ids = torch.as_tensor(ids, device=settings.device).expand(settings.num_samples, -1)  # (B, T)
-    new = model.generate(
-        ids,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        generator,
-    )
+def generate(settings, model, tokenizer, generator, prompt: str) -> Iterator[torch.Tensor]:
+    """Yield (num_samples,) token ids, one after another, that continue the prompt."""
+    ids = tokenizer.encode(prompt).astype("int64")
+    if not len(ids):  # begin a document: after the end of another
+        ids = [tokenizer.eot_token]
+    idx = torch.as_tensor(ids, device=generator.device).expand(settings.num_samples, -1)  # (B, T)
+    sampling = (settings.temperature, settings.top_k, settings.top_p, generator)
+    return model.generate(idx, settings.max_new_tokens, *sampling)
+
+
+def print_samples(settings, model, tokenizer, generator, prompt: str) -> None:
+    """Print one sample token by token, or several one after another."""
+    new = generate(settings, model, tokenizer, generator, prompt)
     if settings.num_samples == 1:
         print(prompt, end="", flush=True)
         for text in tokenizer.decode_stream(token.item() for token in new):
             print(text, end="", flush=True)
-        return print("\n")
+        print("\n")
+        return
     for sample in torch.stack(list(new), dim=1).tolist():
-        print(f"{prompt}{''.join(tokenizer.decode_stream(sample))}\n---")
+        text = "".join(tokenizer.decode_stream(sample))
+        print(f"{prompt}{text}\n---")
+
+
+def answer_prompts(settings, model, tokenizer, generator) -> None:
+    """Ask for prompts on standard input and continue each, until it ends."""
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+            print()
+            return
+        try:
+            print_samples(settings, model, tokenizer, generator, prompt)
+        except KeyboardInterrupt:  # ends this text, not the program
+            print()
+
+
+def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the model in the Hugging Face layout."""
+    if (folder / "config.json").exists():  # a run has one, too
+        raise FileExistsError(f"{folder} holds a model already: choose another folder")
+    model.save_pretrained(folder, tokenizer)
+    print(f"wrote {folder}/: load it with transformers' from_pretrained")
 
 
 if __name__ == "__main__":

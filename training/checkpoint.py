@@ -77,7 +77,12 @@ def restore(checkpoint: dict, settings, metadata: dict, model, optimizer, scaler
                 f"trained on it: prepare it as it was"
             )
     model.load_state_dict(checkpoint["model"])
-    optimizer.load_states(checkpoint["optimizers"], f"{settings.resume}/last.pt")
+    skipped_steps = checkpoint.get("skipped_steps", 0)
+    optimizer.load_states(
+        checkpoint["optimizers"],
+        f"{settings.resume}/last.pt",
+        never_stepped=skipped_steps == checkpoint["step"],
+    )
     if scaler.is_enabled() and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     return Progress(
@@ -85,7 +90,7 @@ def restore(checkpoint: dict, settings, metadata: dict, model, optimizer, scaler
         checkpoint["position"],
         checkpoint["best"]["step"],
         checkpoint["best"]["val_loss"],
-        checkpoint.get("skipped_steps", 0),
+        skipped_steps,
     )
 
 

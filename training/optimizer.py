@@ -122,14 +122,21 @@ class OptimizerGroup:
         """Return one state_dict per optimizer."""
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
-    def load_states(self, saved: list[dict], path) -> None:
+    def load_states(self, saved: list[dict], path, never_stepped: bool = False) -> None:
         """Load the states of `saved`, which state_dicts() gave; settings stay as they are.
 
+        Args:
+            saved: One state_dict per optimizer.
+            path: The file they come from.
+            never_stepped: Whether every step so far was skipped, so that there is no state yet.
+
         Raises:
-            ValueError: The states in the file `path` belong to other parameters.
+            ValueError: The states belong to other parameters.
         """
         try:
             states = [state_dict["state"] for state_dict in saved]
+            if never_stepped and not any(states):
+                return
             for optimizer, state in zip(self.optimizers, states, strict=True):
                 params = [p for group in optimizer.param_groups for p in group["params"]]
                 for p, values in zip(params, [state[i] for i in range(len(params))], strict=True):

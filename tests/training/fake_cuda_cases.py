@@ -172,6 +172,15 @@ def test_training(run_on_fake_cuda, tmp_path, flags):
                        tmp_path / "out/rhyme-small-1")) == [1, 2]  # fmt: skip
 
 
+def test_weights_to_start_from_are_padded_too(run_on_fake_cuda, tmp_path, rhyme):
+    model = GPT(GPTConfig(vocab_size=257, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    model.save_pretrained(tmp_path / "weights")
+    shape = {"n_layer": 2, "n_head": 2, "init_from": "weights", "dropout": 0}
+    saved = run_on_fake_cuda(dtype="bfloat16", **shape)
+    assert saved["last.pt"]["model"]["transformer.wte.weight"].shape == (320, 32)
+    assert saved["last.pt"]["model_config"]["vocab_size"] == 257
+
+
 def test_every_mask(fake_cuda, monkeypatch):
     """Documents kept apart by flex_attention and by the dense mask, with gradients."""
     model = GPT(GPTConfig(vocab_size=31, n_positions=256, n_layer=1, n_head=2, n_embd=32))

@@ -302,7 +302,7 @@ def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned, monkeypat
     error = refused("--init_from", "nowhere")
     assert "nowhere is neither a folder with config.json" in error and "gpt2-xl" in error
     small(60).save_pretrained(tmp_path / "weights")
-    assert "c has 257 ids and weights 60" in refused()
+    assert "c has 257 ids and weights has 60" in refused()
     assert not list(tmp_path.glob("out/*"))
     assert_one_line_error(run_script("train_gpt2.py", *tuned, cwd=tmp_path), "c has 257 ids")
 

@@ -160,7 +160,7 @@ def test_pretrained_weights_are_sampled_from(write, weights):
 
 def test_weights_without_a_tokenizer_are_taken_for_gpt2s(write, weights, gpt2_tokenizer):
     (weights / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="weights has 257 ids, too few for gpt2's 50,257"):
+    with pytest.raises(ValueError, match="weights has 257 ids, fewer than the 50,257 of gpt2"):
         write("--init_from", weights)
 
 
@@ -182,7 +182,7 @@ WRONG = {
     "two prompts": (["--prompt", "a", "--prompt_file", "b"], "leave one out"),
     "no such weights": (["--init_from", "nowhere"], "nowhere is neither a folder with config.json"),
     "no such file": (["--prompt_file", "nowhere"], "nowhere"),
-    "no text": (["--prompt", "-"], "standard input is no UTF-8 text: see its byte 2"),
+    "no text": (["--prompt", "-"], "standard input is not UTF-8 text: see its byte 2"),
 }
 
 

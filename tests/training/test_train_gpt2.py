@@ -1,4 +1,5 @@
 import fcntl
+import functools
 import json
 import math
 import os
@@ -512,3 +513,42 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     torch.save({"model_config": signal.SIGINT}, path)  # an object, not a plain value
     with pytest.raises(ValueError, match=r"last.pt is not a readable checkpoint"):
         load_checkpoint(path)
+
+
+def test_float16_scales_its_gradients(train, monkeypatch, capsys):
+    """Steps whose scaled gradients overflow are skipped and counted; a resumed run is the same."""
+    too_large = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)
+    monkeypatch.setattr(torch.amp, "GradScaler", too_large)
+    options = {"max_steps": 24, "dtype": "float16", "dropout": 0.2}
+    whole = train(**options, run_name="whole")
+    skipped = losses(whole, "skipped_steps")
+    assert skipped[1] == 1  # the first step is one of them
+    total = skipped[24]
+    assert 3 < total < 16
+    assert f"{total} steps were skipped" in capsys.readouterr().out
+    checkpoint = load_checkpoint(whole / "last.pt")
+    assert checkpoint["scaler"]["scale"] == 2.0 ** (24 - total)
+    assert losses(whole)[24] < losses(whole)[total] - 0.1
+    train(**options, run_name="parts", stop_at=3)
+    train(resume="out/parts", stop_at=13)
+    parts = train(resume="out/parts")
+    assert losses(parts) == losses(whole)
+    assert losses(parts, "skipped_steps") == skipped
+    assert load_checkpoint(parts / "last.pt")["scaler"] == checkpoint["scaler"]
+    for name, weight in checkpoint["model"].items():
+        assert torch.equal(weight, load_checkpoint(parts / "last.pt")["model"][name]), name
+
+
+def test_a_mask_cannot_change_on_resume(train, tmp_path):
+    """It decides what the validation loss means, and with it which weights are the best."""
+    make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
+    train(max_steps=4, stop_at=2, corpus="documents", run_name="mine")
+    with pytest.raises(ValueError, match=r"document_mask true.* --resume cannot change it"):
+        train(resume="out/mine", document_mask="false")
+    assert train(resume="out/mine", document_mask="true").name == "mine"
+
+
+def test_a_failed_start_leaves_its_name_free(train):
+    with pytest.raises(ValueError, match="is nan at step"):
+        train(max_steps=50, learning_rate=1e30, grad_clip=0, run_name="mine")
+    assert train(max_steps=1, run_name="mine").name == "mine"
