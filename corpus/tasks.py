@@ -116,15 +116,16 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                     skipped.append(_skip(job, texts[i]))
                 masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
                 for split, mask in masks.items():
-                    if not (mask & valid).any():
+                    chosen = mask & valid
+                    if not chosen.any():
                         continue
                     if split not in writers:
                         bin_path = f"{path}.{split}.bin"
                         file = files.enter_context(_whole(bin_path))
                         writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
-                    chosen_positions = list(itertools.compress(positions, mask & valid))
-                    chosen_texts = list(itertools.compress(texts, mask & valid))
-                    writers[split].add(chunk, chosen_positions, chosen_texts)
+                    split_positions = list(itertools.compress(positions, chosen))
+                    split_texts = list(itertools.compress(texts, chosen))
+                    writers[split].add(chunk, split_positions, split_texts)
         for writer in writers.values():
             writer.flush()
     counts = {
