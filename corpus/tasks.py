@@ -111,18 +111,21 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     with contextlib.ExitStack() as files:
         for chunk in chunks:
             for positions, texts in read(chunk):
-                for text in texts:
-                    if isinstance(text, InvalidDocument):
-                        skipped.append(_skip(job, text))
+                valid = np.array([isinstance(text, str) for text in texts])
+                for i in np.flatnonzero(~valid):
+                    skipped.append(_skip(job, texts[i]))
                 masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
                 for split, mask in masks.items():
-                    documents = _valid_documents(positions, texts, mask)
-                    if documents and split not in writers:
+                    chosen = mask & valid
+                    if not chosen.any():
+                        continue
+                    if split not in writers:
                         bin_path = f"{path}.{split}.bin"
                         file = files.enter_context(_whole(bin_path))
                         writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
-                    if documents:
-                        writers[split].add(chunk, documents)
+                    split_positions = list(itertools.compress(positions, chosen))
+                    split_texts = list(itertools.compress(texts, chosen))
+                    writers[split].add(chunk, split_positions, split_texts)
         for writer in writers.values():
             writer.flush()
     counts = {
@@ -136,12 +139,6 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     return counts
 
 
-def _valid_documents(positions, texts, mask) -> list[tuple[int, str]]:
-    """Return (position, text) of the valid documents that a mask selects."""
-    documents = itertools.compress(zip(positions, texts), mask)
-    return [(position, text) for position, text in documents if isinstance(text, str)]
-
-
 class _SplitWriter:
     """Tokenizes the texts of one split into a file, about BLOCK characters at once."""
 
@@ -153,18 +150,18 @@ class _SplitWriter:
         self.skipped = skipped
         self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
         self.dropped = 0
-        self.waiting: list[tuple[Source, list[tuple[int, str]]]] = []  # (chunk, documents)
+        self.waiting: list[tuple[Source, list[int], list]] = []  # (chunk, positions, texts)
         self.characters = 0
 
-    def add(self, chunk: Source, documents: list[tuple[int, str]]) -> None:
-        self.waiting.append((chunk, documents))
-        self.characters += sum(len(text) for _, text in documents)
+    def add(self, chunk: Source, positions: list[int], texts: list) -> None:
+        self.waiting.append((chunk, positions, texts))
+        self.characters += sum(map(len, texts))
         if self.characters >= BLOCK:
             self.flush()
 
     def flush(self) -> None:
         """Tokenize and write the texts that wait."""
-        texts = [text for _, documents in self.waiting for _, text in documents]
+        texts = [text for _, _, texts in self.waiting for text in texts]
         try:
             ids = self._encode(texts)
         except CannotEncode:
@@ -199,8 +196,8 @@ class _SplitWriter:
     def _encodable_texts(self) -> list[str]:
         """Return the texts that the tokenizer can encode; the others are invalid documents."""
         texts = []
-        for chunk, documents in self.waiting:
-            for position, text in documents:
+        for chunk, positions, waiting_texts in self.waiting:
+            for position, text in zip(positions, waiting_texts):
                 try:
                     self.tokenizer.encode(text)
                 except CannotEncode as error:
@@ -226,8 +223,8 @@ class _SplitWriter:
         return ids[keep]
 
 
-def _skip(job: Job, invalid: InvalidDocument) -> str:
-    """Return place and reason of an invalid document if it may be skipped, else raise them."""
+def _skip(job: Job, invalid) -> str:
+    """Return place and reason of an InvalidDocument if it may be skipped, else raise them."""
     if job.documents and job.on_error == "skip":
         return str(invalid)
     raise ValueError(f"{invalid}; --on_error skip leaves it out" if job.documents else str(invalid))

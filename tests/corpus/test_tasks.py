@@ -327,6 +327,6 @@ def test_a_failed_write_names_the_file_of_its_split(tmp_path):
 
     job = tasks.Job(str(tmp_path), "bytes", True, 0, 0.5, 0, "stop")
     writer = tasks._SplitWriter(job, get_tokenizer("bytes"), Full(), "000001.val.bin", [])
-    writer.add(Source("a.jsonl", "jsonl"), [(0, "text")])
+    writer.add(Source("a.jsonl", "jsonl"), [0], ["text"])
     with pytest.raises(OSError, match=r"No space left on device: '000001\.val\.bin'"):
         writer.flush()
