@@ -1,4 +1,4 @@
-"""Raw text to token files that train_gpt2.py reads.
+"""Turn raw text into token files that train_gpt2.py reads.
 
     python prepare_data.py                       # TinyShakespeare, GPT-2's vocabulary
     python prepare_data.py --tokenizer bytes     # the same text, byte by byte
@@ -18,11 +18,12 @@ from typing import Literal
 from common.files import folder_name
 from common.script import run
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
-from corpus import inputs
 from corpus.descriptions import describe
-from corpus.shards import prepare
-from corpus.tasks import engine
+from corpus.engines import open_engine
+from corpus.inputs import BUILT_IN, Corpus, list_corpora, load_corpus
+from corpus.pipeline import prepare
 from corpus.tokenizer import (
+    Tokenizer,
     copy_vocabulary,
     fetch_vocabulary,
     get_tokenizer,
@@ -33,124 +34,162 @@ from corpus.verify import verify
 
 
 @dataclass
-class Config:
-    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or after what --input names
+class Settings:
+    corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of the first --input
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
     documents: Literal["", "blank-line", "file", "line"] = ""  # what ends a document of a .txt
-    max_length: int = 0  # tokens that are kept of a document; 0: all
+    max_length: int = 0  # tokens kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
-    train_split_ratio: float = 0.9  # share for training, where the corpus isn't split already
-    seed: int = 0  # which documents go to train and which to val
+    train_split_ratio: float = 0.9  # share for training, where the corpus has no splits
+    seed: int = 0  # decides which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
-    engine: Literal["processes", "ray"] = "processes"  # what does the work: this machine, or Ray
-    workers: int = 0  # pieces worked on at once, here at most four a core; 0: one a core
-    ray_address: str = ""  # of a running Ray cluster (auto: this node's); "": starts one here
-    part: str = ""  # I/N: only every N-th piece, from the I-th; whoever ends last joins them
+    engine: Literal["processes", "ray"] = "processes"  # what runs the tasks: this machine, or Ray
+    workers: int = 0  # tasks at once, on this machine at most four per core; 0: one per core
+    ray_address: str = ""  # HOST:PORT of a Ray cluster, or auto; "": start Ray on this machine
+    part: str = ""  # I/N: only every N-th task, from the I-th; the last part joins all tasks
     on_error: Literal["stop", "skip"] = "stop"  # an invalid document: stop, or skip and list it
     list: bool = False  # show the corpora that are known by name, and do nothing else
     describe: str = ""  # write a description into this folder of raw text, and do nothing else
     description: str = ""  # what the text is, for --describe
     source: str = ""  # where the text came from, for --describe
-    sub_corpora: str = ""  # its folders, separated by commas, for --describe; -: it has none
+    sub_corpora: str = ""  # folders of --describe, separated by commas; -: none
     prefetch: str = ""  # download corpus and vocabulary into this folder, and do nothing else
     verify: str = ""  # check this prepared corpus against checksums and source, and nothing else
 
 
-LIMITS = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
-MODES = {  # that do nothing else -> the flags that they take
+RANGES = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
+MODES = {  # flags that do nothing else -> the flags that they take
     "list": (),
     "describe": ("corpus", "text_field", "description", "source", "sub_corpora"),
     "prefetch": ("corpus", "input", "text_field", "documents", "tokenizer"),
     "verify": ("data_dir",),
 }
-WITHOUT = {mode: Config.__annotations__.keys() - {mode, *takes} for mode, takes in MODES.items()}
-NEEDS = dict.fromkeys(("description", "source", "sub_corpora"), "describe")
-NEEDS["ray_address"] = "engine ray"
+EXCLUDES = {mode: Settings.__annotations__.keys() - {mode, *takes} for mode, takes in MODES.items()}
+REQUIRES = dict.fromkeys(("description", "source", "sub_corpora"), "describe")
+REQUIRES["ray_address"] = "engine ray"
 
 
-def main():
-    config = parse_settings(Config, __doc__)
-    check_ranges(config, LIMITS)
-    check_conflicts(config, WITHOUT, NEEDS)
-    part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", config.part)
-    if config.part and not (part and int(part[1]) < int(part[2])):
-        raise ValueError(f"part is I/N with I from 0 to N - 1, not {config.part!r}")
-    if config.list:
-        return print(inputs.list_corpora())
-    if config.describe:
-        answers = {
-            "name": config.corpus,
-            "download_source": config.source,
-            "description": config.description,
-            "content_field": config.text_field,
-            "corpuses": config.sub_corpora,
-        }
-        return print(f"wrote {describe(Path(config.describe), answers)}")
-    data_dir = Path(config.prefetch or config.data_dir)
-    vocabulary = (data_dir / "tokenizers").resolve()
-    if config.prefetch:
-        copy_vocabulary(config.tokenizer or "gpt2", vocabulary)  # what needn't be downloaded again
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
+def main() -> None:
+    settings = parse_settings(Settings, __doc__)
+    check_ranges(settings, RANGES)
+    check_conflicts(settings, EXCLUDES, REQUIRES)
+    check_part(settings.part)
+    if settings.list:
+        print(list_corpora())
+    elif settings.describe:
+        describe_folder(settings)
+    elif settings.prefetch:
+        prefetch(settings)
+    elif settings.verify:
+        vocabularies_beside(settings.data_dir)
+        verify(Path(settings.data_dir) / folder_name(settings.verify, "--verify"))
     else:
-        vocabularies_beside(data_dir)
-    if config.verify:
-        folder = data_dir / folder_name(config.verify, "--verify")
-        return verify(folder)
-    print_settings(config)
-    named = config.corpus or config.input or config.tokenizer
+        prepare_corpus(settings)
+
+
+def prepare_corpus(settings: Settings) -> None:
+    """Download what is missing, and tokenize the corpus."""
+    data_dir = Path(settings.data_dir)
+    vocabularies_beside(data_dir)
+    print_settings(settings)
     try:
-        corpus, tokenizer = load(config, data_dir)
+        corpus, tokenizer = load(settings, data_dir)
     except ConnectionError as error:
-        if config.prefetch:
-            missing = str(error).partition(";")[0]
-            raise ConnectionError(f"{missing}; --prefetch is for where there is one") from None
-        if named:  # asked for by name: no substitute
+        if settings.corpus or settings.input or settings.tokenizer:  # no substitute for a name
             raise
         print(
             f"No network: {error}.\nPreparing the built-in corpus instead: Python's own "
             f"documentation, byte by byte. Run this again, online, for TinyShakespeare."
         )
-        config = replace(config, corpus=inputs.BUILT_IN, tokenizer="bytes")
-        corpus, tokenizer = load(config, data_dir)
-    if config.prefetch:
-        missing = " but its --input" if config.input else ""
-        return print(
-            f"{data_dir} has all that {corpus.name} needs{missing}. Take it along, and there: "
-            f"python prepare_data.py --data_dir {data_dir} "
-            f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
-            f"train_gpt2.py and sample.py take --data_dir {data_dir}, too"
-        )
-    with engine(config.engine, config.workers, config.ray_address) as run_tasks:
+        settings = replace(settings, corpus=BUILT_IN, tokenizer="bytes")
+        corpus, tokenizer = load(settings, data_dir)
+    with open_engine(settings.engine, settings.workers, settings.ray_address) as run_tasks:
         prepare(
-            corpus, tokenizer, data_dir / corpus.name, run_tasks, config.train_split_ratio,
-            config.seed, config.max_length, config.on_error, config.part,
-        )  # fmt: skip
+            corpus,
+            tokenizer,
+            data_dir / corpus.name,
+            run_tasks,
+            train_split_ratio=settings.train_split_ratio,
+            seed=settings.seed,
+            max_length=settings.max_length,
+            on_error=settings.on_error,
+            part=settings.part,
+        )
 
 
-def load(config, data_dir):
-    """The corpus and the tokenizer that are asked for, downloaded where they have to be."""
-    name = config.corpus or (name_of(config.input) if config.input else "tinyshakespeare")
+def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
+    """Return the corpus and the tokenizer asked for, downloaded if necessary.
+
+    Raises:
+        ValueError: A name is unknown, or a flag has no effect on this corpus.
+        ConnectionError: A file cannot be downloaded.
+    """
+    name = settings.corpus or "tinyshakespeare"
+    if settings.input and not settings.corpus:
+        name = name_of(settings.input)
     folder = data_dir / folder_name(name, "--corpus")
-    vocabulary = config.tokenizer or "gpt2"
-    missing_files(vocabulary)  # a wrong name costs no download
-    corpus = inputs.load_corpus(name, folder, config.input, config.documents, config.text_field)
-    if config.max_length and not corpus.documents:
+    vocabulary = settings.tokenizer or "gpt2"
+    missing_files(vocabulary)  # an unknown name is refused before anything is downloaded
+    corpus = load_corpus(name, folder, settings.input, settings.documents, settings.text_field)
+    if settings.max_length and not corpus.documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
         )
-    if config.documents and all(s.documents != config.documents for s in corpus.sources):
+    if settings.documents and all(s.documents != settings.documents for s in corpus.sources):
         raise ValueError(f"--documents has no effect on {name}: it is for .txt files of yours")
     fields = {s.field for s in corpus.sources if s.format != "text"}
-    if config.text_field and config.text_field not in fields:
+    if settings.text_field and settings.text_field not in fields:
         raise ValueError(f"--text_field has no effect on {name}: it is for rows of files of yours")
     fetch_vocabulary(vocabulary)
     return corpus, get_tokenizer(vocabulary)
 
 
-def name_of(inputs) -> str:
-    """A corpus's name after its first input: my.jsonl.gz -> my, raw/*.txt -> raw, DIR:a -> DIR-a,
-    hf:NAME/CONFIG -> NAME-CONFIG."""
+def prefetch(settings: Settings) -> None:
+    """Download corpus and vocabulary into a folder, for a machine without a network."""
+    data_dir = Path(settings.prefetch)
+    vocabulary = (data_dir / "tokenizers").resolve()
+    copy_vocabulary(settings.tokenizer or "gpt2", vocabulary)  # what is on this machine already
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
+    print_settings(settings)
+    try:
+        corpus, tokenizer = load(settings, data_dir)
+    except ConnectionError as error:
+        reason = str(error).partition(";")[0]
+        raise ConnectionError(f"{reason}; --prefetch needs a network") from None
+    exception = ", except its --input" if settings.input else ""
+    print(
+        f"{data_dir} has everything that {corpus.name} needs{exception}. Copy it to the other "
+        f"machine and run there: python prepare_data.py --data_dir {data_dir} "
+        f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
+        f"train_gpt2.py and sample.py take --data_dir {data_dir}, too"
+    )
+
+
+def describe_folder(settings: Settings) -> None:
+    """Write a description into a folder of raw text; ask for what no flag tells."""
+    answers = {
+        "name": settings.corpus,
+        "download_source": settings.source,
+        "description": settings.description,
+        "content_field": settings.text_field,
+        "corpuses": settings.sub_corpora,
+    }
+    print(f"wrote {describe(Path(settings.describe), answers)}")
+
+
+def check_part(part: str) -> None:
+    """Raise ValueError unless `part` is "" or I/N with 0 <= I < N."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if part and not (match and int(match[1]) < int(match[2])):
+        raise ValueError(f"--part is I/N with I from 0 to N - 1, not {part!r}")
+
+
+def name_of(inputs: tuple[str, ...]) -> str:
+    """Return the name that a corpus gets from its first input.
+
+    my.jsonl.gz gives my, raw/*.txt gives raw, DIR:a gives DIR-a, hf:NAME/CONFIG gives NAME-CONFIG.
+    """
     name = inputs[0].removeprefix("hf:")
     if name != inputs[0] and not Path(name).exists():
         name = name.replace("/", "-")

@@ -34,11 +34,11 @@ from bench.tokenize import make
 from common.packages import optional
 from common.script import run
 from common.settings import parse_settings
-from corpus import shards
+from corpus import pipeline
 from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
-PIECE_BYTES = shards.PIECE_BYTES
+TASK_BYTES = pipeline.TASK_BYTES
 IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # or else by each process
 HUNG = 120  # seconds, after which a run is taken for that
 TEXT = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
@@ -96,7 +96,7 @@ def kills(config):
     """Rows of: what was killed, and the counts of count()."""
     choose, tenth = random.Random(config.seed), config.kills // 10
     make(Path("text.jsonl"), 3, "")
-    shards.PIECE_BYTES = 100_000, 100_000  # thirty pieces
+    pipeline.TASK_BYTES = 100_000, 100_000  # thirty pieces
     two = dict(TEXT, workers=2)
     times = config.kills - 6 * tenth
     yield count("preparing: all processes", times, prepare_data, two, kill_all, choose)
@@ -284,7 +284,7 @@ def long_runs(config):
     with open(text, "wb") as f:
         for _ in range(round(config.gigabytes * 1e9 / block.stat().st_size)):
             f.write(block.read_bytes())
-    shards.PIECE_BYTES = PIECE_BYTES
+    pipeline.TASK_BYTES = TASK_BYTES
     flags = dict(TEXT, input="../long.jsonl", tokenizer=config.tokenizer, workers=2)
     yield watch(f"preparing {config.gigabytes:g} GB", prepare_data, flags)
     text.unlink()

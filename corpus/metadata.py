@@ -1,4 +1,7 @@
-"""metadata.json of a prepared corpus (data/README.md says what it holds)."""
+"""metadata.json of a prepared corpus: read, checked, and fingerprinted.
+
+data/README.md says what it holds.
+"""
 
 import hashlib
 import json
@@ -8,22 +11,29 @@ from pathlib import Path
 from common.files import folder_name, read_json
 from common.settings import near
 
+FINGERPRINTED = (
+    "corpus", "source", "tokenizer", "vocab_size", "eot_token", "eot_per_document", "dtype",
+    "train_split_ratio", "seed", "max_length",
+)  # fmt: skip
 
-def read_metadata(corpus_dir) -> dict:
-    """metadata.json of a prepared corpus (data/README.md says what it holds).
 
-    Raises FileNotFoundError, or ValueError for one that is damaged, with the remedy.
+def read_metadata(corpus_dir: str | Path) -> dict:
+    """Return the metadata of a prepared corpus.
+
+    Raises:
+        FileNotFoundError: There is no prepared corpus; the message names those that there are.
+        ValueError: It is damaged, or of another version.
     """
     path = Path(corpus_dir) / "metadata.json"
     try:
         metadata = read_json(path)
-        sound = _sound(metadata)
+        sound = _is_sound(metadata)
     except FileNotFoundError:
         prepared = sorted(path.parent.parent.glob("*/metadata.json"))
-        there = [other.parent.name for other in prepared]
+        names = [other.parent.name for other in prepared]
         raise FileNotFoundError(
-            f"{path.parent} is no prepared corpus: run python prepare_data.py, or choose "
-            f"another (there: {', '.join(there) or 'none'}){near(path.parent.name, there)}"
+            f"{path.parent} is not a prepared corpus: run python prepare_data.py, or choose "
+            f"another (prepared: {', '.join(names) or 'none'}){near(path.parent.name, names)}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
@@ -35,41 +45,79 @@ def read_metadata(corpus_dir) -> dict:
     return metadata
 
 
-def _sound(metadata) -> bool:
-    """Whether it is what prepare_data.py writes; it may be damaged, or a stranger's."""
-    splits, tokenizer = list(metadata["splits"].values()), metadata["tokenizer"]
+def _is_sound(metadata) -> bool:
+    """Whether the metadata are as prepare_data.py writes them."""
+    tokenizer = metadata["tokenizer"]
+    splits = list(metadata["splits"].values())
     files = [file for split in splits for file in split["files"]]
     for name in (tokenizer["name"], *(file["name"] for file in files)):
         folder_name(name, "")  # or it would lead out of its folder
-    vocab_size, eot = metadata["vocab_size"], metadata.get("eot_token", 0)
-    sizes = [vocab_size, *(split[name] for split in splits for name in ("tokens", "bytes"))]
-    counts = [eot, *(metadata.get(name, 0) for name in ("seed", "max_length"))]
-    counts += [file["tokens"] for file in files] + [split.get("documents", 0) for split in splits]
+    vocab_size = metadata["vocab_size"]
+    eot_token = metadata["eot_token"]
+    positive = [vocab_size, *(split[name] for split in splits for name in ("tokens", "bytes"))]
+    counts = [eot_token, *(metadata.get(name, 0) for name in ("seed", "max_length"))]
+    counts += [file["tokens"] for file in files]
+    counts += [split.get("documents", 0) for split in splits]
     return (
         metadata["format_version"] == 1
         and metadata["dtype"] in ("uint16", "uint32")
         and type(tokenizer["sha256"]) is str
-        and type(metadata.get("eot_per_document", True)) is bool
+        and type(metadata["eot_per_document"]) is bool
         and all(split["files"] for split in splits)
-        and all(type(n) is int and n >= 0 for n in sizes + counts)
-        and min(sizes) > 0
-        and eot < vocab_size
-        and metadata.get("sha256") in (None, sealed(metadata)["sha256"])
+        and all(type(n) is int and n >= 0 for n in positive + counts)
+        and min(positive) > 0
+        and eot_token < vocab_size
+        and metadata.get("sha256") in (None, with_checksum(metadata)["sha256"])
     )
 
 
-def sealed(metadata: dict) -> dict:
-    """metadata, and last the sha256 of all its other fields, by which damage is found."""
-    rest = {name: value for name, value in metadata.items() if name != "sha256"}
-    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+def with_checksum(metadata: dict) -> dict:
+    """Return the metadata and, last, the sha256 of all other fields, by which damage is found."""
+    fields = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return fields | {"sha256": digest}
 
 
-def newest_corpus(data_dir) -> Path:
-    """The folder under `data_dir` that was prepared last."""
+def fingerprint(metadata: dict, folder: Path) -> str:
+    """Return one hash of all that a prepared corpus depends on, as it is now.
+
+    It covers the sources (relative path, size, time of the last change in nanoseconds, and how they
+    are read), the tokenizer and the settings. A corpus is up to date if this is the fingerprint in
+    its metadata.json.
+
+    Args:
+        metadata: With the fields of FINGERPRINTED.
+        folder: The corpus's folder, to which the paths of the sources are relative.
+
+    Raises:
+        OSError: A source is missing.
+    """
+    fields = {name: metadata[name] for name in FINGERPRINTED}
+    states = []
+    for file in metadata["source"]["files"]:
+        state = os.stat(source_path(folder, file))
+        states.append([state.st_size, state.st_mtime_ns])
+    return hashlib.sha256(json.dumps([fields, states], sort_keys=True).encode()).hexdigest()
+
+
+def source_path(folder: Path, file: dict) -> Path:
+    """Return the path of a source that metadata.json lists relative to the corpus's folder.
+
+    The folder need not exist yet.
+    """
+    return Path(os.path.normpath(folder.absolute() / file["path"]))
+
+
+def newest_corpus(data_dir: str | Path) -> Path:
+    """Return the folder under `data_dir` that was prepared last.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=os.path.getmtime)
     if not prepared:
         raise FileNotFoundError(
             f"{Path(data_dir).resolve()} has no prepared corpus: run python prepare_data.py, or "
-            f"name its folder by --data_dir"
+            f"name its folder with --data_dir"
         )
     return prepared[-1].parent

@@ -181,7 +181,8 @@ def check_room(folder: Path, tokenizer: Tokenizer, tasks: list[tuple[list[Source
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     with contextlib.suppress(FileNotFoundError):
-        free += sum(path.stat().st_size for path in (folder / ".work").iterdir())
+        files = (path for path in (folder / ".work").rglob("*") if path.is_file())
+        free += sum(path.stat().st_size for path in files)
     if free < needed:
         raise OSError(
             f"{folder} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make "

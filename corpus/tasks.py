@@ -1,28 +1,19 @@
 """Tasks: what one worker does at once, from chunks of sources to token ids on disk.
 
-    with engine("processes", workers=2) as run:
+    with open_engine("processes", workers=2) as run:
         for index, counts in run(tokenize_task, [(job, 0, chunks), ...]): ...
 
 The result of a task depends on nothing but its arguments, so the bytes on disk are the same for any
 number of workers and either engine, and a finished task is never repeated.
 """
 
-import concurrent.futures
 import contextlib
-import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import platform
-import re
-import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +21,6 @@ import numpy as np
 
 from common.files import atomic_write
 from common.hashing import splitmix64
-from common.packages import optional
 from corpus.reader import place_of, read
 from corpus.sources import BLOCK, InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, encodable, get_tokenizer
@@ -86,6 +76,11 @@ def assign_split(
     return {"train": train, "val": ~train}
 
 
+def chunk_ids(chunks: list[Source]) -> list[list]:
+    """Return plain values by which chunks of one corpus are known again."""
+    return [[chunk.number, chunk.split, chunk.start, chunk.stop] for chunk in chunks]
+
+
 def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     """Tokenize chunks into one file per split: job.folder/NUMBER.SPLIT.bin.
 
@@ -95,7 +90,8 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
         chunks: chunks of sources, in order.
 
     Returns:
-        The counts, which are also written, last, to job.folder/NUMBER.json: "splits" (name ->
+        The counts, which are also written, last, to job.folder/NUMBER.json: "chunks" (by which the
+        task is known again), "splits" (name ->
         "tokens", "documents" and "bytes" of UTF-8 text), "dropped" (tokens after max_length),
         "skipped" (place and reason of each invalid document) and "seconds".
 
@@ -121,7 +117,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                         continue
                     if split not in writers:
                         bin_path = f"{path}.{split}.bin"
-                        file = files.enter_context(_whole(bin_path))
+                        file = files.enter_context(whole_file(bin_path))
                         writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
                     split_positions = list(itertools.compress(positions, chosen))
                     split_texts = list(itertools.compress(texts, chosen))
@@ -129,12 +125,13 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
         for writer in writers.values():
             writer.flush()
     counts = {
+        "chunks": chunk_ids(chunks),
         "splits": {split: writer.counts for split, writer in writers.items()},
         "dropped": sum(writer.dropped for writer in writers.values()),
         "skipped": skipped,
         "seconds": time.perf_counter() - began,
     }
-    with _whole(f"{path}.json") as f:
+    with whole_file(f"{path}.json") as f:
         f.write(json.dumps(counts).encode())
     return counts
 
@@ -230,137 +227,10 @@ def _skip(job: Job, invalid) -> str:
     raise ValueError(f"{invalid}; --on_error skip leaves it out" if job.documents else str(invalid))
 
 
-def _whole(path):
-    """atomic_write under a temporary name of this process.
+def whole_file(path: str) -> contextlib.AbstractContextManager:
+    """Return atomic_write(path) with a temporary name of this process.
 
     Two processes may do one task: Ray repeats it if it takes a living node for dead, and a worker
     outlives a killed parent by a moment.
     """
     return atomic_write(Path(path), f".{platform.node()}-{os.getpid()}")
-
-
-def join_pieces(paths: list[str], shard: str) -> str:
-    """Writes the pieces' ids, one after another, to `shard`; returns its sha256."""
-    digest = hashlib.sha256()
-    with _whole(shard) as out:
-        for path in paths:
-            with open(path, "rb") as f:
-                while block := f.read(BLOCK):
-                    digest.update(block)
-                    out.write(block)
-    return digest.hexdigest()
-
-
-def cores() -> int:
-    """That this process may use; what Slurm gave it, say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS, Windows
-
-
-@contextlib.contextmanager
-def engine(name: str, workers: int = 0, ray_address: str = ""):
-    """Yields run(function, tasks): (index, result) of function(*task), in the order they finish.
-
-    name: "processes" of this machine, or "ray": of the cluster at ray_address, or of one that is
-    started here. workers: how many at once, on this machine at most four a core; 0: one a core.
-    Raises what a task raises, and OSError where a worker dies.
-    """
-    if not ray_address:
-        workers = min(workers, 4 * cores())  # more would only take memory
-    if name == "ray":
-        yield from _ray(workers, ray_address)
-        return
-    workers = workers or cores()
-    # a fork has the vocabulary and the imports already, but one of Arrow's threads may hang
-    fork = sys.platform == "linux" and "pyarrow" not in sys.modules
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _worker, (os.getpid(),))
-    if fork and workers > 1:
-        pool.submit(int)  # forks all workers here and now, before a lock or a thread is there
-
-    def run(function, tasks):
-        if workers == 1 or len(tasks) <= 1:
-            yield from ((i, function(*task)) for i, task in enumerate(tasks))
-            return
-        try:  # a worker may die while the rest is still handed out
-            futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise OSError(
-                "a worker process was killed, perhaps for want of memory: run this again, with "
-                "fewer --workers; finished pieces are kept"
-            ) from None
-
-    try:
-        yield run
-    except KeyboardInterrupt:  # a second one, while workers finish what they have, would hang us
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\nstopping when the pieces at hand are done", file=sys.stderr)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _worker(parent: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and goes when that goes, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _ray(workers, address):
-    """A Ray task a piece; all nodes see the same files."""
-    ray = optional("ray", "--engine ray")
-    if there := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
-        try:  # Ray itself would try for minutes
-            socket.create_connection(there.groups(), 10).close()
-        except OSError as error:
-            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
-    here, code = os.getcwd(), str(Path(__file__).resolve().parent.parent)
-    variables = {"PYTHONPATH": os.pathsep.join([code, os.environ.get("PYTHONPATH", "")])}
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(
-            address=address or "local",  # not whatever cluster this machine may have already
-            num_cpus=None if address else workers or cores(),
-            runtime_env={"env_vars": variables},
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
-    except (ConnectionError, ValueError) as error:
-        raise ConnectionError(f"no Ray cluster at {address or 'work'}: {error}") from None
-    try:
-        at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-
-        def run(function, tasks):
-            @ray.remote(num_cpus=1, max_retries=5)
-            def remote(*task):
-                os.chdir(here)  # a node may have been started elsewhere
-                return function(*task)
-
-            following, running = enumerate(tasks), {}
-            while True:
-                for i, task in itertools.islice(following, at_once - len(running)):
-                    running[remote.remote(*task)] = i
-                if not running:
-                    return
-                (future,), _ = ray.wait(list(running))
-                try:
-                    yield running.pop(future), ray.get(future)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                except ray.exceptions.RayError as error:
-                    raise OSError(f"Ray lost a piece, run this again: {error}") from None
-
-        yield run
-    finally:
-        ray.shutdown()

@@ -1,87 +1,116 @@
 """The .bin files of a prepared split, memory-mapped."""
 
 import mmap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from corpus.metadata import read_metadata
 
-BLOCK = 1 << 20  # tokens looked at together
-LARGE = 1 << 30  # bytes of a file that may not stay in memory
+BLOCK = 1 << 20  # tokens read at once
+LARGE_FILE = 1 << 30  # bytes of a file that may not stay in memory
 
 
-def open_tokens(path: Path, dtype=None):
-    """A split (data/NAME/train) or a bare .bin and its dtype -> its memory-mapped files, in order,
-    and the corpus's metadata (None for a bare file). Raises FileNotFoundError and ValueError, with
-    the remedy, for files that aren't there or aren't as they should be."""
+def open_tokens(
+    path: Path, dtype: np.typing.DTypeLike = None
+) -> tuple[list[np.ndarray], dict | None]:
+    """Memory-map the files of a split.
+
+    Args:
+        path: A split of a prepared corpus (data/NAME/train), or a bare .bin file with its dtype.
+        dtype: Of a bare file.
+
+    Returns:
+        (shards, metadata): an array of ids per file, in order; metadata is None for a bare file.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file does not have the length that metadata.json says.
+    """
     if dtype is not None:
         return [_map(path, np.dtype(dtype).newbyteorder("<"))], None
     if path.suffix == ".bin" and not (path.parent / "metadata.json").exists():
-        raise ValueError(f"{path} has no metadata.json beside it: say which dtype its ids have")
-    metadata, name = read_metadata(path.parent), split_name(path)
-    splits, dtype = metadata["splits"], np.dtype(metadata["dtype"]).newbyteorder("<")
+        raise ValueError(f"{path} has no metadata.json beside it: give the dtype of its ids")
+    metadata = read_metadata(path.parent)
+    splits = metadata["splits"]
+    name = split_name(path)
     if name not in splits:
-        raise ValueError(f"{path.parent} has no split {name!r}, but {', '.join(splits)}")
+        raise ValueError(f"{path.parent} has no split {name!r}, only {', '.join(splits)}")
+    ids_type = np.dtype(metadata["dtype"]).newbyteorder("<")
     files = splits[name]["files"]
-    shards = [_map(path.parent / file["name"], dtype, file["tokens"]) for file in files]
+    shards = [_map(path.parent / file["name"], ids_type, file["tokens"]) for file in files]
     return shards, metadata
 
 
-def split_name(path) -> str:
+def split_name(path: str | Path) -> str:
+    """Return the name of a split: data/NAME/train and data/NAME/train.bin are both "train"."""
     return Path(path).name.removesuffix(".bin")
 
 
-def _map(path, dtype, tokens=None):
-    """A memory map of a file that has as many `tokens` as it should, if that is known."""
+def _map(path: Path, dtype: np.dtype, num_tokens: int | None = None) -> np.ndarray:
+    """Memory-map a file that has `num_tokens` ids, if that is known."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run python prepare_data.py as before")
     size = path.stat().st_size
-    if tokens is not None and size != tokens * dtype.itemsize:
+    if num_tokens is not None and size != num_tokens * dtype.itemsize:
         raise ValueError(
-            f"{path} has {size:,} bytes, metadata.json says {tokens * dtype.itemsize:,}: run "
+            f"{path} has {size:,} bytes, metadata.json says {num_tokens * dtype.itemsize:,}: run "
             f"python prepare_data.py again, with the flags it was made with"
         )
     if size % dtype.itemsize:
-        raise ValueError(f"{path} is no whole number of {dtype} ids: {size:,} bytes")
+        raise ValueError(f"{path} does not hold a whole number of {dtype} ids: {size:,} bytes")
     if not size:
-        return np.empty(0, dtype)  # can't be mapped
+        return np.empty(0, dtype)  # an empty file cannot be mapped
     with open(path, "rb") as f:
-        memory = _File(f.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = _MappedFile(f.fileno(), 0, access=mmap.ACCESS_READ)
     memory.path = path
     return np.frombuffer(memory, dtype)
 
 
-class _File(mmap.mmap):
-    """A mapped file that knows its path."""
+class _MappedFile(mmap.mmap):
+    """A memory-mapped file with its path."""
+
+    path: Path
 
 
-def _file(shard) -> _File | None:
+def _mapped_file(shard: np.ndarray) -> _MappedFile | None:
     memory = getattr(shard.base, "obj", None)
-    return memory if isinstance(memory, _File) else None
+    return memory if isinstance(memory, _MappedFile) else None
 
 
-def check_length(shard) -> None:
-    """Raises ValueError where a mapped file has been cut: to read behind its end would be the end
-    of the process (SIGBUS), without a word. Costs less than a microsecond."""
-    if (file := _file(shard)) is not None and file.size() < len(file):
+def check_length(shard: np.ndarray) -> None:
+    """Check that a mapped file was not cut, in less than a microsecond.
+
+    To read after the end of a cut file would end the process (SIGBUS) without a message.
+
+    Raises:
+        ValueError: It was cut.
+    """
+    file = _mapped_file(shard)
+    if file is not None and file.size() < len(file):
         raise ValueError(
             f"{file.path} was cut from {len(file):,} bytes to {file.size():,} while it was in use: "
             f"run python prepare_data.py again, with the flags it was made with"
         )
 
 
-def blocks(shards):
-    """All ids in order, a million at a time."""
+def blocks(shards: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield all ids in order, a million at a time."""
     for shard in shards:
         for start in range(0, len(shard), BLOCK):
             check_length(shard)
             yield shard[start : start + BLOCK]
 
 
-def advise_kernel(shards, order: str) -> None:
-    """Tells the kernel how large files will be read: at "RANDOM", or it would read megabytes around
-    each window, or in "NORMAL" order."""
-    for file in filter(None, map(_file, shards)):
-        if len(file) > LARGE and hasattr(mmap, "MADV_RANDOM"):
+def advise_kernel(shards: Iterable[np.ndarray], order: str) -> None:
+    """Tell the kernel how large files will be read.
+
+    Args:
+        shards: Arrays of open_tokens.
+        order: "RANDOM", or it would read megabytes around each window; or "NORMAL".
+    """
+    for shard in shards:
+        file = _mapped_file(shard)
+        if file is not None and len(file) > LARGE_FILE and hasattr(mmap, "MADV_RANDOM"):
             file.madvise(getattr(mmap, f"MADV_{order}"))

@@ -1,141 +1,182 @@
-"""Is a prepared corpus what it says it is? (python prepare_data.py --verify CORPUS)"""
+"""Verifies a prepared corpus: python prepare_data.py --verify CORPUS."""
 
 import hashlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from corpus.metadata import read_metadata
+from corpus.metadata import fingerprint, read_metadata, source_path
 from corpus.planning import split_text
 from corpus.reader import read
 from corpus.sources import InvalidDocument, Source
 from corpus.tasks import assign_split
 from corpus.token_files import blocks, open_tokens
-from corpus.tokenizer import get_tokenizer
+from corpus.tokenizer import Tokenizer, get_tokenizer
 
-FORMATS = "text", "jsonl", "parquet", "arrow"
-DOCUMENTS = "", "line", "blank-line", "file", "article"
-SAMPLE = 1000  # documents that are compared with the source, about
+FORMATS = ("text", "jsonl", "parquet", "arrow")
+DOCUMENTS = ("", "line", "blank-line", "file", "article")
+NUM_COMPARED = 1000  # documents that are compared with the source, about
 
 
 def verify(folder: Path) -> None:
-    """Reads every file of `folder`: checksums, ids, the number of documents; then decodes a sample
-    of its documents and compares it with the source, where that is still there.
+    """Check that a prepared corpus is what its metadata say, and print what was checked.
 
-    Raises ValueError that names the file and what to do.
+    1. Every file: checksum, ids, number of end-of-text tokens.
+    2. If the sources are as they were: a sample of the documents, or the whole running text, is
+       compared with them.
+
+    Raises:
+        ValueError: Something differs; the message names the file and what to do.
+        OSError: A file cannot be read.
     """
     metadata = read_metadata(folder)
-    again = "remove its metadata.json and run python prepare_data.py again, with the same flags"
     tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder} was made with another vocabulary of {tokenizer.name}: {again}")
-    for name, split in metadata["splits"].items():
-        shards, ends = open_tokens(folder / name)[0], 0
-        for file, ids in zip(split["files"], shards):
-            digest, largest = hashlib.sha256(), 0
-            for block in blocks([ids]):
-                digest.update(block.tobytes())
-                largest = max(largest, int(block.max()))
-                ends += np.count_nonzero(block == metadata["eot_token"])
-            if digest.hexdigest() != file["sha256"]:
-                raise ValueError(f"{folder / file['name']}: its sha256 is another: {again}")
-            if largest >= metadata["vocab_size"]:
-                raise ValueError(
-                    f"{folder / file['name']}: id {largest} lies beyond the vocabulary of "
-                    f"{metadata['vocab_size']:,}: {again}"
-                )
-        if ends != split["documents"] * metadata["eot_per_document"]:
-            raise ValueError(f"{folder} {name}: {ends:,} ends of text: {again}")
-        print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
-    files = metadata["source"].get("files", [])
-    sources = [source for file in files if (source := _source(folder, file))]
-    if not sources or len(sources) < len(files):
-        print("the source isn't there any more, or has changed: nothing was compared with it")
+        raise ValueError(
+            f"{folder} was made with another vocabulary of the name {tokenizer.name}: "
+            f"{_remedy(folder / 'metadata.json')}"
+        )
+    for name in metadata["splits"]:
+        _verify_split(folder, name, metadata)
+    sources = [_source(folder, file) for file in metadata["source"].get("files", [])]
+    if not sources or not _is_unchanged(folder, metadata, sources):
+        print("the source is missing or has changed since: nothing was compared with it")
         return
     compare = _compare_documents if metadata["eot_per_document"] else _compare_text
-    count = compare(folder, metadata, tokenizer, sources)
-    print(f"{count} compared with the source: the same")
+    compared = compare(folder, metadata, tokenizer, sources)
+    print(f"{compared} compared with the source: the same")
 
 
-def _source(folder, file) -> Source | None:
-    """What metadata.json lists as a source, where it is still as it was."""
+def _remedy(path: Path) -> str:
+    return f"remove {path} and run python prepare_data.py again, with the same flags"
+
+
+def _verify_split(folder: Path, name: str, metadata: dict) -> None:
+    split = metadata["splits"][name]
+    shards, _ = open_tokens(folder / name)
+    num_ends = 0
+    for file, ids in zip(split["files"], shards):
+        path = folder / file["name"]
+        digest = hashlib.sha256()
+        largest = 0
+        for block in blocks([ids]):
+            digest.update(block.tobytes())
+            largest = max(largest, int(block.max()))
+            num_ends += np.count_nonzero(block == metadata["eot_token"])
+        if digest.hexdigest() != file["sha256"]:
+            raise ValueError(f"{path}: its sha256 differs from metadata.json: {_remedy(path)}")
+        if largest >= metadata["vocab_size"]:
+            raise ValueError(
+                f"{path}: id {largest} is outside the vocabulary of {metadata['vocab_size']:,}: "
+                f"{_remedy(path)}"
+            )
+    if num_ends != split["documents"] * metadata["eot_per_document"]:
+        raise ValueError(
+            f"{folder} {name}: {num_ends:,} end-of-text tokens for {split['documents']:,} "
+            f"documents: {_remedy(folder / 'metadata.json')}"
+        )
+    print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
+
+
+def _source(folder: Path, file: dict) -> Source:
+    """A source that metadata.json lists."""
     try:
-        path = folder / file["path"]
-        names = [file[name] for name in ("format", "documents", "field", "split")]
-        sound = names[0] in FORMATS and names[1] in DOCUMENTS and {*map(type, names)} == {str}
+        values = [file[name] for name in ("format", "documents", "field", "split")]
+        sound = values[0] in FORMATS and values[1] in DOCUMENTS
+        sound = sound and all(type(value) is str for value in (file["path"], *values))
         if sound and type(file["number"]) is int and file["number"] >= 0:
-            there = path.is_file() and path.stat().st_size == file["bytes"]
-            return Source(str(path), *names, file["number"]) if there else None
+            return Source(str(source_path(folder, file)), *values, file["number"])
     except (KeyError, TypeError):
         pass
-    raise ValueError(f"{folder / 'metadata.json'} is damaged: one of its sources is none")
+    raise ValueError(f"{folder / 'metadata.json'} is damaged: it lists an invalid source")
 
 
-def _differs(folder, name, where):
+def _is_unchanged(folder: Path, metadata: dict, sources: list[Source]) -> bool:
+    """Whether the sources are as they were when the corpus was prepared."""
+    try:
+        if "fingerprint" in metadata:
+            return fingerprint(metadata, folder) == metadata["fingerprint"]
+        # an older corpus: the sizes are all that is known
+        files = metadata["source"]["files"]
+        paths = [Path(source.path) for source in sources]
+        return all(p.is_file() and p.stat().st_size == f["bytes"] for p, f in zip(paths, files))
+    except OSError:
+        return False
+
+
+def _difference(folder: Path, what: str, place: str) -> ValueError:
     return ValueError(
-        f"{folder}: {name} differs from its source in {where}: one of them has changed since; run "
-        f"python prepare_data.py again"
+        f"{folder}: {what} differs from the source, {place}: one of them was changed; run python "
+        f"prepare_data.py again"
     )
 
 
-def _compare_text(folder, metadata, tokenizer, sources) -> str:
-    """All of a running text, as bytes; as ids where a tokenizer may change the text."""
+def _compare_text(folder, metadata, tokenizer: Tokenizer, sources) -> str:
+    """Compare a running text, as bytes; as ids if the tokenizer may change the text."""
     decode = tokenizer.lossless
-    source_digest, digest = hashlib.sha256(), hashlib.sha256()
+    expected = hashlib.sha256()
     for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
         for text in itertools.chain.from_iterable(texts for _, texts in read(source)):
             if isinstance(text, InvalidDocument):
-                raise _differs(folder, "the text", text.place)
-            source_digest.update(text.encode() if decode else tokenizer.encode(text).tobytes())
+                raise _difference(folder, "the text", text.place)
+            expected.update(text.encode() if decode else tokenizer.encode(text).tobytes())
+    found = hashlib.sha256()
     for name in metadata["splits"]:
         for ids in blocks(open_tokens(folder / name)[0]):
-            ids = tokenizer.decode_bytes(ids) if decode else ids.astype(np.uint32).tobytes()
-            digest.update(ids)
-    if digest.digest() != source_digest.digest():
-        raise _differs(folder, "the text", ", ".join(source.path for source in sources))
+            found.update(tokenizer.decode_bytes(ids) if decode else ids.astype(np.uint32).tobytes())
+    if found.digest() != expected.digest():
+        raise _difference(folder, "the text", ", ".join(source.path for source in sources))
     return "the whole text was decoded and" if decode else "the whole text was"
 
 
-def _compare_documents(folder, metadata, tokenizer, sources) -> str:
-    """Every n-th document of each split."""
-    splits, eot = metadata["splits"], metadata["eot_token"]
-    step = max(1, sum(split["documents"] for split in splits.values()) // SAMPLE)
-    prepared = {name: _documents(open_tokens(folder / name)[0], eot) for name in splits}
-    seen, compared = Counter(), 0
+def _compare_documents(folder, metadata, tokenizer: Tokenizer, sources) -> str:
+    """Compare every n-th document of each split, and their numbers."""
+    splits = metadata["splits"]
+    num_documents = sum(split["documents"] for split in splits.values())
+    step = max(1, num_documents // NUM_COMPARED)
+    prepared = {
+        name: _documents(open_tokens(folder / name)[0], metadata["eot_token"]) for name in splits
+    }
+    seen: Counter[str] = Counter()
+    compared = 0
     for source in sources:
-        for text, name in _split_of_each(metadata, source):
+        for text, name in _texts_with_splits(metadata, source):
             if isinstance(text, InvalidDocument):
-                continue  # skipped when it was prepared, too
+                continue  # it was skipped
             if metadata.get("skipped") and not tokenizer.can_encode(text):
                 continue
             ids = next(prepared.get(name, iter(())), None)
             seen[name] += 1
-            if ids is None or seen[name] % step == 0:
-                compared += 1
-                expected = tokenizer.encode(text)[: metadata["max_length"] or None]
-                if ids is None or not np.array_equal(ids, expected):
-                    raise _differs(folder, f"document {seen[name]} of {name}", source.path)
+            if ids is not None and seen[name] % step:
+                continue
+            compared += 1
+            expected = tokenizer.encode(text)[: metadata["max_length"] or None]
+            if ids is None or not np.array_equal(ids, expected):
+                raise _difference(folder, f"document {seen[name]} of {name}", source.path)
     for name, rest in prepared.items():
         if next(rest, None) is not None:
-            raise _differs(folder, f"the number of documents of {name}", sources[0].path)
+            raise _difference(folder, f"the number of documents of {name}", sources[0].path)
     return f"{compared:,} of {sum(seen.values()):,} documents were"
 
 
-def _split_of_each(metadata, source):
-    """(text, name of its split) of every document."""
+def _texts_with_splits(metadata, source: Source) -> Iterator[tuple]:
+    """Yield (text, name of its split) of every document of a source."""
     for positions, texts in read(source):
-        split = assign_split(source, positions, metadata["train_split_ratio"], metadata["seed"])
-        for name, own in split.items():
-            yield from ((text, name) for text in itertools.compress(texts, own))
+        masks = assign_split(source, positions, metadata["train_split_ratio"], metadata["seed"])
+        for name, mask in masks.items():
+            for text in itertools.compress(texts, mask):
+                yield text, name
 
 
-def _documents(shards, eot):
-    """The ids of one document after another, without the end of text."""
+def _documents(shards, eot_token: int) -> Iterator[np.ndarray]:
+    """Yield the ids of one document after another, without end-of-text tokens."""
     rest = np.empty(0, np.uint32)
     for block in blocks(shards):
         block = np.concatenate([rest, block])
-        ends = np.flatnonzero(block == eot)
-        yield from (part[:-1] for part in np.split(block, ends + 1)[:-1])
-        rest = block[ends[-1] + 1 :] if len(ends) else block
+        ends = np.flatnonzero(block == eot_token) + 1
+        for document in np.split(block, ends)[:-1]:
+            yield document[:-1]
+        rest = block[ends[-1] :] if len(ends) else block

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from common.script import run
 from common.settings import parse_settings
+from corpus.engines import open_engine
 from corpus.inputs import load_corpus
-from corpus.shards import prepare
-from corpus.tasks import engine
+from corpus.pipeline import prepare
 from corpus.tokenizer import fetch_vocabulary, get_tokenizer
 from dataset import (
     DocumentDataset,
@@ -75,7 +75,7 @@ class LLMDataModule(L.LightningDataModule):
         hp = self.hparams
         fetch_vocabulary(hp.tokenizer)
         corpus = load_corpus(hp.corpus, self.folder, hp.inputs)
-        with engine("processes") as run_tasks:
+        with open_engine("processes") as run_tasks:
             prepare(corpus, get_tokenizer(hp.tokenizer), self.folder, run_tasks, seed=hp.seed)
 
     def setup(self, stage: str | None = None) -> None:

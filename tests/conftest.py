@@ -20,11 +20,11 @@ import torch
 from processes import start
 
 import train_gpt2
-from corpus import shards
+from corpus import pipeline
+from corpus.engines import open_engine
 from corpus.inputs import Corpus
 from corpus.reader import read
 from corpus.sources import Source
-from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from training.metrics import read_metrics
@@ -136,8 +136,8 @@ def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **optio
     path.write_bytes("".join(lines).encode())
     source = Source(str(path), "jsonl" if documents else "text")
     corpus = Corpus(folder.name, {"made": "by a test"}, [source])
-    with engine("processes", workers=1) as run:
-        return shards.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
+    with open_engine("processes", workers=1) as run:
+        return pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
     work = job.raw.parent / "data" / "c" / ".work"
 
     def pieces():
-        return {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
+        return {path.name: path.stat().st_mtime_ns for path in work.glob("*/*.json")}
 
     job_id = job(*array, out="out")
     wait_for(lambda: len(pieces()) >= 3)

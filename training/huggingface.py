@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common.files import atomic_write, fcntl, read_json
+from common.files import atomic_write, exclusive_lock, read_json
 from corpus.download import download
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
@@ -60,9 +60,8 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
         return folder
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        if fcntl:  # one of the processes of a torchrun downloads, and the others wait for it
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    # one of the processes of a torchrun downloads, and the others wait for it
+    with exclusive_lock(folder.with_suffix(".lock"), wait=True):
         for file in FILES:
             if not (folder / file).exists():
                 # the hub's answer names the sha256 of large files

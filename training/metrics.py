@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import atomic_write, lock
+from common.files import atomic_write, exclusive_lock
 from common.packages import optional
 
 SECONDS_BETWEEN_LINES = 60  # where there is no terminal for a progress bar
@@ -50,8 +50,8 @@ class Metrics:
     - val_loss (nats per token) and val_bpb (bits per byte of text, all of it: the first tokens of
       documents, which val_loss leaves out, count as much as others).
 
-    Lines after `step`, which a killed run leaves, are dropped. The file is locked, so that no two
-    processes train one run.
+    Lines after `step`, which a killed run leaves, are dropped. The run is locked, so that no two
+    processes train it.
 
     Raises:
         BlockingIOError: Another process trains this run.
@@ -62,12 +62,13 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.first_step = step
         self.max_steps = max_steps
+        self.lock = contextlib.ExitStack()
+        message = (
+            f"{folder} is being trained by another process: wait for it, or choose another "
+            f"--run_name"
+        )
+        self.lock.enter_context(exclusive_lock(folder / ".lock", message))
         self.file = open(self.path, "a", buffering=1)  # a line at a time
-        if not lock(self.file):
-            raise BlockingIOError(
-                f"{folder} is being trained by another process: wait for it, or choose another "
-                f"--run_name"
-            )
         kept = sum(size for size, values in _lines(self.path) if values["step"] <= step)
         self.file.truncate(kept)
         self.tensorboard = None
@@ -125,6 +126,7 @@ class Metrics:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+        self.lock.close()
 
     def _write(self, step, values):
         try:

@@ -48,7 +48,7 @@ def print_report(folder: Path, progress: Progress, settings, metadata: dict, dev
         print(f"no better validation for {steps} steps: ended early")
     print_sample(folder, metadata, device)
     print(f"best validation {progress.best_loss:.4f} nats per token, at step {progress.best_step}")
-    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    names = ", ".join(sorted(path.name for path in folder.glob("[!.]*")))
     print(f"files: {folder}/ ({names})")
     print(f'text:  python sample.py --run {quoted} --prompt "..."')
 

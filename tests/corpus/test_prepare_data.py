@@ -9,11 +9,17 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import tiktoken
-from conftest import DEAD_PROXY, assert_one_line_error, make_corpus, run_script
+from conftest import DEAD_PROXY, assert_one_line_error, files, make_corpus, run_script
 
 import prepare_data
 from corpus import tasks
+from corpus.engines import open_engine
+from corpus.inputs import Corpus
+from corpus.metadata import read_metadata
+from corpus.pipeline import prepare
+from corpus.sources import Source
 from corpus.tokenizer import get_tokenizer
+from corpus.verify import verify
 
 
 def read(folder, name):
@@ -237,11 +243,65 @@ def test_preparing_again_replaces(tmp_path):
 def test_preparing_again_takes_no_other_file_away(tmp_path):
     folder, old = tmp_path / "c", "train-00001-of-00003.bin"
     folder.mkdir()
-    for name in ("value.bin", "train_old.bin", old):
+    for name in ("value.bin", "train_old.bin"):
         (folder / name).write_text("mine")
     make_corpus(folder, ["text " * 100])
+    (folder / old).write_text("of an earlier preparation")
+    make_corpus(folder, ["text " * 101])
     left = {path.name for path in folder.iterdir()} - {"train.bin", "val.bin", "metadata.json"}
     assert left == {"value.bin", "train_old.bin"}
+
+
+def test_tokens_of_another_program_are_not_overwritten(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"c/train\.bin was not written by this program"):
+        make_corpus(folder, ["text " * 100])
+    assert files(folder) == {"train.bin": b"mine"}
+
+
+def test_one_definition_of_the_same_source(tmp_path, capsys):
+    """Its size and its date decide, for preparing again and for verifying: also where the date is
+    older than the corpus, or lies in the future."""
+    folder = tmp_path / "c"
+    make_corpus(folder, ["one text " * 100])
+    source = tmp_path / "c.txt"
+    for seconds in (-(10**6), 10**6):
+        now = time.time()
+        os.utime(source, (now + seconds, now + seconds))
+        verify(folder)
+        assert "has changed since: nothing was compared" in capsys.readouterr().out
+        prepare_again(folder, source)
+        assert "done in" in capsys.readouterr().out
+        verify(folder)
+        assert "compared with the source: the same" in capsys.readouterr().out
+        prepare_again(folder, source)
+        assert "is prepared already" in capsys.readouterr().out
+
+
+def prepare_again(folder, source):
+    corpus = Corpus(folder.name, {"made": "by a test"}, [Source(str(source))])
+    with open_engine("processes", workers=1) as run:
+        prepare(corpus, get_tokenizer("bytes"), folder, run)
+
+
+def test_a_split_of_empty_documents_is_refused(tmp_path):
+    """Its ids are ends of text alone; such a corpus once was "done", and damaged for ever."""
+    texts = ["", *[f"document {i}" for i in range(5)]]
+    seeds = range(200)
+    refused = 0
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        try:
+            make_corpus(folder, texts, documents=True, seed=seed)
+        except ValueError as error:
+            assert "nothing is left for" in str(error) and "another --seed" in str(error)
+            assert not (folder / "metadata.json").exists()
+            refused += 1
+        else:
+            assert read_metadata(folder)["splits"]["val"]["bytes"] > 0
+    assert 0 < refused < len(seeds)
 
 
 def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):

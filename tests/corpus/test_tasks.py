@@ -14,10 +14,10 @@ import pytest
 import tiktoken
 from conftest import DEAD_PROXY, ROOT, assert_one_line_error, make_corpus, run_script
 
-from corpus import shards, tasks
+from corpus import engines, pipeline, shards, tasks
+from corpus.engines import open_engine
 from corpus.inputs import Corpus
 from corpus.sources import Source
-from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 
 ADVERSARIAL = [
@@ -43,7 +43,7 @@ def jsonl(path, count=20_000, seed=0, width=80):
 
 
 def test_ids_are_tiktokens_on_every_document(tmp_path, gpt2_tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "PIECE_BYTES", (100_000, 100_000))
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (100_000, 100_000))
     texts = ADVERSARIAL
     make_corpus(tmp_path / "c", texts, documents=True, tokenizer="gpt2", train_split_ratio=0.7)
     metadata = json.loads((tmp_path / "c" / "metadata.json").read_text())
@@ -95,9 +95,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
 
 
 def test_no_more_workers_than_the_machine_can_use(monkeypatch):
-    monkeypatch.setattr(tasks, "cores", lambda: 1)
+    monkeypatch.setattr(engines, "cores", lambda: 1)
     monkeypatch.delitem(sys.modules, "pyarrow", raising=False)  # then they would be spawned
-    with engine("processes", workers=1000) as run:
+    with open_engine("processes", workers=1000) as run:
         assert len(multiprocessing.active_children()) == 4
         assert sorted(run(abs, [(-1,), (-2,)])) == [(0, 1), (1, 2)]
 
@@ -105,7 +105,7 @@ def test_no_more_workers_than_the_machine_can_use(monkeypatch):
 @pytest.mark.parametrize("piece", [10_000, 70_000, 1 << 30])
 def test_neither_pieces_nor_shards_change_the_stream(tmp_path, monkeypatch, piece):
     texts = [f"document {i} " * (i % 50) for i in range(2000)]
-    monkeypatch.setattr(shards, "PIECE_BYTES", (piece, piece))
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (piece, piece))
     monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     metadata = make_corpus(tmp_path / "c", texts, documents=True)
     files = metadata["splits"]["train"]["files"]
@@ -166,7 +166,7 @@ def start_a_while(tmp_path, pieces=1):
     """prepare_data.py at work on a dozen pieces, with some done; and the folder of those."""
     jsonl(tmp_path / "my.jsonl", count=120_000)
     process, work = start(tmp_path, "--workers", "2"), tmp_path / "data" / "my" / ".work"
-    while len(list(work.glob("*.json"))) < pieces:
+    while len(list(work.glob("*/*.json"))) < pieces:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     return process, work
@@ -177,7 +177,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    done = {path: path.stat().st_mtime_ns for path in work.glob("*/*.json")}
     victim = min(done)
     content = victim.read_bytes()
     account = json.loads(content)
@@ -185,7 +185,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     process = start(tmp_path, "--workers", "2")
     out, error = process.communicate()
     assert process.returncode == 0, error
-    assert f"going on: {len(done)} of 12 pieces" in out
+    assert f"resuming: {len(done)} of 12 tasks" in out
     first = output(tmp_path / "data" / "my")
     assert first.keys() == {"train.bin", "val.bin", "metadata.json"}
     assert float(out.split(" MB/s per core")[0].split()[-1]) < 1  # by the 12,345 seconds
@@ -203,10 +203,10 @@ def test_one_worker_killed_is_one_line_and_its_work_is_kept(tmp_path):
     _, error = process.communicate()
     assert process.returncode == 1
     assert error.startswith("error: a worker process was killed") and error.count("\n") == 1
-    assert list(work.glob("*.json"))
+    assert list(work.glob("*/*.json"))
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
     process = start(tmp_path, "--workers", "1")
-    assert "going on" in process.communicate()[0]
+    assert "resuming" in process.communicate()[0]
     assert not work.exists()
 
 
@@ -223,15 +223,15 @@ def test_ctrl_c_is_no_traceback(tmp_path):
     for _ in range(3):  # impatiently: a second one hung it
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         time.sleep(0.1)
-    assert process.communicate(timeout=30)[1] == "\nstopping when the pieces at hand are done\n"
+    assert process.communicate(timeout=30)[1] == "\nstopping when the running tasks are finished\n"
     assert process.returncode == 130
 
 
 def test_parts_are_joined_by_the_last(tmp_path):
     jsonl(tmp_path / "my.jsonl", count=30_000)
     outs = [start(tmp_path, "--part", f"{i}/3").communicate()[0] for i in (2, 0)]
-    assert "part 2/3 is done; 2 pieces are left" in outs[0]
-    assert "part 0/3 is done; 1 pieces are left" in outs[1]
+    assert "part 2/3 is done; 2 tasks are left" in outs[0]
+    assert "part 0/3 is done; 1 tasks are left" in outs[1]
     assert not (tmp_path / "data/my/metadata.json").exists()
     assert "done in" in start(tmp_path, "--part", "1/3").communicate()[0]
     first = output(tmp_path / "data" / "my")
@@ -247,7 +247,7 @@ def test_parts_are_joined_by_the_last(tmp_path):
 def test_two_at_once_do_not_meet(tmp_path):
     jsonl(tmp_path / "my.jsonl", count=150_000)
     first = start(tmp_path)
-    while not (tmp_path / "data" / "my" / ".work" / "key").exists():
+    while not (tmp_path / "data" / "my" / ".lock").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.005)
     second = start(tmp_path, "--seed", "1")
@@ -276,7 +276,7 @@ def test_a_full_disk_while_joining_keeps_the_pieces(tmp_path):
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
-    assert "going on: 6 of 6 pieces were done before" in result.stdout
+    assert "resuming: 6 of 6 tasks are finished" in result.stdout
 
 
 def test_changed_flags_start_anew(tmp_path):
@@ -284,17 +284,17 @@ def test_changed_flags_start_anew(tmp_path):
     jsonl(tmp_path / "my.jsonl", count=30_000)
     start(tmp_path, "--part", "0/3").communicate()
     out, _ = start(tmp_path, "--max_length", "10").communicate()
-    assert "going on" not in out and "tokens beyond max_length" in out
+    assert "resuming" not in out and "tokens beyond max_length" in out
 
 
 def test_pieces_that_were_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypatch):
-    """PIECE_BYTES is a constant, and such are there to be edited."""
+    """TASK_BYTES is a constant, and such are there to be edited."""
     jsonl(tmp_path / "my.jsonl", count=100)
     corpus = Corpus("my", {}, [Source(str(tmp_path / "my.jsonl"), "jsonl")])
     for folder, part, size in ("c", "0/2", 2000), ("c", "", 3000), ("d", "", 3000):
-        monkeypatch.setattr(shards, "PIECE_BYTES", (size, size))
-        with engine("processes", workers=1) as run:
-            shards.prepare(corpus, get_tokenizer("bytes"), tmp_path / folder, run, part=part)
+        monkeypatch.setattr(pipeline, "TASK_BYTES", (size, size))
+        with open_engine("processes", workers=1) as run:
+            pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / folder, run, part=part)
     assert output(tmp_path / "c") == output(tmp_path / "d")
 
 

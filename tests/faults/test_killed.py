@@ -21,11 +21,11 @@ from conftest import TINY, files, losses, tiny_checkpoint
 from tqdm import tqdm
 
 from common.files import atomic_write
-from corpus import shards
+from corpus import pipeline
+from corpus.engines import open_engine
 from corpus.inputs import Corpus
 from corpus.metadata import newest_corpus, read_metadata
 from corpus.sources import Source
-from corpus.tasks import engine
 from corpus.token_files import open_tokens
 from corpus.tokenizer import get_tokenizer
 from training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -77,14 +77,14 @@ def tmp_path(in_memory):
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """prepare(FOLDER) makes FOLDER/c of tmp_path/c.jsonl, in two pieces; seed: of the split."""
-    monkeypatch.setattr(shards, "PIECE_BYTES", (3_000, 3_000))
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (3_000, 3_000))
     lines = [json.dumps({"text": f"document {i} " * (i % 30)}) + "\n" for i in range(30)]
     (tmp_path / "c.jsonl").write_text("".join(lines))
 
     def prepare(folder, workers=1, seed=1):
         corpus = Corpus("c", {"made": "by a test"}, [Source(str(tmp_path / "c.jsonl"), "jsonl")])
-        with engine("processes", workers) as run:
-            shards.prepare(corpus, get_tokenizer("bytes"), folder / "c", run, seed=seed)
+        with open_engine("processes", workers) as run:
+            pipeline.prepare(corpus, get_tokenizer("bytes"), folder / "c", run, seed=seed)
 
     return prepare
 
@@ -144,7 +144,7 @@ def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
 
 def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
     prepare(tmp_path / "whole")
-    monkeypatch.setattr(shards, "PIECE_BYTES", (200, 200))
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (200, 200))
     choose = random.Random(0)
     for number in range(5):
         if not (pid := fork()):

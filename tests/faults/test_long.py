@@ -6,7 +6,7 @@ import json
 from matplotlib.figure import Figure
 
 from bench import faults
-from corpus import shards
+from corpus import pipeline
 from training.metrics import plot_losses
 
 
@@ -21,7 +21,7 @@ def test_a_plot_leaves_nothing_in_memory(tmp_path):
 def test_the_counts(in_memory, monkeypatch):
     """bench/faults.py at toy size."""
     monkeypatch.chdir(in_memory)
-    monkeypatch.setattr(shards, "PIECE_BYTES", shards.PIECE_BYTES)  # it changes them
+    monkeypatch.setattr(pipeline, "TASK_BYTES", pipeline.TASK_BYTES)  # it changes them
     config = faults.Config(kills=1, training_kills=1, gigabytes=0.005)
     faults.make_corpus()
     rows = {what: numbers for what, *numbers in faults.kills(config)}

@@ -24,10 +24,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from corpus import reader, shards
+from corpus import pipeline, reader
+from corpus.engines import open_engine
 from corpus.inputs import Corpus
 from corpus.sources import Source, zstd
-from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 
 FUZZ = int(os.environ.get("FUZZ", 400))  # files in all
@@ -183,22 +183,22 @@ def folder():
 def small_blocks(monkeypatch):
     """What a test sets, it puts back."""
     monkeypatch.setattr(reader, "BLOCK", reader.BLOCK)
-    monkeypatch.setattr(shards, "PIECE_BYTES", shards.PIECE_BYTES)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", pipeline.TASK_BYTES)
 
 
 def prepared(folder, source, block, piece, on_error="stop"):
     """The bytes of train and val that were prepared of a source, and what was skipped. Raises
     what prepare_data.py prints."""
-    reader.BLOCK, shards.PIECE_BYTES = block, (piece, piece)
+    reader.BLOCK, pipeline.TASK_BYTES = block, (piece, piece)
     sources = [source]
     if source.documents or source.format != "text":  # all of it to train
         end = Source(str(folder / "val.txt"), documents="file", split="val")
         sources = [replace(source, split="train"), replace(end, number=1)]
     shutil.rmtree(folder / "out", ignore_errors=True)
     try:
-        with engine("processes", 1) as run, contextlib.redirect_stdout(io.StringIO()):
+        with open_engine("processes", 1) as run, contextlib.redirect_stdout(io.StringIO()):
             corpus, tokenizer = Corpus("fuzz", {}, sources), get_tokenizer("bytes")
-            shards.prepare(corpus, tokenizer, folder / "out", run, on_error=on_error)
+            pipeline.prepare(corpus, tokenizer, folder / "out", run, on_error=on_error)
     except BaseException:
         assert not (folder / "out" / "metadata.json").exists()  # there is no corpus
         raise

@@ -26,11 +26,11 @@ import sample
 import train_gpt2
 from common.script import run
 from corpus import inputs
+from corpus.engines import open_engine
 from corpus.hub import hugging_face
 from corpus.metadata import read_metadata
-from corpus.shards import prepare
+from corpus.pipeline import prepare
 from corpus.sources import Source
-from corpus.tasks import engine
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from training import device
@@ -85,7 +85,7 @@ def prepared(tmp_path_factory):
     rows = [json.dumps({"text": f"document {i}, one for sorrow, two for mirth"}) for i in range(30)]
     (folder / "raw" / "a.jsonl").write_text("\n".join(rows))
     corpus = inputs.load_corpus("mine", folder / "data/mine", [f"{folder}/raw/a.jsonl"])
-    with engine("processes", workers=1) as run:
+    with open_engine("processes", workers=1) as run:
         metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run)
     shape = GPTConfig(metadata["vocab_size"], n_positions=16, n_layer=1, n_head=1, n_embd=8)
     checkpoint = {

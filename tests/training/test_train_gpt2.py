@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run
 from processes import start
 
 import train_gpt2
-from corpus.metadata import sealed
+from corpus.metadata import with_checksum
 from training.checkpoint import Progress, load_checkpoint, load_model
 from training.metrics import Metrics, read_metrics
 from training.run_folder import newest_run
@@ -117,7 +117,7 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
     path = tmp_path / "data" / "rhyme" / "metadata.json"
     metadata = json.loads(path.read_text())
     metadata["tokenizer"]["sha256"] = "another"
-    path.write_text(json.dumps(sealed(metadata)))
+    path.write_text(json.dumps(with_checksum(metadata)))
     with pytest.raises(ValueError, match="rhyme has another text or vocabulary"):
         train(resume="out/rhyme-tiny-1")
     make_corpus(tmp_path / "data" / "rhyme", ["another text " * 400])

@@ -1,0 +1,164 @@
+"""Engines: a map over tasks, by the processes of this machine or by a Ray cluster.
+
+with open_engine("processes", workers=2) as run:
+    for index, result in run(function, [(1, 2), (3, 4)]): ...    # function(1, 2), function(3, 4)
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from common.packages import optional
+
+Run = Callable[[Callable, Sequence[tuple]], Iterator[tuple[int, Any]]]
+RAY_TIMEOUT = 10  # seconds to reach a cluster
+WORKERS_PER_CORE = 4  # at most: more would only take memory
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use (what Slurm gave it, for example)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows
+
+
+@contextlib.contextmanager
+def open_engine(name: str, workers: int = 0, ray_address: str = "") -> Iterator[Run]:
+    """Start an engine, and stop it at the end of the block.
+
+    Args:
+        name: "processes" or "ray".
+        workers: Tasks at once; 0: one per core. On this machine at most four per core.
+        ray_address: HOST:PORT of a Ray cluster, or "auto"; "" starts Ray on this machine.
+
+    Yields:
+        run(function, tasks), which yields (index of a task, function(*task)) in the order in which
+        tasks finish. It raises what a task raises, and OSError if a worker dies.
+
+    Raises:
+        ConnectionError: No Ray cluster answers.
+        ValueError: Ray is not installed.
+    """
+    if not ray_address:
+        workers = min(workers, WORKERS_PER_CORE * cores())
+    if name == "ray":
+        yield from _ray_engine(workers, ray_address)
+    else:
+        yield from _process_engine(workers or cores())
+
+
+def _process_engine(workers: int) -> Iterator[Run]:
+    # a fork has the vocabulary and the imports already, but one with Arrow's threads may hang
+    fork = sys.platform == "linux" and "pyarrow" not in sys.modules
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
+    if fork and workers > 1:
+        pool.submit(int)  # forks all workers now, before there is a lock or a thread
+
+    def run(function, tasks):
+        if workers == 1 or len(tasks) <= 1:
+            for i, task in enumerate(tasks):
+                yield i, function(*task)
+            return
+        try:  # a worker may die while tasks are still being submitted
+            futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker process was killed, perhaps because memory ran out: run this again with "
+                "fewer --workers; finished tasks are kept"
+            ) from None
+
+    try:
+        yield run
+    except KeyboardInterrupt:  # a second one, while workers finish their tasks, would hang us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\nstopping when the running tasks are finished", file=sys.stderr)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end when the parent ends, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ray_engine(workers: int, address: str) -> Iterator[Run]:
+    """One Ray task per task; all nodes see the same files."""
+    ray = optional("ray", "--engine ray")
+    _connect_ray(ray, workers, address)
+    try:
+        at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+        folder = os.getcwd()
+
+        def run(function, tasks):
+            @ray.remote(num_cpus=1, max_retries=5)
+            def remote(*task):
+                os.chdir(folder)  # a node may have been started elsewhere
+                return function(*task)
+
+            waiting = enumerate(tasks)
+            running = {}
+            while True:
+                for i, task in itertools.islice(waiting, at_once - len(running)):
+                    running[remote.remote(*task)] = i
+                if not running:
+                    return
+                (future,), _ = ray.wait(list(running))
+                try:
+                    yield running.pop(future), ray.get(future)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    raise OSError(f"Ray lost a task, run this again: {error}") from None
+
+        yield run
+    finally:
+        ray.shutdown()
+
+
+def _connect_ray(ray, workers: int, address: str) -> None:
+    """Connect to a Ray cluster, or start one on this machine."""
+    host_and_port = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if host_and_port:
+        try:  # Ray itself would try for minutes
+            socket.create_connection(host_and_port.groups(), RAY_TIMEOUT).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
+    code = str(Path(__file__).resolve().parent.parent)
+    variables = {"PYTHONPATH": os.pathsep.join([code, os.environ.get("PYTHONPATH", "")])}
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address=address or "local",  # not a cluster that this machine may have already
+            num_cpus=None if address else workers or cores(),
+            runtime_env={"env_vars": variables},
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise ConnectionError(f"no Ray cluster {where}: {error}") from None
