@@ -137,7 +137,7 @@ def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
     monkeypatch.setattr(learn, "TRIED", {"bytes": ["--n_embd 16"]})
     monkeypatch.setattr(learn, "RACES", {"cpu": learn.RACES["cpu"][1:3]})
     tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
-    flags = ["--seeds", 1, "--seconds", 1, "--flags", tiny, "--results", tmp_path / "R.md"]
+    flags = ["--seeds", 1, "--seconds", 1, f"--flags={tiny}", "--results", tmp_path / "R.md"]
     printed = bench(learn, "--text", text, *flags, *recipes)
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
