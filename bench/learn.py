@@ -71,7 +71,7 @@ class Settings:
     vocabularies: tuple[str, ...] = tuple(TRIED)  # of recipes
     seeds: int = 3  # runs of each
     seconds: float = 60.0  # for ours where no nanoGPT says how many
-    flags: str = ""  # of train_gpt2.py, for all runs of ours, say "--train_flops 1e12"
+    flags: str = ""  # of train_gpt2.py, for all runs of ours, say --flags="--train_flops 1e12"
     device: str = "cpu"  # cpu, cuda
     results: str = ""  # Markdown file to write into; "": RESULTS.md, or RECIPES.md
 

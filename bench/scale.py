@@ -26,7 +26,7 @@ from bench.tokenize import ours as prepare
 from common.script import run
 from common.settings import parse_settings
 from model import GPT, GPTConfig
-from training.device import choose_compile, choose_dtype
+from training.device import choose_compile, choose_device, choose_dtype
 from training.optimizer import create_optimizer
 
 ENGINES = {  # contestants, and prepare_data.py's flags
@@ -130,8 +130,8 @@ def open_split(folder: Path) -> None:
 
 def training_step(config) -> None:
     """4 layers, one thing changed at a time."""
-    dtype = choose_dtype("auto", config.device)
-    peak = product_peak(config, getattr(torch, dtype))
+    dtype = choose_dtype("auto", choose_device(config.device).value).value
+    peak = product_peak(config, dtype)
     base = dict(channels=128, window=64, batch=12, vocab_size=257)
     panels, rows = {}, []
     for name, values in (
@@ -145,11 +145,12 @@ def training_step(config) -> None:
                 line.append((value, 100 * flops / peak))
                 sizes = [shape["channels"], f"{shape['batch']} x {shape['window']}"]
                 rows.append((*sizes, f"{vocabulary:,}", speed, flops / 1e9, 100 * flops / peak))
+    dtype_name = str(dtype).removeprefix("torch.")
     head = ["channels", "batch", "ids", "tokens/s", "GFLOP/s", "% of the peak"]
     text = (
-        f"A model of 4 layers, heads of 32 channels, {dtype}: forward, backward, clipping and Muon "
-        "with AdamW; the FLOPs are the model's (PaLM's appendix B), those of the optimizer are not "
-        f"counted. The peak, {peak / 1e9:,.0f} GFLOP/s, is that of the best square matrix "
+        f"A model of 4 layers, heads of 32 channels, {dtype_name}: forward, backward, clipping and "
+        "Muon with AdamW; the FLOPs are the model's (PaLM's appendix B), those of the optimizer "
+        f"are not counted. The peak, {peak / 1e9:,.0f} GFLOP/s, is that of the best square matrix "
         "product measured just before.\n\n" + table(head, rows)
     )
     title = "Scale: a training step" + (" on a GPU" if config.device == "cuda" else "")
@@ -185,11 +186,12 @@ def step(config, dtype, channels, window, batch, vocab_size) -> tuple[float, flo
     shape = GPTConfig(vocab_size, window, n_layer=4, n_head=max(1, channels // 32), n_embd=channels)
     model = GPT(shape).to(config.device)
     optimizers = [create_optimizer(model, "muon", 1e-3, 0.1)]
-    forward = torch.compile(model) if choose_compile("auto", config.device, 0) else model
+    compiled = choose_compile("auto", choose_device(config.device).value, 0).value
+    forward = torch.compile(model) if compiled else model
     x, y = torch.randint(0, vocab_size, (2, batch, window), device=config.device)
 
     def one():
-        with torch.autocast(config.device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(config.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             forward(x, y)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

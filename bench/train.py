@@ -27,7 +27,7 @@ from bench.report import RESULTS, ROOT, bars, contest, contest_table, whole_proc
 from common.script import run
 from common.settings import parse_settings
 from model import GPT, GPTConfig
-from training.device import peak_flops
+from training.device import choose_device, peak_flops
 
 # layers/heads/channels/batch/window/vocabulary/steps: how many times nanoGPT's speed is the goal
 SHAPES = {
@@ -78,7 +78,7 @@ def main():
             }
             goal = {"nanoGPT": goals.get(text, "")}
             groups[str(sizes)] = contest(measures, config.rounds, goal, warm=0)
-            if peak := peak_flops(config.device, "bfloat16"):
+            if peak := peak_flops(choose_device(config.device).value, torch.bfloat16):
                 flops = sizes.model().flops_per_token(sizes.window)
                 for name, speed, *_ in groups[str(sizes)]:
                     shares.append(f"{name} at {sizes}: {100 * speed * flops / peak:.1f}%")

@@ -34,7 +34,7 @@ def run(main: Callable[[], int | None]) -> None:
         code = main() or 0
         sys.stdout.flush()
     except SystemExit as stop:  # from parse_settings
-        code = stop.code or 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:  # the reader of the output, such as head, is gone
         code = 128 + 13  # as a shell reports SIGPIPE
     except KeyboardInterrupt:

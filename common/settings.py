@@ -193,14 +193,14 @@ def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
         if not token.startswith("-"):
             return f"unexpected value {token!r}"
         return f"unknown {token}{near(token.split('=')[0], flags)}"
-    flag = event.argument.lowered.name_or_flags[0]
+    flag = event.argument.lowered.name_or_flags[0]  # type: ignore[attr-defined]
     if isinstance(event, tyro._errors.BadValue):
         return f"{flag} needs a value; write {flag}=VALUE if the value begins with a dash"
     if isinstance(event, tyro._errors.InvalidChoice):
         choices = ", ".join(choice or '""' for choice in event.choices)
         suggestion = near(event.value, event.choices)
         return f"{flag} must be one of {choices}, not {event.value!r}{suggestion}"
-    number = re.search(r"must be a (whole|finite) number, not .*", event.message)
+    number = re.search(r"must be a (whole|finite) number, not .*", event.message)  # type: ignore[attr-defined]
     return f"{flag} {number[0] if number else 'has a value of the wrong type'}"
 
 

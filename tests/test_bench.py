@@ -99,6 +99,7 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
     assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
     reason="its peers have GPT-2's ids, and TIKTOKEN_CACHE_DIR is not set",
@@ -113,6 +114,7 @@ def test_tokenize(bench, text, tmp_path, monkeypatch):
     assert (tmp_path / "results" / "tokenizing.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_loader():
     """Peers that need a checkout, or a package that isn't there, are left out with a line."""
     flags = ["--tokens", 100_000, "--seconds", 0.05, "--rounds", 1, "--results", ""]
@@ -123,6 +125,7 @@ def test_loader():
     assert "| padded documents | transformers |" in result.stdout
 
 
+@pytest.mark.slow
 def test_train(bench, forked, text, tmp_path):
     results = tmp_path / "RESULTS.md"
     shape = ["--shapes", "1/1/8/2/8/bytes/7", "--rounds", 1]
@@ -132,12 +135,13 @@ def test_train(bench, forked, text, tmp_path):
     assert "Left out: nanoGPT" in results.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipes", [[], ["--recipes", "--vocabularies", "bytes"]])
 def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
     monkeypatch.setattr(learn, "TRIED", {"bytes": ["--n_embd 16"]})
     monkeypatch.setattr(learn, "RACES", {"cpu": learn.RACES["cpu"][1:3]})
     tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
-    flags = ["--seeds", 1, "--seconds", 1, "--flags", tiny, "--results", tmp_path / "R.md"]
+    flags = ["--seeds", 1, "--seconds", 1, f"--flags={tiny}", "--results", tmp_path / "R.md"]
     printed = bench(learn, "--text", text, *flags, *recipes)
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
@@ -146,6 +150,7 @@ def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
             assert re.search(rf"\| ours, {row} .*--max_steps \d+", printed)
 
 
+@pytest.mark.slow
 def test_scale(bench, forked, text, tiktoken_file, tmp_path, monkeypatch):
     monkeypatch.delitem(scale.ENGINES, "2 on Ray")  # test_slurm.py has it
     small = ["--megabytes", 1, "--tokens", 10**10, "--channels", 32, "--windows", 8]

@@ -19,7 +19,7 @@ LINES = [
 ]
 for script in ("train_gpt2.py", "sample.py", "prepare_data.py"):  # and those at the top of a file
     docstring = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8")))
-    LINES += re.findall(r"^ *((?:python|torchrun) .*)", docstring, re.MULTILINE)
+    LINES += re.findall(r"^ *(python .*|torchrun --.*)", docstring, re.MULTILINE)
 COMMANDS = [c.strip() for line in LINES for c in line.split("  #")[0].split("&&") if c.strip()]
 COMMANDS = list(dict.fromkeys(COMMANDS))  # what is shown twice is run once
 QUICK = "--max_steps 2 --eval_every 2 --device cpu --compile false"  # of two values the last counts

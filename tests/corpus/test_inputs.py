@@ -816,9 +816,7 @@ def test_verify_finds_what_changed(tmp_path, kind):
     flip(folder / "train.bin", place)
     flip(folder / "train.bin", place + 1, 1)
     told_sha256(folder)
-    with pytest.raises(
-        ValueError, match=r"id \d+ is outside the vocabulary|end-of-text tok"
-    ):
+    with pytest.raises(ValueError, match=r"id \d+ is outside the vocabulary|end-of-text tok"):
         verify(folder)
     flip(folder / "train.bin", place + 1, 0)
     told_sha256(folder)

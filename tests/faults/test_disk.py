@@ -173,9 +173,8 @@ def test_preparing_into_a_folder_that_is_read_only(read_only, lines):
     read_only(home)
     with pytest.raises(OSError) as error:
         prepare(home / "data" / "c", path)
-    assert sentence(error.value).startswith(
-        f"{home}/data: Permission denied; change the permissions"
-    )
+    message = sentence(error.value)
+    assert message.startswith(f"{home}/data: Permission denied; change the permissions")
 
 
 @pytest.mark.parametrize("given", ["", "out/mine"])
@@ -188,7 +187,8 @@ def test_training_into_a_folder_that_is_read_only(read_only, train, monkeypatch,
     with pytest.raises(OSError) as error:
         train(resume=given, **{} if given else TINY)
     path, _, remedy = sentence(error.value).partition(": Permission denied; ")
-    assert path == (f"{given}/.lock" if given else "out") and "change the permissions" in remedy
+    assert path == (f"{given}/.lock" if given else "out")
+    assert "change the permissions" in remedy
 
 
 # ---- damage

@@ -100,6 +100,7 @@ def unreadable(folder) -> None:
             refuse()
 
 
+@pytest.mark.slow
 def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
     """At any time there is the old corpus, or none, or the new one; never parts of both."""
     prepare(tmp_path / "old", seed=0)
@@ -125,6 +126,7 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
     assert len(states) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 5])
 def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
     """The rest of them stops with an error; what is done is kept, and gone on with."""
@@ -142,6 +144,7 @@ def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
     assert files(tmp_path / "killed" / "c") == files(tmp_path / "whole" / "c")
 
 
+@pytest.mark.slow
 def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
     prepare(tmp_path / "whole")
     monkeypatch.setattr(pipeline, "TASK_BYTES", (200, 200))
@@ -197,6 +200,7 @@ def test_saving_a_checkpoint(tmp_path, damaged):
     assert steps[0] == old and steps[-1] == 3 and set(steps) == {old, 3} and len(steps) > 5
 
 
+@pytest.mark.slow
 def test_training_again_and_again(train, tmp_path, monkeypatch):
     """Killed before its first call, after a restart before its 16th, and so on to its end: it ends
     as if it had never been killed."""

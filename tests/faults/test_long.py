@@ -3,6 +3,7 @@
 import gc
 import json
 
+import pytest
 from matplotlib.figure import Figure
 
 from bench import faults
@@ -18,11 +19,12 @@ def test_a_plot_leaves_nothing_in_memory(tmp_path):
     assert len([thing for thing in gc.get_objects() if type(thing) is Figure]) <= 1
 
 
+@pytest.mark.slow
 def test_the_counts(in_memory, monkeypatch):
     """bench/faults.py at toy size."""
     monkeypatch.chdir(in_memory)
     monkeypatch.setattr(pipeline, "TASK_BYTES", pipeline.TASK_BYTES)  # it changes them
-    config = faults.Config(kills=1, training_kills=1, gigabytes=0.005)
+    config = faults.Settings(kills=1, training_kills=1, gigabytes=0.005)
     faults.make_corpus()
     rows = {what: numbers for what, *numbers in faults.kills(config)}
     for what in ("preparing: all processes", "training"):

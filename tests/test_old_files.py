@@ -1,0 +1,80 @@
+"""Corpora prepared and runs trained by commit 58944c1 are still read (fixtures/58944c1)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, losses, run_script
+
+from corpus.tokenizer import get_tokenizer
+from corpus.verify import verify
+from dataset import DocumentDataset, TextDataset
+
+TOKENIZER = get_tokenizer("bytes")
+END_OF_TEXT = "<|endoftext|>"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of what the old commit made, as the current folder."""
+    folder = tmp_path / "old"
+    shutil.copytree(ROOT / "tests" / "fixtures" / "58944c1", folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def decode(tensors) -> str:
+    return TOKENIZER.decode(torch.cat(list(tensors)).tolist())
+
+
+@pytest.mark.parametrize("corpus", ["running", "documents"])
+def test_a_corpus_is_what_its_metadata_says(folder, capsys, corpus):
+    verify(folder / "data" / corpus)
+    assert "compared with the source: the same" in capsys.readouterr().out
+
+
+def test_a_running_text(folder):
+    text = (folder / "running.txt").read_text()
+    for split, expected in (("train", text[:3933]), ("val", text[3933:])):
+        data = TextDataset(folder / "data" / "running" / split, 16, stride=16)
+        x, y = data[0]
+        assert (x.shape, y.shape) == ((16,), (16,)) and torch.equal(x[1:], y[:-1])
+        rows = [data[i][0] for i in range(len(data))]
+        assert decode(rows) == expected[: 16 * len(data)]
+        assert len(data) == (len(expected) - 1) // 16
+
+
+def test_documents(folder):
+    lines = (folder / "documents.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    found = []
+    for split in ("train", "val"):
+        documents = DocumentDataset(folder / "data" / "documents" / split)
+        found += [decode([documents[i]]) for i in range(len(documents))]
+    assert sorted(found) == sorted(text + END_OF_TEXT for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [("running", "one for" + " for" * 10), ("documents", "one for" + " " * 40)],
+    ids=["running", "documents"],
+)
+def test_a_run_writes_the_same_text(folder, run, text):
+    """The expected texts are what sample.py of that commit printed."""
+    flags = ["--prompt", "one for", "--temperature", 0, "--max_new_tokens", 40, "--device", "cpu"]
+    result = run_script("sample.py", "--run", f"out/{run}", *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{text}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "val_loss"), [("running", 1.371833124292006), ("documents", 2.48958939732732)]
+)
+def test_a_run_is_resumed(folder, run, val_loss):
+    """The expected losses are those of that commit, resumed: see the fixture's README.md."""
+    result = run_script("train_gpt2.py", "--resume", f"out/{run}", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    found = losses(folder / "out" / run, "val_loss")
+    assert list(found) == [40, 80, 120]
+    assert found[120] == pytest.approx(val_loss, rel=1e-3)
