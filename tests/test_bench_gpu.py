@@ -25,7 +25,7 @@ def test_gpu_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu", *map(str, flags)])
     assert gpu.main() == 0
     section = results.read_text()
-    assert "## One GPU: CPU, toy size" in section
+    assert "## One GPU, toy size" in section
     assert "| 2/2/16, 4 x 16, bytes | ours |" in section
     assert "1.47" in section
     assert "best validation, nats per byte" in section

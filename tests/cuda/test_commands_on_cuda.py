@@ -9,7 +9,7 @@ from conftest import DEAD_PROXY, ROOT
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(900)]
 TEXT = "one for sorrow, two for mirth\n" * 2000
-SMALL = "--size tiny --max_steps 20 --eval_every 10 --log_every 1".split()
+SMALL = ["--size", "tiny", "--max_steps", "20", "--eval_every", "10", "--log_every", "1"]
 
 
 @pytest.fixture
