@@ -41,7 +41,14 @@ LONGEST = ["test_slurm", "test_train_gpt2", "test_bench", "test_readme", "test_t
 
 def pytest_collection_modifyitems(items):
     """Whole files are shared out, in this order: none of the long ones may be left for the end."""
-    items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+    def rank(item) -> int:
+        if item.get_closest_marker("cuda"):  # no process may be forked once CUDA is initialized
+            return len(LONGEST) + 1
+        stem = item.path.stem
+        return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
 
 
 def tar_of(members) -> bytes:
@@ -179,6 +186,24 @@ def tiny_checkpoint(step: int) -> dict:
     metadata = {"vocab_size": config.vocab_size, "tokenizer": {"name": "bytes"}, "splits": {}}
     shape = {"model_config": asdict(config), "metadata": metadata}
     return known | shape | {"model": GPT(config).state_dict(), "optimizers": []}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU that tests/cuda runs on, or the CPU in a rehearsal (CONTRIBUTING.md)."""
+    if os.environ.get("CUDA_TESTS_ON_CPU") == "1":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU (CUDA_TESTS_ON_CPU=1 rehearses these tests on the CPU)")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(device) -> torch.device:
+    """The same for tests that prove nothing on a CPU, where they skip in a rehearsal, too."""
+    if device.type != "cuda":
+        pytest.skip("only a GPU can do this: left out of the rehearsal")
+    return device
 
 
 @pytest.fixture
