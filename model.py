@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, mask=None, cache=None):
+        """Return (B, T, C); for mask and cache, one layer's, see GPT.forward."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -117,6 +119,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
+        """Return (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate="tanh")  # as in GPT-2 (Hendrycks and Gimpel 2016)
         x = self.c_proj(x)
         return F.dropout(x, self.dropout, self.training)
@@ -133,6 +136,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, cache=None):
+        """Return (B, T, C); for mask and cache, one layer's, see GPT.forward."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -143,7 +147,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
+        self.transformer: Any = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.n_positions, config.n_embd),
@@ -320,7 +324,7 @@ class GPT(nn.Module):
         Yields:
             (B,) token ids after each step.
         """
-        cache = [[] for _ in self.transformer.h]
+        cache: list[list] | None = [[] for _ in self.transformer.h]
         new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.n_positions:

@@ -35,6 +35,8 @@ from corpus.verify import verify
 
 @dataclass
 class Settings:
+    """Every setting is also a flag: --corpus wikitext-2."""
+
     corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of the first --input
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
@@ -71,6 +73,7 @@ REQUIRES["ray_address"] = "engine ray"
 
 
 def main() -> None:
+    """Prepare a corpus, or do what another flag asks for."""
     settings = parse_settings(Settings, __doc__)
     check_ranges(settings, RANGES)
     check_conflicts(settings, EXCLUDES, REQUIRES)

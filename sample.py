@@ -32,6 +32,8 @@ from training.run_folder import newest_run
 
 @dataclass
 class Settings:
+    """Every setting is also a flag: --num_samples 3."""
+
     run: str = ""  # folder of the run; "": the one saved last
     out_dir: str = "out"  # folder of runs
     init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
@@ -62,6 +64,7 @@ EXCLUDES = {
 
 @memory_errors("--num_samples")
 def main() -> None:
+    """Write text, or export the model, as the command line says."""
     settings = parse_settings(Settings, __doc__)
     check_ranges(settings, RANGES)
     check_conflicts(settings, EXCLUDES)

@@ -17,7 +17,7 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +53,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass
 class Settings:
+    """Every setting is also a flag: --max_steps 100."""
+
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
@@ -111,7 +113,10 @@ for _name, _shape in GPT2_SIZES.items():
     )  # fmt: skip
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+ResolvedSettings = Any  # Settings in which resolve_size and fill_in_steps have replaced every None
+
+
+def learning_rate(step: int, settings: ResolvedSettings) -> float:
     """Linear from 0 to the peak over warmup_steps, then linear to 0 at max_steps."""
     warmup = min(settings.warmup_steps, settings.max_steps // 10)
     rising = (step + 1) / (warmup + 1)
@@ -193,7 +198,7 @@ def validation_batches(val_loader, ranks: Ranks):
         yield x, y
 
 
-def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ranks) -> int:
+def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, ranks: Ranks) -> int:
     """Train until max_steps, stop_at, patience or a signal.
 
     Args:
@@ -227,12 +232,12 @@ def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ra
     optimizer = create_optimizer(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay
     )
-    scaler = torch.amp.GradScaler(device.value.type, enabled=compute.dtype == torch.float16)
+    scaler: Any = torch.amp.GradScaler(device.value.type, enabled=compute.dtype == torch.float16)
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
     compiled = torch.compile(model) if compute.compile else model  # shares the parameters
-    parallel = DistributedDataParallel(compiled) if ranks.world_size > 1 else compiled
+    parallel: Any = DistributedDataParallel(compiled) if ranks.world_size > 1 else compiled
 
     # --- the run's folder
     folder = ranks.broadcast(run_folder(settings) if ranks.is_first else None)
@@ -248,7 +253,8 @@ def train(settings: Settings, checkpoint: dict | None, device: Choice, ranks: Ra
             save(folder / "last.pt", progress, **saved, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
-    train_loader.sampler.position = progress.position
+    order: Any = train_loader.sampler
+    order.position = progress.position
     batches = repeat(train_loader)
     micro_batch_size = settings.micro_batch_size or settings.batch_size // ranks.world_size
     signum = 0
@@ -326,7 +332,7 @@ def repeat(loader):
         yield from loader
 
 
-def is_complete(progress: Progress, settings: Settings) -> bool:
+def is_complete(progress: Progress, settings: ResolvedSettings) -> bool:
     """Whether the run is at max_steps, or has had `patience` validations without a new best."""
     validations_since_best = (progress.step - progress.best_step) // settings.eval_every
     out_of_patience = 0 < settings.patience <= validations_since_best
@@ -335,6 +341,7 @@ def is_complete(progress: Progress, settings: Settings) -> bool:
 
 @memory_errors("--micro_batch_size or --sequence_length")
 def main() -> int:
+    """Train a run, as the command line says; return the exit code."""
     settings, checkpoint = load_settings(Settings, __doc__, SIZES)
     device = choose_device(settings.device)
     resolve_size(settings, SIZES, device.value)

@@ -143,7 +143,8 @@ def _connect_ray(ray, workers: int, address: str) -> None:
     host_and_port = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if host_and_port:
         try:  # Ray itself would try for minutes
-            socket.create_connection(host_and_port.groups(), RAY_TIMEOUT).close()
+            host, port = host_and_port.groups()
+            socket.create_connection((host, int(port)), RAY_TIMEOUT).close()
         except OSError as error:
             raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
     code = str(Path(__file__).resolve().parent.parent)

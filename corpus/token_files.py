@@ -13,7 +13,7 @@ LARGE_FILE = 1 << 30  # bytes of a file that may not stay in memory
 
 
 def open_tokens(
-    path: Path, dtype: np.typing.DTypeLike = None
+    path: Path, dtype: np.typing.DTypeLike | None = None
 ) -> tuple[list[np.ndarray], dict | None]:
     """Memory-map the files of a split.
 

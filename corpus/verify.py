@@ -84,11 +84,12 @@ def _verify_split(folder: Path, name: str, metadata: dict) -> None:
 def _source(folder: Path, file: dict) -> Source:
     """A source that metadata.json lists."""
     try:
-        values = [file[name] for name in ("format", "documents", "field", "split")]
-        sound = values[0] in FORMATS and values[1] in DOCUMENTS
-        sound = sound and all(type(value) is str for value in (file["path"], *values))
+        values = {name: file[name] for name in ("format", "documents", "field", "split")}
+        sound = values["format"] in FORMATS and values["documents"] in DOCUMENTS
+        sound = sound and all(type(value) is str for value in (file["path"], *values.values()))
         if sound and type(file["number"]) is int and file["number"] >= 0:
-            return Source(str(source_path(folder, file)), *values, file["number"])
+            path = str(source_path(folder, file))
+            return Source(path, **values, number=file["number"])
     except (KeyError, TypeError):
         pass
     raise ValueError(f"{folder / 'metadata.json'} is damaged: it lists an invalid source")

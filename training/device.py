@@ -2,7 +2,7 @@
 
     device = choose_device("auto")              # cuda:0, else mps, else cpu
     dtype = choose_dtype("auto", device.value)  # bfloat16, float16 or float32
-    print(device, dtype, sep="\\n")              # each choice in one line, with its reason
+    print(device)                               # one line, with the reason
 
 A choice that the user makes by name is kept or refused, never replaced.
 """

@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class Ranks:
             return number
         value = torch.tensor(number)
         dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
+        return int(value)
 
     def broadcast(self, value):
         """Return rank 0's value (any object that can be pickled) on every rank."""
@@ -62,7 +63,7 @@ def join_processes(device: torch.device):
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        gpus = [None] * world_size
+        gpus: list[Any] = [None] * world_size
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         dist.all_gather_object(gpus, (socket.gethostname(), uuid))
         check_gpus_differ(gpus)
@@ -73,7 +74,7 @@ def join_processes(device: torch.device):
 
 def check_gpus_differ(gpus: list[tuple[str, str]]) -> None:
     """Raise ValueError if two ranks have the same (host name, GPU): nccl would fail or hang."""
-    ranks_of = {}
+    ranks_of: dict[tuple[str, str], list[int]] = {}
     for rank, gpu in enumerate(gpus):
         ranks_of.setdefault(gpu, []).append(rank)
     for (host, _), ranks in ranks_of.items():

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -82,17 +83,19 @@ def read_shape(folder: Path) -> dict[str, int]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it does not hold a model configuration")
     n_embd = config.get("n_embd")
-    inner = 4 * n_embd if type(n_embd) is int else None
+    inner = 4 * n_embd if isinstance(n_embd, int) else None
     for name, supported in SUPPORTED.items():
         value = config.get(name, supported[0])
         if value not in supported and (name, value) != ("n_inner", inner):
             raise ValueError(f"{folder} is not a plain GPT-2: its {name} is {value!r:.60}")
-    shape = {name: config.get(name) for name in SHAPE}
-    for name, value in shape.items():
+    shape: dict[str, int] = {}
+    for name in SHAPE:
+        value = config.get(name)
         limit = 1000 if name == "n_layer" else 1 << 20
         if type(value) is not int or not 1 <= value <= limit:
             raise ValueError(f"{path} is damaged: its {name} is {value!r:.60}")
-    if n_embd % shape["n_head"]:
+        shape[name] = value
+    if shape["n_embd"] % shape["n_head"]:
         raise ValueError(f"{path} is damaged: n_embd is not a multiple of n_head")
     return shape
 
@@ -154,7 +157,7 @@ def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> Non
     }
     eot = tokenizer.eot_token if tokenizer is not None else None
     ends = {"bos_token_id": eot, "eos_token_id": eot}
-    config = {name: supported[0] for name, supported in SUPPORTED.items()}
+    config: dict[str, Any] = {name: supported[0] for name, supported in SUPPORTED.items()}
     config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | ends
     config |= {name: shape[name] for name in SHAPE}
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
@@ -203,7 +206,11 @@ def tokenizer_json(tokenizer) -> str:
         before.insert(0, {"type": "Split", **split})
     ids = {*special.values()}
     ranks = {piece: i for i, piece in tokenizer.token_bytes.items() if i not in ids}
-    pairs = (_last_merge(piece, ranks) for piece in sorted(ranks, key=ranks.get) if len(piece) > 1)
+    pairs = (
+        _last_merge(piece, ranks)
+        for piece in sorted(ranks, key=ranks.__getitem__)
+        if len(piece) > 1
+    )
     model = {
         "type": "BPE",
         "vocab": {_letters(piece): i for piece, i in ranks.items()} | special,

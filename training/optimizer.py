@@ -1,5 +1,7 @@
 """Muon for the matrices inside the blocks, AdamW for everything else."""
 
+from typing import Any
+
 import torch
 
 NEWTON_SCHULZ_STEPS = 4  # a fifth, which torch takes, changes no loss here (bench/RECIPES.md)
@@ -163,7 +165,7 @@ def create_optimizer(model, name: str, learning_rate: float, weight_decay: float
     ids_of_matrices = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids_of_matrices]
     fused = others[0].device.type in ("cpu", "cuda")  # one pass over memory instead of ten
-    adamw = dict(lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+    adamw: dict[str, Any] = dict(lr=learning_rate, betas=(0.9, 0.99), fused=fused)
     if name == "muon":
         muon = Muon(
             matrices, lr=learning_rate, weight_decay=weight_decay, ns_steps=NEWTON_SCHULZ_STEPS

@@ -61,12 +61,11 @@ def print_sample(folder: Path, metadata: dict, device: torch.device) -> None:
     except FileNotFoundError as error:  # a run on a machine that has data/ but no vocabulary
         print(f"no sample: {error}")
         return
-    ids = tokenizer.encode("\n").astype("int64")
-    if not len(ids):  # a vocabulary without white space
-        ids = [tokenizer.eot_token]
+    # a vocabulary without white space has no ids for it
+    ids = tokenizer.encode("\n").tolist() or [tokenizer.eot_token]
     prompt = torch.as_tensor(ids, device=device)[None]
     new = model.generate(prompt, 200, temperature=0.8, top_k=50)
-    text = tokenizer.decode([token.item() for token in new])
+    text = tokenizer.decode([int(token) for token in new])
     with atomic_write(folder / "sample.txt") as f:
         f.write(text.encode())
     print(f"\n{text}\n")

@@ -1,7 +1,6 @@
 """The folders of runs, out/RUN/: made, found, described by config.json."""
 
 import dataclasses
-import itertools
 import json
 import os
 from pathlib import Path
@@ -54,13 +53,14 @@ def new_run(settings) -> Path:
             )
         folder.mkdir(exist_ok=True)
         return folder
-    for i in itertools.count(1):
-        folder = out_dir / f"{settings.corpus}-{settings.size}-{i}"
+    number = 1
+    while True:
+        folder = out_dir / f"{settings.corpus}-{settings.size}-{number}"
         try:  # not looked up first: two runs may start at once
             folder.mkdir()
             return folder
         except FileExistsError:
-            continue
+            number += 1
 
 
 def newest_run(out_dir) -> Path:

@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -97,7 +97,7 @@ def saved_settings(cls, folder: Path, values: dict):
     Raises:
         ValueError: They are those of another version.
     """
-    types = {f.name: f.type for f in fields(cls)}
+    types: dict[str, Any] = {f.name: f.type for f in fields(cls)}
     for name, kind in types.items():
         if float in (kind, *get_args(kind)):
             types[name] = kind | int  # as one may write it, for example dropout=0
@@ -211,7 +211,7 @@ def choose_compute(
     tokens = settings.batch_size * settings.sequence_length * settings.max_steps
     flops_per_token = model.flops_per_token(settings.sequence_length)
     compiled = choose_compile(asked["compile"], device.value, flops_per_token * tokens)
-    lines = [device, dtype, compiled]
+    lines = [str(device), str(dtype), str(compiled)]
 
     documents = metadata["eot_per_document"]
     if settings.document_mask == "true" and not documents:
@@ -239,7 +239,7 @@ def choose_compute(
         device=device.value, dtype=dtype.value, compile=compiled.value,
         separate_documents=separate, flex_attention=flex, eot_token=metadata["eot_token"],
         flops_per_token=flops_per_token, peak=None if peak is None else peak * ranks.world_size,
-        lines=tuple(map(str, lines)),
+        lines=tuple(lines),
     )  # fmt: skip
 
 
