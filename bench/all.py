@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.report import RESULTS, ROOT, update_readme, write
+from bench.report import RESULTS, ROOT, update_page, write
 from common.script import run
 from common.settings import parse_settings
 
@@ -52,7 +52,7 @@ def main():
         elif script in ON_GPU:
             write(RESULTS, ON_GPU[script], "Not measured: no NVIDIA GPU was at hand.")
     if config.scripts == SCRIPTS:
-        update_readme()
+        update_page()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the scripts here share: contestants in turn, tables, pictures, RESULTS.md.
+"""Shared by the benchmarks: contestants in turns, tables, pictures, and sections of RESULTS.md.
 
-python -m bench.report       # copies the tables that README.md shows from RESULTS.md
+python -m bench.report       # copies the tables of RESULTS.md into docs/benchmarks.md
 """
 
 import contextlib
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -24,17 +26,44 @@ from common.script import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/RESULTS.md"
-PACKAGES = re.findall(r"^([a-z]+)==", (ROOT / "bench" / "requirements.txt").read_text(), re.M)
+PAGE = ROOT / "docs" / "benchmarks.md"
+REQUIREMENTS = ROOT / "bench" / "requirements.txt"
+PACKAGES = re.findall(r"^([a-z]+)==", REQUIREMENTS.read_text(), re.M)
+
+Measure = Callable[[], tuple[float, float]]
 
 
-def contest(contestants: dict, rounds: int, goals: dict | None = None, warm=1) -> list[tuple]:
-    """Asks each contestant in turn, `rounds` times after `warm` that only warm up.
+class Row(NamedTuple):
+    """One contestant's speed over all rounds."""
 
-    contestants: {name: function () -> (speed, peak memory in MiB)}, ours first; goals: {name: how
-    many times faster ours should be}. Returns rows of (name, median speed, least, most, ours by it,
-    goal, MiB).
+    name: str
+    median: float
+    smallest: float
+    largest: float
+    speedup: float  # the median of the first contestant divided by this one
+    target: float | str  # the speedup to reach; "": none
+    mib: float  # peak memory
+
+
+def contest(
+    contestants: Mapping[str, Measure],
+    rounds: int,
+    targets: Mapping[str, float | str] | None = None,
+    warm: int = 1,
+) -> list[Row]:
+    """Measure contestants in turns, so that other load on the machine falls on all of them.
+
+    Args:
+        contestants: Name -> function that returns (speed, peak memory in MiB). The first is ours.
+        rounds: Measurements of each contestant.
+        targets: Name -> the speedup that ours should reach over this contestant.
+        warm: Rounds before these, which are not counted.
+
+    Returns:
+        One row per contestant.
     """
-    speeds, memory = {name: [] for name in contestants}, dict.fromkeys(contestants, 0)
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    memory = dict.fromkeys(contestants, 0.0)
     for lap in range(warm + rounds):
         for name, measure in contestants.items():
             speed, mib = measure()
@@ -43,59 +72,85 @@ def contest(contestants: dict, rounds: int, goals: dict | None = None, warm=1) -
                 speeds[name].append(speed)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     first = next(iter(medians.values()))
-    return [
-        (name, medians[name], min(values), max(values), first / medians[name],
-         (goals or {}).get(name, ""), memory[name])
-        for name, values in speeds.items()
-    ]  # fmt: skip
+    rows = []
+    for name, values in speeds.items():
+        target = (targets or {}).get(name, "")
+        speedup = first / medians[name]
+        rows.append(
+            Row(name, medians[name], min(values), max(values), speedup, target, memory[name])
+        )
+    return rows
 
 
-def table(head: list[str], rows: list) -> str:
-    """A table in Markdown; numbers with three digits or all before the point."""
-    lines = [head, ["---"] * len(head), *([number(cell) for cell in row] for row in rows)]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table. Numbers are shown as format_number shows them."""
+    lines = [list(head), ["---"] * len(head)]
+    for row in rows:
+        lines.append([format_number(cell) for cell in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def contest_table(what: str, unit: str, groups: dict[str, list]) -> str:
-    """groups: {what is compared: rows of contest()}."""
-    head = [what, "", f"{unit}, median", "least to most", "ours is faster by", "goal", "MiB"]
-    rows = [
-        (group, name, median, f"{number(least)} to {number(most)}", ratio, goal, memory)
-        for group, contestants in groups.items()
-        for name, median, least, most, ratio, goal, memory in contestants
-    ]
+def contest_table(what: str, unit: str, groups: Mapping[str, Sequence[Row]]) -> str:
+    """Return the Markdown table of several contests.
+
+    Args:
+        what: Head of the first column, which names the groups.
+        unit: Unit of the speeds.
+        groups: Name of a group -> its rows, from contest().
+    """
+    head = [what, "", f"{unit}, median (min-max)", "speedup", "target", "MiB"]
+    rows = []
+    for group, contestants in groups.items():
+        for row in contestants:
+            numbers = map(format_number, (row.median, row.smallest, row.largest))
+            speed = "{} ({}-{})".format(*numbers)
+            rows.append((group, row.name, speed, row.speedup, row.target, row.mib))
     return table(head, rows)
 
 
-def number(value) -> str:
+def format_number(value: Any) -> str:
+    """Return a number with three digits, or all digits before the point; other values as text.
+
+    Example: 1234567.8 -> "1,234,568", 0.01234 -> "0.0123".
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
-def bars(unit: str, groups: dict[str, list]) -> Figure:
-    """Speeds of contest()'s rows, a panel a group, least and most as a line."""
-    height = sum(len(rows) for rows in groups.values())
-    figure = Figure(figsize=(8, 0.9 + 0.42 * height + 0.4 * len(groups)), layout="constrained")
+def bars(unit: str, groups: Mapping[str, Sequence[Row]]) -> Figure:
+    """Return a picture of the medians, one panel per group, with min and max as a line."""
+    num_rows = sum(len(rows) for rows in groups.values())
+    figure = Figure(figsize=(8, 0.9 + 0.42 * num_rows + 0.4 * len(groups)), layout="constrained")
     ratios = [len(rows) + 1 for rows in groups.values()]
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for axes, (group, rows) in zip(panels, groups.items()):
-        names, medians, least, most = list(zip(*rows))[:4]
-        error = [[m - a for m, a in zip(medians, least)], [a - m for m, a in zip(medians, most)]]
+        names = [row.name for row in rows]
+        medians = [row.median for row in rows]
+        below = [row.median - row.smallest for row in rows]
+        above = [row.largest - row.median for row in rows]
         colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
-        axes.barh(names, medians, xerr=error, color=colours, height=0.6)
+        axes.barh(names, medians, xerr=[below, above], color=colours, height=0.6)
         axes.invert_yaxis()
         axes.set_title(group, fontsize=10, loc="left")
     axes.set_xlabel(unit)
     return figure
 
 
-def curves(panels: dict[str, dict], x: str, y: str, log="both") -> Figure:
-    """panels: {title: {name of a curve: [(x, y), ...]}}."""
+def curves(panels: Mapping[str, Mapping], x: str, y: str, log: str = "both") -> Figure:
+    """Return a picture of curves.
+
+    Args:
+        panels: Title of a panel -> {name of a curve: [(x, y), ...]}.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        log: Logarithmic axes: "both", "x" or "".
+    """
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axes, (title, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
-    ):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, lines) in zip(all_axes, panels.items()):
         for name, points in lines.items():
             axes.plot(*zip(*points), marker=".", label=name)
         if log:
@@ -108,9 +163,18 @@ def curves(panels: dict[str, dict], x: str, y: str, log="both") -> Figure:
     return figure
 
 
-def write(path: str, title: str, text: str, figure: Figure | None = None) -> None:
-    """Puts `text`, with what was run where, into `path` as the section `title`, in place of the one
-    it had, or at the end; prints it, too. path "": prints alone."""
+def write(path: str | Path, title: str, text: str, figure: Figure | None = None) -> None:
+    """Print a section of results and write it into a Markdown file.
+
+    The section takes the place of the one with the same title, or goes to the end. The command,
+    the commit and the machine follow the text.
+
+    Args:
+        path: The Markdown file; "": print only.
+        title: Title of the section.
+        text: Markdown text.
+        figure: A picture, which is written to the folder `results` beside the file.
+    """
     text = f"{text.strip()}\n\n`{command()}`: {machine()}.\n"
     print(f"\n## {title}\n\n{text}", flush=True)
     if not path:
@@ -124,43 +188,61 @@ def write(path: str, title: str, text: str, figure: Figure | None = None) -> Non
         text += f"\n![{title}](results/{picture.name})\n"
     before = path.read_text() if path.exists() else f"# {path.stem.title()}\n"
     section = f"## {title}\n\n{text}\n"
-    old = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.M | re.S)
-    found = old.search(before)
-    after = old.sub(lambda _: section, before) if found else f"{before.rstrip()}\n\n{section}"
+    old_section = section_pattern(title)
+    if old_section.search(before):
+        after = old_section.sub(lambda _: section, before)
+    else:
+        after = f"{before.rstrip()}\n\n{section}"
     with atomic_write(path) as f:
         f.write((after.rstrip() + "\n").encode())
 
 
+def section_pattern(title: str) -> re.Pattern:
+    """Return the pattern of a section of a Markdown file; group 1 is what follows the title."""
+    return re.compile(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", re.M | re.S)
+
+
 def command() -> str:
+    """Return the command that runs this process, as one would type it."""
     script = sys.modules["__main__"].__spec__  # None within a test
     return " ".join([f"python -m {script.name if script else 'pytest'}", *sys.argv[1:]])
 
 
 def machine() -> str:
-    """The day, the commit, processor, memory, GPU and versions."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    widest = [n for n in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
-              if torch.cpu.get_capabilities().get(n)]  # fmt: skip
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else ["no GPU"]
+    """Return the day, the commit, processor, memory, GPU and versions, in one line."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    parts = [str(datetime.date.today()), f"commit {commit or 'unknown'}", _processor(), gpu]
+    return "; ".join([*parts, ", ".join(_versions())])
+
+
+def _processor() -> str:
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    capabilities = torch.cpu.get_capabilities()
+    widest = "no avx2"
+    for instructions in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16"):
+        if capabilities.get(instructions):
+            widest = instructions
+    return (
+        f"{name[1] if name else platform.processor()} ({widest}), "
+        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {gib:.0f} GiB"
+    )
+
+
+def _versions() -> list[str]:
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in ("tiktoken", "numpy", *PACKAGES):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {name}")
-    processor = (
-        f"{cpu[1] if cpu else platform.processor()} ({widest[0] if widest else 'no avx2'}), "
-        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
-    )
-    what = [str(datetime.date.today()), f"commit {commit or 'unknown'}", processor, *gpu]
-    return "; ".join([*what, ", ".join(versions)])
+    return versions
 
 
-# a process of its own, since a peak is handed down from who starts a program
+# A process inherits the peak memory of the one that starts it, so a small one starts it.
 LAUNCH = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[2:], stdout=sys.stderr, stderr=sys.stderr).returncode
@@ -169,8 +251,19 @@ sys.exit(code)
 """
 
 
-def whole_process(command: list, **options) -> tuple[float, float, str]:
-    """Runs it; returns (seconds, peak memory in MiB of its largest process, what it printed)."""
+def whole_process(command: Sequence, **options) -> tuple[float, float, str]:
+    """Run a command from start to end.
+
+    Args:
+        command: Program and arguments.
+        options: Arguments of subprocess.run.
+
+    Returns:
+        (seconds, peak memory in MiB of its largest process, what it printed).
+
+    Raises:
+        ValueError: The command failed.
+    """
     with tempfile.NamedTemporaryFile() as peak:
         launch = [sys.executable, "-S", "-c", LAUNCH, peak.name, *map(str, command)]
         start = time.perf_counter()
@@ -181,30 +274,52 @@ def whole_process(command: list, **options) -> tuple[float, float, str]:
         return seconds, int(Path(peak.name).read_text()) / 1024, result.stderr
 
 
-def private_mib(pid="self") -> float:
-    """Memory of a process that isn't the page cache's; 0 where it has ended."""
+def private_mib(pid: int | str = "self") -> float:
+    """Return the memory of a process in MiB, without the page cache; 0 if it has ended."""
     with contextlib.suppress(OSError):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        return int(re.search(r"^Anonymous:\s+(\d+)", rollup, re.M)[1]) / 1024
+        anonymous = re.search(r"^Anonymous:\s+(\d+)", rollup, re.M)
+        if anonymous:
+            return int(anonymous[1]) / 1024
     return 0
 
 
-def update_readme(readme=ROOT / "README.md", results=ROOT / RESULTS) -> None:
-    """Puts the first table of each section of RESULTS.md that the README shows into its place."""
+def check_text(text: str) -> None:
+    """Raise ValueError if --text is missing."""
+    if not text:
+        raise ValueError(
+            "--text is missing: name the text to train on, for example "
+            "data/tinyshakespeare/input.txt"
+        )
+
+
+def update_page(page: Path = PAGE, results: Path = ROOT / RESULTS) -> None:
+    """Copy the first table of sections of RESULTS.md into a page.
+
+    A table stands between `<!-- from bench/RESULTS.md: TITLE -->` and `<!-- end -->`.
+
+    Args:
+        page: The Markdown file to update.
+        results: RESULTS.md.
+
+    Raises:
+        ValueError: RESULTS.md has no such section, or the section has no table.
+    """
     text = results.read_text()
 
-    def first_table(match):
-        section = re.search(rf"^## {re.escape(match[2])}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-        if not section:
-            raise ValueError(f"{results} has no section {match[2]!r}, which {readme} shows")
-        return match[1] + re.search(r"(?:^\|.*\n)+", section[1], re.M)[0] + match[3]
+    def with_table(match: re.Match) -> str:
+        title = match[2]
+        section = section_pattern(title).search(text)
+        found = re.search(r"(?:^\|.*\n)+", section[1], re.M) if section else None
+        if not found:
+            raise ValueError(f"{results} has no section {title!r} with a table, for {page}")
+        return match[1] + found[0] + match[3]
 
-    shown = re.compile(
-        r"(<!-- from bench/RESULTS\.md: (.*?) -->\n).*?(<!-- to here -->)", re.DOTALL
-    )
-    with atomic_write(readme) as f:
-        f.write(shown.sub(first_table, readme.read_text()).encode())
+    shown = re.compile(r"(<!-- from bench/RESULTS\.md: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    updated = shown.sub(with_table, page.read_text())
+    with atomic_write(page) as f:
+        f.write(updated.encode())
 
 
 if __name__ == "__main__":
-    run(update_readme)
+    run(update_page)

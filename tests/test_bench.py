@@ -1,4 +1,4 @@
-"""The scripts of bench/ at toy size: they run, write their sections, and the README shows them."""
+"""The scripts of bench/ at toy size: they run and write their sections, which docs/ shows."""
 
 import functools
 import os
@@ -6,10 +6,11 @@ import re
 import time
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
-from bench import learn, scale, tokenize, train
-from bench.report import RESULTS, contest, contest_table, number, update_readme, write
+from bench import block_mask, learn, scale, tokenize, train
+from bench.report import PAGE, contest, contest_table, format_number, update_page, write
 
 pytestmark = pytest.mark.timeout(300)  # their peers take long to import
 
@@ -28,7 +29,7 @@ def bench(monkeypatch, capsys):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """What is to be measured is forked, which spares it the imports; test_tokenize measures."""
+    """Processes to measure are forked, which saves their imports; test_tokenize measures truly."""
 
     def whole_process(command, cwd=ROOT):
         _, *command = command
@@ -48,20 +49,21 @@ def text(tmp_path):
     return path
 
 
-def test_contestants_take_turns_and_the_first_laps_only_warm_up():
-    asked, speeds = [], {"ours": iter([1, 10, 30, 20]), "theirs": iter([99, 5, 4, 6])}
+def test_contestants_take_turns_and_the_first_rounds_only_warm_up():
+    calls = []
+    speeds = {"ours": iter([1, 10, 30, 20]), "theirs": iter([99, 5, 4, 6])}
 
     def measure(name):
-        asked.append(name)
-        return next(speeds[name]), len(asked)
+        calls.append(name)
+        return next(speeds[name]), len(calls)
 
     contestants = {name: lambda name=name: measure(name) for name in speeds}
     rows = contest(contestants, 3, {"theirs": 2})
-    assert asked == ["ours", "theirs"] * 4
+    assert calls == ["ours", "theirs"] * 4
     assert rows == [("ours", 20, 10, 30, 1.0, "", 7), ("theirs", 5, 4, 6, 4.0, 2, 8)]
-    assert contest_table("what", "MB/s", {"this": rows}).splitlines()[-1] == (
-        "| this | theirs | 5 | 4 to 6 | 4 | 2 | 8 |"
-    )
+    lines = contest_table("what", "MB/s", {"this": rows}).splitlines()
+    assert lines[0] == "| what |  | MB/s, median (min-max) | speedup | target | MiB |"
+    assert lines[-1] == "| this | theirs | 5 (4-6) | 4 | 2 | 8 |"
 
 
 def test_numbers_are_short_but_not_wrong():
@@ -73,30 +75,50 @@ def test_numbers_are_short_but_not_wrong():
         3: "3",
         "a": "a",
     }
-    assert {value: number(value) for value in shown} == shown
+    assert {value: format_number(value) for value in shown} == shown
 
 
-def test_a_section_takes_the_place_of_the_one_before(tmp_path, capsys):
+def test_a_section_replaces_the_one_with_the_same_title(tmp_path, capsys):
     results = tmp_path / "RESULTS.md"
     for title, text in (("A", "| one |\n| two |"), ("B", "bee"), ("A", "| three |\n| four |")):
         write(results, title, text)
     written = results.read_text()
     assert re.findall("^#+ .*", written, re.M) == ["# Results", "## A", "## B"]
     assert "| three |" in written and "| one |" not in written and "bee" in written
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- from bench/RESULTS.md: A -->\nold\n<!-- to here -->\nb\n")
-    update_readme(readme, results)
-    assert readme.read_text() == (
-        "a\n<!-- from bench/RESULTS.md: A -->\n| three |\n| four |\n<!-- to here -->\nb\n"
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- from bench/RESULTS.md: A -->\nold\n<!-- end -->\nb\n")
+    update_page(page, results)
+    assert page.read_text() == (
+        "a\n<!-- from bench/RESULTS.md: A -->\n| three |\n| four |\n<!-- end -->\nb\n"
     )
 
 
-def test_the_readmes_tables_are_those_of_the_results(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    update_readme(copy, ROOT / RESULTS)
-    assert copy.read_text() == (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("title", ["B", "C"])
+def test_a_page_needs_sections_with_tables(tmp_path, capsys, title):
+    results = tmp_path / "RESULTS.md"
+    write(results, "B", "no table")
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- from bench/RESULTS.md: {title} -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=f"has no section '{title}' with a table"):
+        update_page(page, results)
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(tmp_path):
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(PAGE.read_text())
+    update_page(copy)
+    assert copy.read_text() == PAGE.read_text()
     assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 4
+
+
+def test_block_mask(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
+    results = tmp_path / "RESULTS.md"
+    small = ["--batch_size", 2, "--sequence_length", 300, "--rounds", 2]
+    printed = bench(block_mask, *small, "--results", results)
+    assert "The mask of 2 x 300 document ids on cpu" in printed
+    for name in ("document_block_mask", "create_block_mask"):
+        assert f"| {name} |" in printed and f"| {name} |" in results.read_text()
 
 
 @pytest.mark.slow
@@ -116,9 +138,9 @@ def test_tokenize(bench, text, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_loader():
-    """Peers that need a checkout, or a package that isn't there, are left out with a line."""
+    """A peer that needs a checkout, or a package that is not installed, is left out with a note."""
     flags = ["--tokens", 100_000, "--seconds", 0.05, "--rounds", 1, "--results", ""]
-    result = run_script("bench.loader", *flags, cwd=ROOT)  # which forks, and has to be alone
+    result = run_script("bench.loader", *flags, cwd=ROOT)  # it forks, so it needs its own process
     assert result.returncode == 0, result.stderr
     assert "nanoGPT's get_batch (nanogpt is not there)" in result.stdout
     assert "| with document ids | ours |" in result.stdout
