@@ -1,0 +1,81 @@
+"""The code blocks of docs/: commands, Python, and interactive examples with their results.
+
+The blocks of a page run in their order, in one folder, without a network. A block of `pycon` also
+shows what each expression gives, and doctest compares it.
+"""
+
+import contextlib
+import doctest
+import io
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run_script
+
+DOCS = ROOT / "docs"
+PAGES = ["data.md", "batches.md", "design.md", "benchmarks.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
+ELSEWHERE = {  # beginning of a command -> the test that runs it
+    "pip install": ".ci/run",
+    "python -m bench.": "test_bench.py",
+    "source cluster/": "test_slurm.py",
+    "sbatch": "test_slurm.py",
+    "python prepare_data.py --prefetch": "test_network.py",
+}
+
+
+def run_command(line: str, folder) -> None:
+    """Run `python SCRIPT ARGUMENTS`; GPT-2's vocabulary, a download, becomes bytes."""
+    command = line.partition("  #")[0].strip()
+    if command.startswith(tuple(ELSEWHERE)):
+        return
+    program, script, *arguments = shlex.split(command)
+    assert program == "python", line
+    prepares = script == "prepare_data.py" and "--input" in arguments
+    if prepares and "--tokenizer" not in arguments:
+        arguments += ["--tokenizer", "bytes"]
+    result = run_script(script, *arguments, cwd=folder)
+    assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def run_examples(text: str, number: int, page: str, namespace: dict) -> None:
+    """Run the >>> lines of a block and compare what they give."""
+    # doctest empties the namespace that it is given, so this one is copied in and back
+    test = doctest.DocTestParser().get_doctest(text, namespace, f"{page} block {number}", page, 0)
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(test, out=report.write, clear_globs=False)
+    namespace.update(test.globs)
+    assert runner.failures == 0, report.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for number, (language, code) in enumerate(BLOCK.findall(text), 1):
+        if language == "sh":
+            for line in code.splitlines():
+                run_command(line, tmp_path)
+        elif language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(code, f"{page} block {number}", "exec"), namespace)
+        elif language == "pycon":
+            run_examples(code, number, page, namespace)
+        else:
+            raise AssertionError(f"{page}: a block of {language!r} that nothing runs")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_lead_somewhere(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for target, section in LINK.findall(text):
+        path = DOCS / target if target else DOCS / page
+        assert path.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert section in anchors, f"{target}#{section}"
