@@ -1,8 +1,9 @@
-"""Every measurement, one after the other, into RESULTS.md, and from there into README.md.
+"""Run every benchmark, one after another, into RESULTS.md, and copy the tables into docs/.
 
     python -m bench.all --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT --tatm ../tatm
 
-An hour of a machine that does nothing else. What needs a GPU is measured where there is one.
+Takes about an hour of a machine that does nothing else. What needs a GPU is measured if there is
+one.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.report import RESULTS, ROOT, update_page, write
+from bench.report import RESULTS, ROOT, check_text, update_page, write
 from common.script import run
 from common.settings import parse_settings
 
 SCRIPTS = ("tokenize", "loader", "train", "learn", "scale", "faults")
-ON_GPU = {  # scripts that can use one, and the section that they then write
+GPU_SECTIONS = {  # scripts that can use a GPU, and the section that they then write
     "train": "Training on a GPU",
     "learn": "Learning on a GPU",
     "scale": "Scale: a training step on a GPU",
@@ -27,32 +28,37 @@ ON_GPU = {  # scripts that can use one, and the section that they then write
 
 @dataclass
 class Settings:
-    text: str = ""  # file to tokenize and train on
+    text: str = ""  # file to tokenize and to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     tatm: str = ""  # checkout of tatm; "": left out
-    scripts: tuple[str, ...] = SCRIPTS  # which of them
+    scripts: tuple[str, ...] = SCRIPTS  # the benchmarks to run
 
 
-def main():
-    config = parse_settings(Settings, __doc__)
-    if not config.text:
-        raise ValueError("say by --text what to train on, say data/tinyshakespeare/input.txt")
-    for script in config.scripts:
+def main() -> None:
+    settings = parse_settings(Settings, __doc__)
+    check_text(settings.text)
+    for script in settings.scripts:
         if script not in SCRIPTS:
-            raise ValueError(f"scripts are {', '.join(SCRIPTS)}, not {script}")
-        known = {
-            f.name for f in dataclasses.fields(importlib.import_module(f"bench.{script}").Settings)
-        }
-        values = {k: v for k, v in dataclasses.asdict(config).items() if k in known and v}
-        flags = [part for name, value in values.items() for part in (f"--{name}", value)]
-        call = [sys.executable, "-m", f"bench.{script}", *flags]
-        subprocess.run(call, cwd=ROOT, check=True)
-        if script in ON_GPU and torch.cuda.is_available():
-            subprocess.run([*call, "--device", "cuda"], cwd=ROOT, check=True)
-        elif script in ON_GPU:
-            write(RESULTS, ON_GPU[script], "Not measured: no NVIDIA GPU was at hand.")
-    if config.scripts == SCRIPTS:
+            raise ValueError(f"--scripts takes {', '.join(SCRIPTS)}, not {script}")
+        run_script(script, settings)
+    if settings.scripts == SCRIPTS:
         update_page()
+
+
+def run_script(script: str, settings: Settings) -> None:
+    """Run one benchmark with those of the settings that it has, on the CPU and on a GPU."""
+    fields = dataclasses.fields(importlib.import_module(f"bench.{script}").Settings)
+    names = {field.name for field in fields}
+    flags = []
+    for name in ("text", "nanogpt", "tatm"):
+        if name in names and getattr(settings, name):
+            flags += [f"--{name}", getattr(settings, name)]
+    command = [sys.executable, "-m", f"bench.{script}", *flags]
+    subprocess.run(command, cwd=ROOT, check=True)
+    if script in GPU_SECTIONS and torch.cuda.is_available():
+        subprocess.run([*command, "--device", "cuda"], cwd=ROOT, check=True)
+    elif script in GPU_SECTIONS:
+        write(RESULTS, GPU_SECTIONS[script], "Not measured: no NVIDIA GPU was at hand.")
 
 
 if __name__ == "__main__":

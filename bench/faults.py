@@ -30,15 +30,15 @@ import torch._dynamo
 import prepare_data
 import train_gpt2
 from bench.report import RESULTS, private_mib, table, write
-from bench.tokenize import make
+from bench.tokenize import make_documents
 from common.packages import optional
 from common.script import run
 from common.settings import parse_settings
-from corpus import pipeline
+from corpus import shards
 from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
-TASK_BYTES = pipeline.TASK_BYTES
+PIECE_BYTES = shards.PIECE_BYTES
 IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # or else by each process
 HUNG = 120  # seconds, after which a run is taken for that
 TEXT = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
@@ -85,7 +85,7 @@ def main():
 
 def make_corpus():
     """corpus/data/c, to train on: little, since a validation is a full pass."""
-    make(Path("little.jsonl"), 0.05, "")
+    make_documents(Path("little.jsonl"), 0.05, "")
     wait(start(prepare_data, Path("corpus"), LITTLE))
 
 
@@ -95,8 +95,8 @@ def make_corpus():
 def kills(config):
     """Rows of: what was killed, and the counts of count()."""
     choose, tenth = random.Random(config.seed), config.kills // 10
-    make(Path("text.jsonl"), 3, "")
-    pipeline.TASK_BYTES = 100_000, 100_000  # thirty pieces
+    make_documents(Path("text.jsonl"), 3, "")
+    shards.PIECE_BYTES = 100_000, 100_000  # thirty pieces
     two = dict(TEXT, workers=2)
     times = config.kills - 6 * tenth
     yield count("preparing: all processes", times, prepare_data, two, kill_all, choose)
@@ -280,11 +280,11 @@ def kill_worker(pid, choose) -> bool:
 def long_runs(config):
     """Rows of watch()."""
     block, text = Path("block.jsonl"), Path("long.jsonl")
-    make(block, min(20, 1000 * config.gigabytes), "")
+    make_documents(block, min(20, 1000 * config.gigabytes), "")
     with open(text, "wb") as f:
         for _ in range(round(config.gigabytes * 1e9 / block.stat().st_size)):
             f.write(block.read_bytes())
-    pipeline.TASK_BYTES = TASK_BYTES
+    shards.PIECE_BYTES = PIECE_BYTES
     flags = dict(TEXT, input="../long.jsonl", tokenizer=config.tokenizer, workers=2)
     yield watch(f"preparing {config.gigabytes:g} GB", prepare_data, flags)
     text.unlink()

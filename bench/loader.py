@@ -1,10 +1,10 @@
-"""Batches of 32 x 256 tokens from a split of 20 million: ours beside the peers, in one run.
+"""Batches of 32 x 256 tokens from a split of 20 million tokens: ours beside other loaders.
 
     python -m bench.loader --nanogpt ../nanoGPT --tatm ../tatm
 
-Each contestant gives batches for a second a round, in turn, in a process of its own, after a check
-that what it gives is what ours gives from the same places. A peer without a checkout (nanoGPT,
-tatm) is left out. Needs bench/requirements.txt.
+Each contestant gives batches for one second per round, in turns, in its own process. First it is
+checked that it gives the same tokens as ours. A contestant without its checkout (nanoGPT, tatm) or
+package is left out. Needs bench/requirements.txt.
 """
 
 import ast
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,136 +40,189 @@ from dataset import (
     pad_documents,
 )
 
-B, T, EOT = 32, 256, 50256
+B = 32  # sequences per batch
+T = 256  # tokens per sequence
+EOT = 50256  # end-of-text token
+VAL_TOKENS = 10_000
 
 
 @dataclass
 class Settings:
-    tokens: int = 20_000_000  # of the split
+    tokens: int = 20_000_000  # size of the split
     nanogpt: str = ""  # checkout of nanoGPT
     tatm: str = ""  # checkout of tatm
-    rounds: int = 5  # of each contestant, in turn, after one that warms up
-    seconds: float = 1.0  # a contestant and round
+    rounds: int = 5  # measurements of each contestant, after one that warms up
+    seconds: float = 1.0  # length of a measurement
     results: str = RESULTS  # Markdown file to write into; "": none
 
 
-def main():
-    config = parse_settings(Settings, __doc__)
-    groups, left_out, unit = {}, [], "million tokens/s"
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make(folder, config.tokens)
-        for group, (contestants, goals) in GROUPS.items():
+@dataclass
+class Contestant:
+    """A loader.
+
+    Attributes:
+        create: (folder of the corpus, checkout) -> a function that returns a batch. It checks
+            first that the tokens are those of ours.
+        needs: A package, or the setting that names a checkout.
+        target: The speedup that ours should reach over it.
+    """
+
+    create: Callable[[Path, str], Callable]
+    needs: str = "torch"
+    target: float | str = ""
+
+
+def main() -> None:
+    settings = parse_settings(Settings, __doc__)
+    groups = {}
+    left_out = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_split(folder, settings.tokens)
+        for group, contestants in GROUPS.items():
             measures = {}
-            for name, (contestant, needs) in contestants.items():
-                checkout = getattr(config, needs, "")
-                if checkout or importlib.util.find_spec(needs):
-                    measures[name] = functools.partial(rate, contestant, folder, checkout, config)
-                else:
-                    left_out.append(f"{name} ({needs} is not there)")
-            groups[group] = contest(measures, config.rounds, goals)
+            targets = {}
+            for contestant_name, contestant in contestants.items():
+                checkout = getattr(settings, contestant.needs, "")
+                if not checkout and not importlib.util.find_spec(contestant.needs):
+                    left_out.append(f"{contestant_name} ({contestant.needs} is missing)")
+                    continue
+                targets[contestant_name] = contestant.target
+                measures[contestant_name] = functools.partial(
+                    measure, contestant.create, folder, checkout, settings.seconds
+                )
+            groups[group] = contest(measures, settings.rounds, targets)
     text = (
-        f"Batches of {B} x {T} from a split of {config.tokens:,} tokens in the page cache, each "
-        "contestant in a process of its own. Peers were held against ours first: the same tokens "
-        "(transformers' collator pads whole documents: what ours does of the same is in the last "
-        "rows). MiB: what isn't page cache, Python and torch included."
-        + "".join(f" Left out: {peer}." for peer in left_out)
+        f"Batches of {B} x {T} from a split of {settings.tokens:,} tokens in the page cache, each "
+        "contestant in its own process. All gave the same tokens as ours (transformers' collator "
+        "pads whole documents: the last group shows ours on the same task). MiB: memory without "
+        "the page cache, Python and torch included."
+        + "".join(f" Left out: {contestant_name}." for contestant_name in left_out)
         + "\n\n"
-        + contest_table("what", unit, groups)
+        + contest_table("what", "million tokens/s", groups)
     )
-    write(config.results, "Batches", text, bars(unit, groups))
+    write(settings.results, "Batches", text, bars("million tokens/s", groups))
 
 
-def make(folder: Path, tokens: int, sparse=False) -> None:
-    """A prepared corpus of documents of 20 to 500 tokens; sparse: of zeros, which take no room."""
+def make_split(folder: Path, num_tokens: int, sparse: bool = False) -> None:
+    """Write a prepared corpus of random documents of 20 to 500 tokens.
+
+    Args:
+        folder: Its folder.
+        num_tokens: Size of train.
+        sparse: Write zeros, which take no room on the disk.
+    """
     splits = {}
-    for name, n in (("train", tokens), ("val", 10_000)):
+    for name, n in (("train", num_tokens), ("val", VAL_TOKENS)):
+        path = folder / f"{name}.bin"
         if sparse:
-            with open(folder / f"{name}.bin", "wb") as f:
+            with open(path, "wb") as f:
                 f.truncate(2 * n)
         else:
             rng = np.random.default_rng(0)
             ids = rng.integers(0, EOT, n).astype("<u2")
             ends = np.cumsum(rng.integers(20, 500, n // 20))
             ids[ends[ends < n]] = EOT
-            ids.tofile(folder / f"{name}.bin")
-        splits[name] = {"files": [{"name": f"{name}.bin", "tokens": n}], "tokens": n, "bytes": n}
-    metadata = {"format_version": 1, "dtype": "uint16", "vocab_size": EOT + 1, "eot_token": EOT,
-                "tokenizer": {"name": "gpt2", "sha256": ""}, "splits": splits}  # fmt: skip
+            ids.tofile(path)
+        splits[name] = {"files": [{"name": path.name, "tokens": n}], "tokens": n, "bytes": n}
+    metadata = {
+        "format_version": 1,
+        "dtype": "uint16",
+        "vocab_size": EOT + 1,
+        "eot_token": EOT,
+        "tokenizer": {"name": "gpt2", "sha256": ""},
+        "splits": splits,
+    }
     (folder / "metadata.json").write_text(json.dumps(metadata))
 
 
-# ---- contestants: functions that give a batch, and check themselves first
+# ---- contestants: (folder of the corpus, checkout) -> a function that returns a batch
 
 
-def endless(loader):
+def repeat(loader):
+    """Yield the batches of one pass after another, without end."""
     while True:
         yield from loader
 
 
-def ours(folder, _=""):
-    loader, _ = create_dataloaders(folder, T, B)
-    return functools.partial(next, endless(loader))
+def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise AssertionError unless a contestant's tokens are those of ours."""
+    if not torch.equal(found, expected):
+        raise AssertionError("a contestant gives other tokens")
 
 
-def ours_with_ids(folder, _):
-    batch = ours(folder)
+def ours(folder, checkout=""):
+    """Our training loader."""
+    train_loader, _ = create_dataloaders(folder, T, B)
+    return functools.partial(next, repeat(train_loader))
+
+
+def ours_with_ids(folder, checkout):
+    """Our training loader, and the document id of each token."""
+    next_batch = ours(folder)
 
     def with_ids():
-        x, _ = batch()
+        x, _ = next_batch()
         return x, document_ids(x, EOT)
 
     return with_ids
 
 
-def ours_padded(folder, _):
+def ours_padded(folder, checkout):
+    """Our documents, padded to the longest of a batch."""
     data = DocumentDataset(folder / "train", max_length=T)
     order = ShuffledBatches(len(data), B)
     loader = DataLoader(data, batch_sampler=order, collate_fn=pad_documents)
-    return functools.partial(next, endless(loader))
+    return functools.partial(next, repeat(loader))
 
 
 def nanogpt(folder, checkout):
-    """get_batch of its train.py, by itself."""
+    """The function get_batch of its train.py, without the rest of the script."""
     tree = ast.parse((Path(checkout) / "train.py").read_text())
     tree.body = [node for node in tree.body if getattr(node, "name", "") == "get_batch"]
-    scope = dict(np=np, torch=torch, os=os, data_dir=str(folder), block_size=T, batch_size=B,
-                 device_type="cpu", device="cpu")  # fmt: skip
+    scope = dict(
+        np=np, torch=torch, os=os, data_dir=str(folder), block_size=T, batch_size=B,
+        device_type="cpu", device="cpu",
+    )  # fmt: skip
     exec(compile(tree, "train.py", "exec"), scope)
     get_batch = functools.partial(scope["get_batch"], "train")
     data = TextDataset(folder / "train", T)
     torch.manual_seed(0)
     x, y = get_batch()
     torch.manual_seed(0)
-    same = data[torch.randint(data.num_tokens() - T, (B,))]
-    assert torch.equal(x, same[0]) and torch.equal(y, same[1])
+    expected_x, expected_y = data[torch.randint(data.num_tokens() - T, (B,))]
+    check_same(x, expected_x)
+    check_same(y, expected_y)
     return get_batch
 
 
 def tatm(folder, checkout):
-    """Its memory-mapped dataset, items and document ids stacked to a batch."""
+    """Its memory-mapped dataset; items and document ids are stacked to a batch."""
     source = Path(checkout) / "src" / "tatm"
-    for name in ("", ".data", ".data.metadata_store"):  # without what only its catalogue needs
+    # its __init__ files import what only its catalogue needs: stand-ins take their places
+    for name in ("", ".data", ".data.metadata_store"):
         module = sys.modules["tatm" + name] = types.ModuleType("tatm" + name)
         module.__path__ = [str(source.joinpath(*name.split(".")[1:2]))]
     from tatm.data.datasets import TatmMemmapDataset
 
     data = TatmMemmapDataset(str(folder / "train"), T, eos_token=EOT)
-    order = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
-    def batch(indices=None):
-        chosen = order.integers(len(data) - 1, size=B) if indices is None else indices
-        items = [data[i] for i in chosen]
+    def next_batch(indices=None):
+        if indices is None:
+            indices = rng.integers(len(data) - 1, size=B)
+        items = [data[i] for i in indices]
         ids = torch.stack([item.document_ids for item in items])
         return torch.stack([item.token_ids for item in items]), ids
 
-    x, ids = batch(range(B))
-    same = windows(folder, range(B))
-    assert torch.equal(x, same) and torch.equal(ids, document_ids(same, EOT))
-    return batch
+    x, ids = next_batch(range(B))
+    expected = first_blocks(folder)
+    check_same(x, expected)
+    check_same(ids, document_ids(expected, EOT))
+    return next_batch
 
 
-def transformers(folder, _):
+def transformers(folder, checkout):
     """DataCollatorForLanguageModeling, padding the same documents."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -182,13 +236,12 @@ def transformers(folder, _):
     data = DocumentDataset(folder / "train", max_length=T)
     rows = [{"input_ids": data[i].tolist()} for i in range(min(len(data), 2000))]
     expected = pad_documents([data[i] for i in range(B)], EOT)
-    found = collate(rows[:B])
-    assert torch.equal(found["input_ids"], expected["input_ids"])
+    check_same(collate(rows[:B])["input_ids"], expected["input_ids"])
     loader = DataLoader(rows, batch_sampler=ShuffledBatches(len(rows), B), collate_fn=collate)
-    return functools.partial(next, endless(loader))
+    return functools.partial(next, repeat(loader))
 
 
-def huggingface_blocks(folder, _):
+def huggingface_blocks(folder, checkout):
     """Blocks of T tokens from `datasets`, memory-mapped, as torch tensors."""
     import datasets
 
@@ -198,88 +251,98 @@ def huggingface_blocks(folder, _):
     if not (folder / "blocks").exists():
         datasets.Dataset.from_dict({"input_ids": blocks}).save_to_disk(folder / "blocks")
     data = datasets.load_from_disk(folder / "blocks").with_format("torch")
-    assert torch.equal(data[:B]["input_ids"], windows(folder, range(B)))
+    check_same(data[:B]["input_ids"], first_blocks(folder))
     loader = DataLoader(data, B, shuffle=True)
-    return functools.partial(next, ([batch["input_ids"]] for batch in endless(loader)))
+    return functools.partial(next, ([batch["input_ids"]] for batch in repeat(loader)))
 
 
-def litdata(folder, _):
+def litdata(folder, checkout):
     """Blocks of T tokens from its StreamingDataset, which shuffles them."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int32)
     parts = [torch.from_numpy(part) for part in np.array_split(ids[: len(ids) // T * T], 16)]
-    quiet = io.StringIO()
+    output = io.StringIO()
     if not (folder / "litdata").exists():
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             optimize(
-                fn=_pass_on, inputs=parts, output_dir=str(folder / "litdata"), num_workers=1,
+                fn=_yield_tokens, inputs=parts, output_dir=str(folder / "litdata"), num_workers=1,
                 chunk_size=T * 4096, item_loader=TokensLoader(), start_method="fork",
             )  # fmt: skip
 
-    def data(shuffle):
-        loader = TokensLoader(block_size=T)
-        return StreamingDataset(str(folder / "litdata"), item_loader=loader, shuffle=shuffle)
+    def create_dataset(shuffle):
+        item_loader = TokensLoader(block_size=T)
+        return StreamingDataset(str(folder / "litdata"), item_loader=item_loader, shuffle=shuffle)
 
-    first = torch.stack([block for block, _ in zip(data(False), range(B))])
-    assert torch.equal(first.long(), windows(folder, range(B)))
-    loader = StreamingDataLoader(data(True), batch_size=B)
-    return functools.partial(next, ([batch.long()] for batch in endless(loader)))
+    blocks = torch.stack([block for block, _ in zip(create_dataset(False), range(B))])
+    check_same(blocks.long(), first_blocks(folder))
+    loader = StreamingDataLoader(create_dataset(True), batch_size=B)
+    return functools.partial(next, ([batch.long()] for batch in repeat(loader)))
 
 
-def _pass_on(tokens):
+def _yield_tokens(tokens):
     yield tokens
 
 
-def stateful(folder, _):
+def stateful(folder, checkout):
     """Ours, through torchdata's StatefulDataLoader."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     data = TextDataset(folder / "train", T)
     order = ShuffledBatches(len(data), B)
     loader = StatefulDataLoader(data, sampler=order, batch_size=None)
-    return functools.partial(next, endless(loader))
+    return functools.partial(next, repeat(loader))
 
 
-def windows(folder, indices):
-    return TextDataset(folder / "train", T, stride=T)[indices][0]
+def first_blocks(folder) -> torch.Tensor:
+    """Return the first B blocks of the split, (B, T)."""
+    return TextDataset(folder / "train", T, stride=T)[range(B)][0]
 
 
-GROUPS = {  # what is compared: {contestant: (its function, what it needs: a package or a
-    # checkout)}, ours first, and how many times faster ours should be
-    "windows": (
-        {
-            "ours": (ours, "torch"),
-            "ours, in torchdata's StatefulDataLoader": (stateful, "torchdata"),
-            "nanoGPT's get_batch": (nanogpt, "nanogpt"),
-            "litdata, blocks": (litdata, "litdata"),
-            "datasets, blocks": (huggingface_blocks, "datasets"),
-            "transformers' padding collator": (transformers, "transformers"),
-        },
-        {"nanoGPT's get_batch": 15, "transformers' padding collator": 50},
-    ),
-    "with document ids": ({"ours": (ours_with_ids, "torch"), "tatm": (tatm, "tatm")}, {"tatm": 20}),
-    "padded documents": (
-        {"ours": (ours_padded, "torch"), "transformers": (transformers, "transformers")},
-        {},
-    ),
+GROUPS = {  # what is compared -> contestants, ours first
+    "windows": {
+        "ours": Contestant(ours),
+        "ours, in torchdata's StatefulDataLoader": Contestant(stateful, "torchdata"),
+        "nanoGPT's get_batch": Contestant(nanogpt, "nanogpt", target=15),
+        "litdata, blocks": Contestant(litdata, "litdata"),
+        "datasets, blocks": Contestant(huggingface_blocks, "datasets"),
+        "transformers' padding collator": Contestant(transformers, "transformers", target=50),
+    },
+    "with document ids": {
+        "ours": Contestant(ours_with_ids),
+        "tatm": Contestant(tatm, "tatm", target=20),
+    },
+    "padded documents": {
+        "ours": Contestant(ours_padded),
+        "transformers": Contestant(transformers, "transformers"),
+    },
 }
 
 
-def rate(contestant, folder, checkout, config) -> tuple[float, float]:
-    """(million tokens a second: of x, or of rows without their padding; MiB), in a new process."""
+def measure(create, folder: Path, checkout: str, seconds: float) -> tuple[float, float]:
+    """Measure a contestant in a new process.
+
+    Returns:
+        (million tokens per second, of x or of rows without their padding; MiB).
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_rate, contestant, folder, checkout, config.seconds).result()
+        return pool.submit(_measure, create, folder, checkout, seconds).result()
 
 
-def _rate(contestant, folder, checkout, seconds):
-    batch = contestant(folder, checkout)
-    batch()  # whatever is made once
-    tokens, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        given = batch()
-        tokens += int(given["attention_mask"].sum()) if hasattr(given, "keys") else given[0].numel()
-    return tokens / spent / 1e6, private_mib()
+def _measure(create, folder, checkout, seconds):
+    next_batch = create(folder, checkout)
+    next_batch()  # the first call makes what is made once
+    num_tokens = 0
+    start = time.perf_counter()
+    elapsed = 0.0
+    while elapsed < seconds:
+        batch = next_batch()
+        if hasattr(batch, "keys"):
+            num_tokens += int(batch["attention_mask"].sum())
+        else:
+            num_tokens += batch[0].numel()
+        elapsed = time.perf_counter() - start
+    return num_tokens / elapsed / 1e6, private_mib()
 
 
 if __name__ == "__main__":

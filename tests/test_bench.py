@@ -142,7 +142,7 @@ def test_loader():
     flags = ["--tokens", 100_000, "--seconds", 0.05, "--rounds", 1, "--results", ""]
     result = run_script("bench.loader", *flags, cwd=ROOT)  # it forks, so it needs its own process
     assert result.returncode == 0, result.stderr
-    assert "nanoGPT's get_batch (nanogpt is not there)" in result.stdout
+    assert "nanoGPT's get_batch (nanogpt is missing)" in result.stdout
     assert "| with document ids | ours |" in result.stdout
     assert "| padded documents | transformers |" in result.stdout
 
