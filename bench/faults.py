@@ -1,12 +1,12 @@
 """Kills at random moments, and long runs: what is lost, and what grows.
 
-    python -m bench.faults                          # all of it: an hour or so of two cores
+    python -m bench.faults                          # everything: about an hour of two cores
     python -m bench.faults --kills 20 --training_kills 10 --steps 2000 --gigabytes 0.2
 
-A run is started, killed by SIGKILL at a moment drawn from the length of an undisturbed one, and
-started again by the same line; then its files are compared with those of the undisturbed one.
-Processes are forked from this one, which has imported all, and do what the scripts do. Of ten kills
-in preparing, one takes Ray's driver and one a node of its two (pip install ray). Linux only.
+A run is started, killed by SIGKILL at a random moment of its length, and started again by the same
+command. Then its files are compared with those of an undisturbed run. The runs are forks of this
+process, which has everything imported, and call the scripts' main(). Of ten kills while preparing,
+one takes Ray's driver and one a node of two (pip install ray). Linux only.
 """
 
 import contextlib
@@ -20,8 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import matplotlib.backends.backend_agg
 import torch
@@ -38,95 +41,111 @@ from corpus import shards
 from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
-PIECE_BYTES = shards.PIECE_BYTES
-IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # or else by each process
-HUNG = 120  # seconds, after which a run is taken for that
-TEXT = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
-LITTLE = TEXT | dict(input="../little.jsonl")
-TRAINING = dict(
+TASK_BYTES = shards.PIECE_BYTES
+SMALL_TASK_BYTES = 100_000, 100_000  # thirty tasks of three megabytes
+IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # otherwise each fork imports them
+HANGS_AFTER = 120  # seconds, after which a run is taken to hang
+SAMPLE_SECONDS = 0.1  # between two looks at memory and open files
+PREPARE_FLAGS = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
+TRAIN_FLAGS = dict(
     data_dir="../corpus/data", run_name="mine", resume="auto", n_layer=2, n_head=2, n_embd=32,
     sequence_length=32, log_every=1,
 )  # fmt: skip
+KILLS_HEAD = [
+    "killed", "kills", "still succeeded", "incomplete but readable", "restarts that finished",
+    "identical results", "files left over",
+]  # fmt: skip
+LONG_HEAD = [
+    "largest process", "minutes", "private MiB: first tenth of the time", "up to half",
+    "second half", "open files: first tenth", "up to half", "second half",
+]  # fmt: skip
+
+Kill = Callable[[int, random.Random], bool]  # (pid, generator) -> whether something was killed
 
 
 @dataclass
 class Settings:
-    kills: int = 200  # in preparing
-    training_kills: int = 100  # in training and saving checkpoints
+    kills: int = 200  # while preparing
+    training_kills: int = 100  # while training and saving checkpoints
     steps: int = 50_000  # of the long training run
-    gigabytes: float = 5.0  # of text of the long preparing run, and five times that on the disk
+    gigabytes: float = 5.0  # of text of the long preparing run; the disk needs five times as much
     tokenizer: str = "bytes"  # of the long preparing run
     seed: int = 0  # of the moments
-    folder: str = ""  # to work in; "": a temporary one
+    folder: str = ""  # where to work; "": a temporary folder
     results: str = RESULTS  # Markdown file to write into; "": none
 
 
-def main():
-    config = parse_settings(Settings, __doc__)
-    results = config.results and os.path.abspath(config.results)
+def main() -> None:
+    settings = parse_settings(Settings, __doc__)
+    results = settings.results and os.path.abspath(settings.results)
     torch.set_num_threads(1)
     home = os.getcwd()
-    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+    with tempfile.TemporaryDirectory(dir=settings.folder or None) as folder:
         os.chdir(folder)
-        make_corpus()
-        killed = table(
-            ["killed", "times", "ended by itself", "half-made, but readable",
-             "restarts that finished", "the same bytes", "files left over"],
-            list(kills(config)),
-        )  # fmt: skip
-        long = table(
-            ["most that one process had", "minutes", "private MiB: first tenth of the time",
-             "to the half", "second half", "open files: first tenth", "to the half", "second half"],
-            list(long_runs(config)),
-        )  # fmt: skip
+        make_training_corpus()
+        kills_table = table(KILLS_HEAD, list(kill_runs(settings)))
+        long_table = table(LONG_HEAD, list(long_runs(settings)))
         os.chdir(home)
-    write(results, "Faults", f"{killed}\n\n{long}")
+    write(results, "Faults", f"{kills_table}\n\n{long_table}")
 
 
-def make_corpus():
-    """corpus/data/c, to train on: little, since a validation is a full pass."""
+def make_training_corpus() -> None:
+    """Prepare corpus/data/c to train on. It is small, because a validation is a full pass."""
     make_documents(Path("little.jsonl"), 0.05, "")
-    wait(start(prepare_data, Path("corpus"), LITTLE))
+    wait(start(prepare_data, Path("corpus"), PREPARE_FLAGS | dict(input="../little.jsonl")))
 
 
 # ---- kills
 
 
-def kills(config):
-    """Rows of: what was killed, and the counts of count()."""
-    choose, tenth = random.Random(config.seed), config.kills // 10
+def kill_runs(settings: Settings) -> Iterator[tuple]:
+    """Yield the rows of KILLS_HEAD."""
+    generator = random.Random(settings.seed)
+    tenth = settings.kills // 10
     make_documents(Path("text.jsonl"), 3, "")
-    shards.PIECE_BYTES = 100_000, 100_000  # thirty pieces
-    two = dict(TEXT, workers=2)
-    times = config.kills - 6 * tenth
-    yield count("preparing: all processes", times, prepare_data, two, kill_all, choose)
-    yield count("preparing: a worker of two", 4 * tenth, prepare_data, two, kill_worker, choose)
+    shards.PIECE_BYTES = SMALL_TASK_BYTES
+    flags = PREPARE_FLAGS | dict(workers=2)
+    num_kills = settings.kills - 6 * tenth
+    yield count_kills(
+        "preparing: all processes", num_kills, prepare_data, flags, kill_all, generator
+    )
+    yield count_kills(
+        "preparing: a worker of two", 4 * tenth, prepare_data, flags, kill_worker, generator
+    )
     if tenth:
-        here, there = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=ray_nodes, args=(there,))
-        process.start()
-        flags = dict(TEXT, engine="ray", ray_address=here.recv())
-
-        def kill_node(pid, choose):
-            here.send(True)
-            return here.recv()
-
-        try:
-            for what, kill in (("the driver", kill_all), ("a node of two", kill_node)):
-                what = f"preparing on Ray: {what}"
-                yield count(what, tenth, prepare_data, flags, kill, choose)
-        finally:
-            here.send(False)
-            process.join()
-    flags = TRAINING | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # one a step
-    yield count("training", config.training_kills, train_gpt2, flags, kill_all, choose)
+        yield from kill_under_ray(tenth, generator)
+    flags = TRAIN_FLAGS | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # one per step
+    yield count_kills("training", settings.training_kills, train_gpt2, flags, kill_all, generator)
 
 
-def ray_nodes(connection):
-    """Two of them, in a process of their own, since what talks to Ray can't be forked: sends their
-    address and then, whenever it is told to go on, kills one and sends True when there is another.
+def kill_under_ray(num_kills: int, generator: random.Random) -> Iterator[tuple]:
+    """Yield the rows of preparing on a Ray cluster of two nodes."""
+    connection, child_connection = multiprocessing.Pipe()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run_ray_nodes, args=(child_connection,))
+    process.start()
+    flags = PREPARE_FLAGS | dict(engine="ray", ray_address=connection.recv())
+
+    def kill_node(pid: int, generator: random.Random) -> bool:
+        connection.send(True)
+        return connection.recv()
+
+    try:
+        for name, kill in (("the driver", kill_all), ("a node of two", kill_node)):
+            description = f"preparing on Ray: {name}"
+            yield count_kills(description, num_kills, prepare_data, flags, kill, generator)
+    finally:
+        connection.send(False)
+        process.join()
+
+
+def run_ray_nodes(connection) -> None:
+    """Run two Ray nodes in a process of their own: what talks to Ray cannot be forked.
+
+    Sends the address of the cluster. Then, for each True that it receives, it kills a node, starts
+    another, and sends True. False ends it.
     """
-    cluster = optional("ray.cluster_utils", "to kill under Ray").Cluster(
+    cluster = optional("ray.cluster_utils", "killing under Ray").Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1}
     )
     node = cluster.add_node(num_cpus=1)
@@ -138,80 +157,104 @@ def ray_nodes(connection):
     cluster.shutdown()
 
 
-def count(what, times, script, flags, kill, choose):
-    """Kills `script` that many times by kill(pid), starts it again, and looks at what there is.
+def count_kills(
+    description: str,
+    num_kills: int,
+    script: ModuleType,
+    flags: dict,
+    kill: Kill,
+    generator: random.Random,
+) -> tuple:
+    """Kill a script again and again, restart it, and compare its files.
 
-    Returns (what, times, how often the killed run ended well all the same, how often something
-    half-made could be read after the kill, restarts that finished, results that were the same as
-    undisturbed, files that were left over).
+    Args:
+        description: First cell of the row.
+        num_kills: How often.
+        script: prepare_data or train_gpt2.
+        flags: Of the script.
+        kill: Kills the run or a part of it.
+        generator: Draws the moments.
+
+    Returns:
+        A row of KILLS_HEAD.
+
+    Raises:
+        ValueError: The undisturbed run fails.
     """
-    if not times:
-        return what, *[0] * 6
-    result = prepared if script is prepare_data else trained
-    whole, number = Path(f"{what}: undisturbed"), itertools.count()
+    if not num_kills:
+        return (description, *[0] * (len(KILLS_HEAD) - 1))
+    read_result = prepared_files if script is prepare_data else trained_files
+    undisturbed = Path(f"{description}: undisturbed")
     began = time.perf_counter()
-    if wait(start(script, whole, flags)):
-        raise ValueError((whole / "log.txt").read_text())
+    if wait(start(script, undisturbed, flags)):
+        raise ValueError((undisturbed / "log.txt").read_text())
     seconds = time.perf_counter() - began
-    expected, tally = result(whole), Counter()
-    while tally["times"] < times:
-        folder = Path(f"{what}: {next(number)}")
+    expected = read_result(undisturbed)
+    counts: Counter = Counter()
+    for number in itertools.count():
+        if counts["kills"] == num_kills:
+            break
+        folder = Path(f"{description}: {number}")
         pid = start(script, folder, flags)
-        time.sleep(choose.uniform(0, seconds))
-        if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) and kill(pid, choose):
-            tally["times"] += 1
-            tally["ended"] += wait(pid) == 0
-            tally["readable"] += not sound(folder, expected)
-            tally["finished"] += wait(start(script, folder, flags)) == 0
-            found = result(folder)
-            tally["same"] += {name: found.get(name) for name in expected} == expected
-            tally["left"] += len(found.keys() - expected.keys())
-        else:  # too late, or too early: it has no workers yet
-            kill_all(pid, choose)
+        time.sleep(generator.uniform(0, seconds))
+        if is_running(pid) and kill(pid, generator):
+            counts["kills"] += 1
+            counts["succeeded"] += wait(pid) == 0
+            counts["incomplete"] += not is_complete(folder, expected)
+            counts["finished"] += wait(start(script, folder, flags)) == 0
+            found = read_result(folder)
+            counts["identical"] += {name: found.get(name) for name in expected} == expected
+            counts["left over"] += len(found.keys() - expected.keys())
+        else:  # too late, or so early that it has no workers
+            kill_all(pid, generator)
             wait(pid)
         shutil.rmtree(folder)
-    print(what, dict(tally), flush=True)
-    return what, *(
-        tally[name] for name in ("times", "ended", "readable", "finished", "same", "left")
-    )
+    print(description, dict(counts), flush=True)
+    names = ("kills", "succeeded", "incomplete", "finished", "identical", "left over")
+    return (description, *(counts[name] for name in names))
 
 
-def prepared(folder) -> dict:
-    """What each file of a prepared corpus holds."""
-    files = (folder / "data").rglob("*")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.is_file()}
+def prepared_files(folder: Path) -> dict[str, bytes]:
+    """Return name -> content of the files of a prepared corpus."""
+    paths = [path for path in (folder / "data").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def trained(folder) -> dict:
-    """What each file of a run holds, but for speeds, names, samples and pictures. previous.pt is
-    the one before, or, after a kill in the last save, the one before that."""
-    found = {}
+def trained_files(folder: Path) -> dict[str, Any]:
+    """Return name -> content of the files of a run.
+
+    Without speeds, the run's name, samples and pictures, which differ, and without the content of
+    previous.pt: after a kill during the last save it is of an earlier checkpoint.
+    """
+    files: dict[str, Any] = {}
     for path in (folder / "out").rglob("*"):
-        name, value = str(path.relative_to(folder)), ""
+        content: Any = ""
         if path.name == "metrics.jsonl":
-            value = [line | {"tokens_per_second": 0} for line in read_metrics(path)]
+            content = [line | {"tokens_per_second": 0} for line in read_metrics(path)]
         elif path.name in ("last.pt", "best.pt"):
-            value = load_checkpoint(path)
-            value = {part: value.get(part) for part in ("step", "best", "model", "optimizers")}
-            value = plain(value)
-        found[name] = value
-    return found
+            checkpoint = load_checkpoint(path)
+            names = ("step", "best", "model", "optimizers")
+            content = without_tensors({name: checkpoint.get(name) for name in names})
+        files[str(path.relative_to(folder))] = content
+    return files
 
 
-def plain(value):
-    """A checkpoint without tensors, which == doesn't compare."""
+def without_tensors(value: Any) -> Any:
+    """Return a value with bytes in place of tensors, so that == compares it."""
     if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
+        return {name: without_tensors(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [plain(part) for part in value]
-    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+        return [without_tensors(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    return value
 
 
-def sound(folder, expected) -> bool:
-    """Whether all that can be read of what a killed run has left is whole."""
-    found = prepared(folder)
-    if "data/c/metadata.json" in found:
-        return expected.items() <= found.items()
+def is_complete(folder: Path, expected: dict) -> bool:
+    """Return whether every corpus and checkpoint that can be read after a kill is complete."""
+    files = prepared_files(folder)
+    if "data/c/metadata.json" in files:
+        return expected.items() <= files.items()
     try:
         return all(load_checkpoint(path) for path in folder.glob("out/*/*.pt"))
     except ValueError:
@@ -221,19 +264,21 @@ def sound(folder, expected) -> bool:
 # ---- processes
 
 
-def start(script, folder: Path, flags: dict) -> int:
-    """`python SCRIPT.py --FLAG VALUE ...` in `folder`, in a process group of its own: its pid."""
+def start(script: ModuleType, folder: Path, flags: dict) -> int:
+    """Run `python SCRIPT.py --FLAG VALUE ...` in `folder`, as a process group; return its pid."""
     folder.mkdir(exist_ok=True)
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
     code = 1
     try:
         os.setsid()
         os.chdir(folder)
-        for number in (1, 2):
-            os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
-        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        sys.argv = [f"{script.__name__}.py", *argv]
+        for stream in (1, 2):
+            log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(log, stream)
+        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        sys.argv = [f"{script.__name__}.py", *arguments]
         run(script.main)
     except SystemExit as stop:
         code = stop.code or 0
@@ -241,24 +286,31 @@ def start(script, folder: Path, flags: dict) -> int:
         os._exit(code)
 
 
-def wait(pid) -> int:
-    """Its exit code, or minus the number of the signal that ended it."""
-    end = time.monotonic() + HUNG
-    while not (status := os.waitpid(pid, os.WNOHANG))[0]:
+def is_running(pid: int) -> bool:
+    """Return whether a child has not ended."""
+    return not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+def wait(pid: int) -> int:
+    """Wait for a child; return its exit code, or minus the number of the signal that ended it."""
+    end = time.monotonic() + HANGS_AFTER
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         time.sleep(0.002)
         if time.monotonic() > end:
-            kill_all(pid, None)
-    return os.waitstatus_to_exitcode(status[1])
+            kill_all(pid, random.Random())
+    return os.waitstatus_to_exitcode(ended[1])
 
 
-def children(pid) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the pids of the children of a process."""
     with contextlib.suppress(OSError):
         return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
-def kill_all(pid, choose) -> bool:
-    with contextlib.suppress(ProcessLookupError):  # not a group yet, or none any more
+def kill_all(pid: int, generator: random.Random) -> bool:
+    """Kill the process group of `pid`; return False if it has none (yet, or any more)."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
         return True
     with contextlib.suppress(ProcessLookupError):
@@ -266,10 +318,10 @@ def kill_all(pid, choose) -> bool:
     return False
 
 
-def kill_worker(pid, choose) -> bool:
-    """One of its workers; False where there is none."""
+def kill_worker(pid: int, generator: random.Random) -> bool:
+    """Kill one of the children of `pid`; return False if it has none."""
     with contextlib.suppress(IndexError, ProcessLookupError):
-        os.kill(choose.choice(children(pid)), signal.SIGKILL)
+        os.kill(generator.choice(children(pid)), signal.SIGKILL)
         return True
     return False
 
@@ -277,45 +329,57 @@ def kill_worker(pid, choose) -> bool:
 # ---- long runs
 
 
-def long_runs(config):
-    """Rows of watch()."""
-    block, text = Path("block.jsonl"), Path("long.jsonl")
-    make_documents(block, min(20, 1000 * config.gigabytes), "")
+def long_runs(settings: Settings) -> Iterator[tuple]:
+    """Yield the rows of LONG_HEAD."""
+    block = Path("block.jsonl")
+    text = Path("long.jsonl")
+    make_documents(block, min(20, 1000 * settings.gigabytes), "")
     with open(text, "wb") as f:
-        for _ in range(round(config.gigabytes * 1e9 / block.stat().st_size)):
+        for _ in range(round(settings.gigabytes * 1e9 / block.stat().st_size)):
             f.write(block.read_bytes())
-    shards.PIECE_BYTES = PIECE_BYTES
-    flags = dict(TEXT, input="../long.jsonl", tokenizer=config.tokenizer, workers=2)
-    yield watch(f"preparing {config.gigabytes:g} GB", prepare_data, flags)
-    text.unlink()
-    flags = TRAINING | dict(
-        max_steps=config.steps, eval_every=max(100, config.steps // 20),
-        n_layer=1, sequence_length=16, batch_size=2, optimizer="adamw", log_every=10,
+    shards.PIECE_BYTES = TASK_BYTES
+    flags = PREPARE_FLAGS | dict(
+        input="../long.jsonl", tokenizer=settings.tokenizer, workers=2
     )  # fmt: skip
-    yield watch(f"training for {config.steps:,} steps", train_gpt2, flags)
+    yield watch(f"preparing {settings.gigabytes:g} GB", prepare_data, flags)
+    text.unlink()
+    flags = TRAIN_FLAGS | dict(
+        max_steps=settings.steps, eval_every=max(100, settings.steps // 20), n_layer=1,
+        sequence_length=16, batch_size=2, optimizer="adamw", log_every=10,
+    )  # fmt: skip
+    yield watch(f"training for {settings.steps:,} steps", train_gpt2, flags)
 
 
-def watch(what, script, flags):
-    """Runs `script` and looks at its processes all the time: (what, minutes, and, for private
-    memory in MiB and for open files, the most that one process had in the first tenth of the time,
-    from there to the half, and in the second half)."""
-    folder, seen, began = Path(what), [], time.monotonic()
+def watch(description: str, script: ModuleType, flags: dict) -> tuple:
+    """Run a script and sample the memory and the open files of its processes.
+
+    Returns:
+        A row of LONG_HEAD.
+
+    Raises:
+        ValueError: The run fails.
+    """
+    folder = Path(description)
+    began = time.monotonic()
     pid = start(script, folder, flags)
-    seen.append((private_mib(pid), open_files(pid)))
-    while not (status := os.waitpid(pid, os.WNOHANG))[0]:
-        family = [pid, *children(pid)]
-        seen.append((max(map(private_mib, family)), max(map(open_files, family))))
-        time.sleep(0.1)
-    if status[1]:
+    samples = [(private_mib(pid), open_files(pid))]
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        pids = [pid, *children(pid)]
+        samples.append((max(map(private_mib, pids)), max(map(open_files, pids))))
+        time.sleep(SAMPLE_SECONDS)
+    if ended[1]:
         raise ValueError((folder / "log.txt").read_text()[-2000:])
     shutil.rmtree(folder)
-    tenth, half = -(-len(seen) // 10), -(-len(seen) // 2)
-    spans = seen[:tenth], seen[tenth:half] or seen, seen[half:] or seen
-    peaks = [[max(column) for column in zip(*span)] for span in spans]
-    return what, (time.monotonic() - began) / 60, *(p[0] for p in peaks), *(p[1] for p in peaks)
+    tenth = -(-len(samples) // 10)
+    half = -(-len(samples) // 2)
+    spans = (samples[:tenth], samples[tenth:half] or samples, samples[half:] or samples)
+    memory = [max(mib for mib, _ in span) for span in spans]
+    files = [max(count for _, count in span) for span in spans]
+    return (description, (time.monotonic() - began) / 60, *memory, *files)
 
 
-def open_files(pid) -> int:
+def open_files(pid: int) -> int:
+    """Return the number of open files of a process; 0 if it has ended."""
     with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/fd"))
     return 0

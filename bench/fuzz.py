@@ -1,10 +1,10 @@
-"""Fuzzing that is led by coverage (atheris), of what reads strangers' bytes.
+"""Fuzzing guided by coverage (atheris), of the code that reads other people's bytes.
 
-python -m bench.fuzz jsonl 120        # .jsonl files, for 120 seconds, against json.loads
+python -m bench.fuzz jsonl 120        # .jsonl files, for 120 seconds, compared with json.loads
 python -m bench.fuzz metadata 120     # metadata.json and .yaml of prepared and described folders
 
-Needs Linux and pip install atheris. It ends at the first fault, with a traceback and the bytes. In
-its last lines: how many inputs were run (stat::number_of_executed_units), and how many edges of the
+Needs Linux and pip install atheris. Ends at the first fault, with a traceback and the bytes. The
+last lines say how many inputs were run (stat::number_of_executed_units) and how many edges of the
 code they reached (cov).
 """
 
@@ -17,20 +17,22 @@ from pathlib import Path
 from common.packages import optional
 
 try:
-    atheris = optional("atheris", "to fuzz")
+    atheris = optional("atheris", "bench.fuzz")
 except ValueError as error:
     sys.exit(f"error: {error}")
 
-with atheris.instrument_imports(include=["common", "describe", "json", "reader", "tokens", "yaml"]):
-    import yaml  # noqa: F401  imported by describe where it is used, which would be too late
+with atheris.instrument_imports(include=["common", "corpus", "json", "yaml"]):
+    import yaml  # noqa: F401  corpus.descriptions imports it when it reads: too late for atheris
 
     from corpus import reader
     from corpus.descriptions import read_description
     from corpus.metadata import read_metadata
     from corpus.sources import InvalidDocument, Source
 
-FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
-SEEDS = {
+MEMORY = "/dev/shm"  # a folder in memory, if the machine has it
+FOLDER = Path(tempfile.mkdtemp(dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
+SMALL_BLOCK = 64  # bytes read at once: then short lines are longer than a block
+SEEDS = {  # target -> inputs to begin with; metadata: j or y, for .json or .yaml, comes first
     "jsonl": ['{"text": "a\\ud83d\\n"}\r\n\n', '\ufeff{"text": 1, "text": "b", "n": [NaN, {}]}'],
     "metadata": [
         'j{"name": "n", "data_content": "text", "corpuses": ["a"], "dataset_path": "."}',
@@ -42,16 +44,20 @@ SEEDS = {
 }
 
 
-def jsonl(data: bytes) -> None:
+def fuzz_jsonl(data: bytes) -> None:
+    """Compare what the reader makes of a .jsonl with what json.loads makes of its lines."""
     path = FOLDER / "a.jsonl"
     path.write_bytes(data)
     source = Source(str(path), "jsonl")
     found = [text for _, texts in reader.read(source) for text in texts]
-    expected = [text_of(line) for line in data.split(b"\n") if line.strip()]
-    assert [None if isinstance(text, InvalidDocument) else text for text in found] == expected
+    found = [None if isinstance(text, InvalidDocument) else text for text in found]
+    expected = [text_of_line(line) for line in data.split(b"\n") if line.strip()]
+    if found != expected:
+        raise AssertionError(f"{found} are not {expected}")
 
 
-def text_of(line: bytes) -> str | None:
+def text_of_line(line: bytes) -> str | None:
+    """Return the text of a line, or None for an invalid document."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
         text = row.get("text") if isinstance(row, dict) else None
@@ -60,28 +66,36 @@ def text_of(line: bytes) -> str | None:
         return None
 
 
-def metadata(data: bytes) -> None:
+def fuzz_metadata(data: bytes) -> None:
+    """Read metadata of both kinds: an error must name the folder."""
     name = "metadata.yaml" if data[:1] == b"y" else "metadata.json"
     (FOLDER / name).write_bytes(data[1:])
     for read in read_metadata, read_description:
         try:
             read(FOLDER)
         except (ValueError, OSError) as error:
-            assert str(FOLDER) in str(error)
+            if str(FOLDER) not in str(error):
+                raise AssertionError("the error does not name the folder") from error
     (FOLDER / name).unlink()
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in SEEDS or not sys.argv[2].isdigit():
-        sys.exit("error: say what to fuzz, jsonl or metadata, and for how many seconds")
+TARGETS = {"jsonl": fuzz_jsonl, "metadata": fuzz_metadata}
+
+
+def main() -> None:
+    if len(sys.argv) != 3 or sys.argv[1] not in TARGETS or not sys.argv[2].isdigit():
+        sys.exit("error: name what to fuzz (jsonl or metadata) and for how many seconds")
     target, seconds = sys.argv[1:]
-    reader.BLOCK = 64  # so that a line is longer
+    reader.BLOCK = SMALL_BLOCK
     seeds = FOLDER / "seeds"
     seeds.mkdir()
     for number, seed in enumerate(SEEDS[target]):
         (seeds / str(number)).write_bytes(seed.encode())
     flags = [f"-max_total_time={seconds}", "-max_len=2048", "-timeout=20", "-print_final_stats=1"]
-    atheris.Setup(
-        [sys.argv[0], *flags, f"-artifact_prefix={FOLDER}/", str(seeds)], locals()[target]
-    )
+    flags += [f"-artifact_prefix={FOLDER}/", str(seeds)]
+    atheris.Setup([sys.argv[0], *flags], TARGETS[target])
     atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -127,7 +127,7 @@ def run_races(settings: Settings, folder: Path, races: list[Race]) -> None:
         bits = loss / math.log(2)  # a token is a byte
         rows.append(("nanoGPT, its README's run", "", "", budget, f"{loss:.4f}", f"{bits:.4f}", ""))
     else:
-        left_out = f" Left out: nanoGPT (no --nanogpt was given); its seconds are taken to be {budget:.0f}."
+        left_out = f" Left out: nanoGPT (no --nanogpt was given), as if it took {budget:.0f} s."
     for race in races:
         steps = steps_that_fit(settings, folder, race, race.share * budget)
         flags = f"{race.flags} --max_steps {steps} --eval_every {steps}".strip()
