@@ -37,11 +37,11 @@ from bench.tokenize import make_documents
 from common.packages import optional
 from common.script import run
 from common.settings import parse_settings
-from corpus import shards
+from corpus import pipeline
 from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
-TASK_BYTES = shards.PIECE_BYTES
+TASK_BYTES = pipeline.TASK_BYTES
 SMALL_TASK_BYTES = 100_000, 100_000  # thirty tasks of three megabytes
 IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # otherwise each fork imports them
 HANGS_AFTER = 120  # seconds, after which a run is taken to hang
@@ -103,7 +103,7 @@ def kill_runs(settings: Settings) -> Iterator[tuple]:
     generator = random.Random(settings.seed)
     tenth = settings.kills // 10
     make_documents(Path("text.jsonl"), 3, "")
-    shards.PIECE_BYTES = SMALL_TASK_BYTES
+    pipeline.TASK_BYTES = SMALL_TASK_BYTES
     flags = PREPARE_FLAGS | dict(workers=2)
     num_kills = settings.kills - 6 * tenth
     yield count_kills(
@@ -337,7 +337,7 @@ def long_runs(settings: Settings) -> Iterator[tuple]:
     with open(text, "wb") as f:
         for _ in range(round(settings.gigabytes * 1e9 / block.stat().st_size)):
             f.write(block.read_bytes())
-    shards.PIECE_BYTES = TASK_BYTES
+    pipeline.TASK_BYTES = TASK_BYTES
     flags = PREPARE_FLAGS | dict(
         input="../long.jsonl", tokenizer=settings.tokenizer, workers=2
     )  # fmt: skip

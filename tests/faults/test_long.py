@@ -12,7 +12,7 @@ from training.metrics import plot_losses
 
 
 def test_a_plot_leaves_nothing_in_memory(tmp_path):
-    """A megabyte a validation, it was; the last is there until the next."""
+    """It was a megabyte per validation; the last figure stays until the next one."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_loss": 1.0}) + "\n")
     for _ in range(3):
         plot_losses(tmp_path)
@@ -24,11 +24,13 @@ def test_the_counts(in_memory, monkeypatch):
     """bench/faults.py at toy size."""
     monkeypatch.chdir(in_memory)
     monkeypatch.setattr(pipeline, "TASK_BYTES", pipeline.TASK_BYTES)  # it changes them
-    config = faults.Settings(kills=1, training_kills=1, gigabytes=0.005)
-    faults.make_corpus()
-    rows = {what: numbers for what, *numbers in faults.kills(config)}
-    for what in ("preparing: all processes", "training"):
-        times, _, half_made, finished, same, left = rows[what]  # it may end just before the kill
-        assert (times, half_made, finished, same, left) == (1, 0, 1, 1, 0), what
-    what, _, *numbers = next(faults.long_runs(config))
-    assert what == "preparing 0.005 GB" and len(numbers) == 6 and max(numbers) > 0
+    settings = faults.Settings(kills=1, training_kills=1, gigabytes=0.005)
+    faults.make_training_corpus()
+    rows = {description: counts for description, *counts in faults.kill_runs(settings)}
+    for description in ("preparing: all processes", "training"):
+        # it may end just before the kill, so whether it succeeded is not compared
+        num_kills, _, incomplete, finished, identical, left_over = rows[description]
+        counts = (num_kills, incomplete, finished, identical, left_over)
+        assert counts == (1, 0, 1, 1, 0), description
+    description, _, *numbers = next(faults.long_runs(settings))
+    assert description == "preparing 0.005 GB" and len(numbers) == 6 and max(numbers) > 0
