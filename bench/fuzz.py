@@ -37,8 +37,9 @@ SEEDS = {  # target -> inputs to begin with; metadata: j or y, for .json or .yam
     "metadata": [
         'j{"name": "n", "data_content": "text", "corpuses": ["a"], "dataset_path": "."}',
         "yname: n\ndata_content: text\ncorpuses: [a, 'b']\ndate: 2020-01-01\nx: !!int &a 1\n",
-        'j{"format_version": 1, "dtype": "uint16", "vocab_size": 257, "eot_token": 256, "splits": '
-        '{"train": {"files": [{"name": "train.bin", "tokens": 5}], "tokens": 5, "bytes": 5}}, '
+        'j{"format_version": 1, "dtype": "uint16", "vocab_size": 257, "eot_token": 256, '
+        '"eot_per_document": true, "splits": {"train": {"files": [{"name": "train.bin", '
+        '"tokens": 5}], "tokens": 5, "bytes": 5}}, '
         '"tokenizer": {"name": "bytes", "sha256": ""}}',
     ],
 }

@@ -130,6 +130,7 @@ def make_split(folder: Path, num_tokens: int, sparse: bool = False) -> None:
         "dtype": "uint16",
         "vocab_size": EOT + 1,
         "eot_token": EOT,
+        "eot_per_document": True,
         "tokenizer": {"name": "gpt2", "sha256": ""},
         "splits": splits,
     }
