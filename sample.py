@@ -136,7 +136,8 @@ def generate(settings, model, tokenizer, generator, prompt: str) -> Iterator[tor
     ids = tokenizer.encode(prompt).astype("int64")
     if not len(ids):  # begin a document: after the end of another
         ids = [tokenizer.eot_token]
-    idx = torch.as_tensor(ids, device=generator.device).expand(settings.num_samples, -1)  # (B, T)
+    device = model.transformer.wte.weight.device
+    idx = torch.as_tensor(ids, device=device).expand(settings.num_samples, -1)  # (B, T)
     sampling = (settings.temperature, settings.top_k, settings.top_p, generator)
     return model.generate(idx, settings.max_new_tokens, *sampling)
 

@@ -92,6 +92,9 @@ def prepare(
     header["fingerprint"] = fingerprint(header, folder)
     refuse_other_files(folder, header)
     work = folder / ".work" / header["fingerprint"][:16]
+    for path in (work.parent, work):
+        if path.is_symlink():  # it is emptied at the end
+            raise ValueError(f"{path} is a link: remove it")
     if not work.exists() and not (folder / ".lock").exists():
         metadata = up_to_date(folder, header)
         if metadata:
@@ -153,9 +156,6 @@ class _Preparation:
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[None]:
         """Make the folder of finished tasks; remove it at the end unless a restart can use it."""
-        for path in (self.work.parent, self.work):
-            if path.is_symlink():  # it is emptied at the end
-                raise ValueError(f"{path} is a link: remove it")
         self.work.mkdir(parents=True, exist_ok=True)
         useful = True
         try:
