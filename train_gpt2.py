@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batches.block_mask import document_block_mask
 from common.script import run
-from corpus.metadata import read_metadata
+from corpus.metadata import read_metadata, require_end_of_text
 from dataset import create_dataloaders, document_ids, document_mask, document_positions
 from model import GPT2_SIZES
 from training.checkpoint import Progress, check_finite, check_weights, create_model, restore, save
@@ -217,6 +217,7 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
     # --- data: the order is a function of (seed, position), so that it resumes anywhere
     corpus_dir = Path(settings.data_dir) / settings.corpus
     metadata = read_metadata(corpus_dir)
+    require_end_of_text(metadata, corpus_dir)
     check_batch(settings, metadata, device.value, ranks)
     train_loader, val_loader = create_dataloaders(
         corpus_dir, settings.sequence_length, settings.batch_size, settings.seed,

@@ -53,7 +53,7 @@ def _is_sound(metadata) -> bool:
     for name in (tokenizer["name"], *(file["name"] for file in files)):
         folder_name(name, "")  # or it would lead out of its folder
     vocab_size = metadata["vocab_size"]
-    eot_token = metadata["eot_token"]
+    eot_token = metadata.get("eot_token", 0)
     positive = [vocab_size, *(split[name] for split in splits for name in ("tokens", "bytes"))]
     counts = [eot_token, *(metadata.get(name, 0) for name in ("seed", "max_length"))]
     counts += [file["tokens"] for file in files]
@@ -62,13 +62,23 @@ def _is_sound(metadata) -> bool:
         metadata["format_version"] == 1
         and metadata["dtype"] in ("uint16", "uint32")
         and type(tokenizer["sha256"]) is str
-        and type(metadata["eot_per_document"]) is bool
+        and type(metadata.get("eot_per_document", True)) is bool
         and all(split["files"] for split in splits)
         and all(type(n) is int and n >= 0 for n in positive + counts)
         and min(positive) > 0
         and eot_token < vocab_size
         and metadata.get("sha256") in (None, with_checksum(metadata)["sha256"])
     )
+
+
+def require_end_of_text(metadata: dict, corpus_dir: str | Path) -> None:
+    """Raise ValueError if the metadata do not say which token ends a document, and whether."""
+    for name in ("eot_token", "eot_per_document"):
+        if name not in metadata:
+            raise ValueError(
+                f"{Path(corpus_dir) / 'metadata.json'} has no {name}: run python prepare_data.py "
+                f"again, with the flags it was made with"
+            )
 
 
 def with_checksum(metadata: dict) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.metadata import fingerprint, read_metadata, source_path
+from corpus.metadata import fingerprint, read_metadata, require_end_of_text, source_path
 from corpus.planning import split_text
 from corpus.reader import read
 from corpus.sources import InvalidDocument, Source
@@ -33,6 +33,7 @@ def verify(folder: Path) -> None:
         OSError: A file cannot be read.
     """
     metadata = read_metadata(folder)
+    require_end_of_text(metadata, folder)
     tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(

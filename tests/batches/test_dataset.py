@@ -34,8 +34,6 @@ def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
     tokens = sum(len(shard) for shard in shards)
     metadata = {
         "format_version": 1,
-        "eot_token": 256,
-        "eot_per_document": False,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokenizer": {"name": "made", "sha256": "by a test"},

@@ -552,3 +552,13 @@ def test_a_failed_start_leaves_its_name_free(train):
     with pytest.raises(ValueError, match="is nan at step"):
         train(max_steps=50, learning_rate=1e30, grad_clip=0, run_name="mine")
     assert train(max_steps=1, run_name="mine").name == "mine"
+
+
+@pytest.mark.parametrize("name", ["eot_token", "eot_per_document"])
+def test_metadata_without_an_end_of_text_is_refused(train, rhyme, name):
+    path = rhyme / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata[name]
+    path.write_text(json.dumps(with_checksum(metadata)))
+    with pytest.raises(ValueError, match=rf"metadata\.json has no {name}: run python prepare_data"):
+        train(max_steps=1)
