@@ -138,7 +138,7 @@ def test_a_bare_file_needs_its_dtype(tmp_path):
     path = tmp_path / "tokens.bin"
     np.arange(20, dtype=np.uint32).tofile(path)
     assert TextDataset(path, 4, dtype="uint32")[15][1].tolist() == [16, 17, 18, 19]
-    with pytest.raises(ValueError, match="which dtype"):
+    with pytest.raises(ValueError, match="give the dtype"):
         TextDataset(path, 4)
     path.write_bytes(b"123")
     with pytest.raises(ValueError, match="no whole number"):
@@ -166,7 +166,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"00001.bin is missing.*prepare_data.py"):
         TextDataset(path, 4)
-    with pytest.raises(FileNotFoundError, match=r"nope is no prepared corpus.*there: c"):
+    with pytest.raises(FileNotFoundError, match=r"nope is not a prepared corpus.*prepared: c"):
         TextDataset(tmp_path / "nope" / "train", 4)
 
 
@@ -486,4 +486,4 @@ def test_the_preview_of_a_corpus(tmp_path):
     make_corpus(tmp_path / "data" / "book", ["one running text, " * 100])
     result = run_script("dataset.py", cwd=tmp_path)  # the newest
     assert "1 documents" in result.stdout and "padded" not in result.stdout
-    assert_one_line_error(run_script("dataset.py", "d", cwd=tmp_path), "there: book, c")
+    assert_one_line_error(run_script("dataset.py", "d", cwd=tmp_path), "prepared: book, c")

@@ -1,4 +1,4 @@
-"""Preparing in pieces: the same bytes however the work is shared out, stopped and gone on with."""
+"""Tasks and engines: the same bytes for any number of workers, stopped anywhere and resumed."""
 
 import json
 import multiprocessing

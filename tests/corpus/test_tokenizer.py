@@ -48,7 +48,7 @@ def test_streamed_text_is_cut_between_characters():
     assert pieces == ["", "é", "", "", "日", "", "", "", "🜨", "x"]
     half = tokenizer.encode("xé")[:2]  # cut by the end
     assert "".join(tokenizer.decode_stream(half)) == "x"
-    wrong = [0xE6, ord("x"), 300]  # begun and not gone on with; and no id of a byte
+    wrong = [0xE6, ord("x"), 300]  # an unfinished character, and an id without bytes
     assert "".join(tokenizer.decode_stream(wrong)) == "\ufffdx\ufffd"
 
 

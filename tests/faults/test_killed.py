@@ -129,7 +129,7 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 5])
 def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
-    """The rest of them stops with an error; what is done is kept, and gone on with."""
+    """The rest of them stops with an error; finished tasks are kept, and resumed from."""
     # another test may have imported it: workers would be spawned, without what kills them
     monkeypatch.delitem(sys.modules, "pyarrow", raising=False)
 

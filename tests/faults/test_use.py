@@ -212,7 +212,7 @@ REFUSED = [  # flags, and words of the line
     (TRAIN, "--dropout 1.5", "dropout must be at most 0.999, not 1.5"),
     (TRAIN, "--eval_every 0", "eval_every must be at least 1, not 0"),
     (SAMPLE, "--top_p 0", "top_p must be at least 1e-06, not 0.0"),
-    (TRAIN, "--corpus mime", "(there: mine); did you mean mine?"),
+    (TRAIN, "--corpus mime", "(prepared: mine); did you mean mine?"),
     (TRAIN, "--n_embd 30 --n_head 4", "n_embd (30) must be a multiple of n_head (4)"),
     (TRAIN, "--sequence_length 100000", "lower sequence_length"),
     (TRAIN, "--n_layer 1000000000", "GB of memory"),
@@ -282,7 +282,7 @@ def test_output_that_nobody_takes(monkeypatch, capfd):
 
 
 def test_a_run_without_a_terminal_a_home_or_a_temporary_folder(call):
-    """In a locale without characters, under a name that is no text, with ends of lines as Windows
+    """In a locale without characters, under a name that is not text, with ends of lines as Windows
     writes them. Nothing is there to write to but the run's own folder."""
     name = os.fsdecode(b"\xff $x$ 'q'\n*")
     os.rename("data/mine", f"data/{name}")

@@ -72,7 +72,7 @@ def test_several_samples_differ_and_repeat_with_the_seed(write):
     assert all(text.startswith("t") for text in texts[:3])
     assert write(*flags).split("\n---\n") == texts
     assert write(*flags, "--seed", 1).split("\n---\n") != texts
-    narrow = write(*flags, "--top_k", 1)  # the likeliest alone, whatever the temperature
+    narrow = write(*flags, "--top_k", 1)  # only the most likely token, whatever the temperature
     assert narrow == write(*flags[:-4], "--temperature", 0, "--prompt", "t")
     assert narrow == write(*flags, "--top_p", 1e-6)
 

@@ -428,7 +428,7 @@ def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size
 
 
 WRONG = {
-    "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py", "there: rhyme"]),
+    "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py", "prepared: rhyme"]),
     "no such size": ({"size": "huge"}, ["huge", "tiny", "gpt2-xl"]),
     "no such optimizer": ({"optimizer": "sgd"}, ["sgd", "muon", "adamw"]),
     "no such device": ({"device": "abacus"}, ["abacus"]),
