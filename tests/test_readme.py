@@ -37,7 +37,7 @@ def command_lines() -> list[str]:
             lines += block.splitlines()
     for script in SCRIPTS:
         docstring = ast.get_docstring(ast.parse(read_page(script)))
-        lines += re.findall(r"^ *((?:python|torchrun) .*)", docstring, re.MULTILINE)
+        lines += re.findall(r"^ *((?:python |torchrun --).*)", docstring, re.MULTILINE)
     return lines
 
 
@@ -71,8 +71,7 @@ def shortened(command: str) -> str | None:
     if "opening.txt" in command:
         return None  # test_tour has it
     if "train_gpt2.py" in command:
-        has_shape = "--resume out/" in command or "--init_from" in command
-        return f"{command} {QUICK}" + ("" if has_shape else f" {TINY}")
+        return f"{command} {QUICK}" + ("" if "--resume out/" in command else f" {TINY}")
     return command
 
 
