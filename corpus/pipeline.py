@@ -21,12 +21,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.files import exclusive_lock, read_json
+from corpus.engines import Run
 from corpus.inputs import Corpus
 from corpus.metadata import fingerprint, read_metadata, with_checksum
 from corpus.planning import check_room, plan
@@ -104,72 +105,108 @@ def prepare(
     job = Job(
         str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
     )
-    preparation = _Preparation(corpus, folder, work, header, tasks, job, run, began)
+    preparation = _Preparation(
+        corpus=corpus, folder=folder, work=work, header=header, tasks=tasks, job=job, run=run,
+        began=began,
+    )  # fmt: skip
     try:
         return preparation.do_part(part) if part else preparation.do_all()
     finally:
         preparation.remove_empty_folders()
 
 
+@dataclass(frozen=True)
 class _Preparation:
     """One call of prepare: what its steps share."""
 
-    def __init__(self, corpus, folder, work, header, tasks, job, run, began):
-        self.corpus: Corpus = corpus
-        self.folder: Path = folder
-        self.work: Path = work
-        self.header: dict = header
-        self.tasks: list[Task] = tasks
-        self.job: Job = job
-        self.run = run
-        self.began: float = began
+    corpus: Corpus
+    folder: Path
+    work: Path  # folder of finished tasks
+    header: dict  # the fields of metadata.json that are known before the start
+    tasks: list[Task]
+    job: Job
+    run: Run
+    began: float  # time.perf_counter()
 
     def do_all(self) -> dict:
         """Do every task that is not finished, then join and publish."""
-        with self.lock(wait=False), self.work_folder():
-            metadata = up_to_date(self.folder, self.header)
-            if metadata:  # by a process that was killed before it had cleaned up
-                self.clean_up()
-                return metadata
-            self.discard_other_work()
-            self.tokenize(range(len(self.tasks)))
-            return self.finish()
-
-    def do_part(self, part: str) -> dict | None:
-        """Do every N-th task that is not finished; join and publish if no task is left."""
-        first, step = map(int, part.split("/"))
-        with self.work_folder():
-            try:
-                self.tokenize(range(first, len(self.tasks), step))
-            except FileNotFoundError:  # another part has joined all tasks, and cleaned up
-                metadata = up_to_date(self.folder, self.header)
+        with self.lock(wait=False):
+            self.make_work_folder()
+            with self.cleaned_up_after_errors():
+                metadata = self.prepared()  # by a process that was killed before it had cleaned up
                 if metadata:
                     return metadata
-                raise
+                self.discard_other_work()
+                self.tokenize(range(len(self.tasks)))
+                return self.finish()
+
+    def do_part(self, part: str) -> dict | None:
+        """Do every N-th task that is not finished; join and publish if no task is left.
+
+        Without the lock a part removes nothing: other parts may be using the folder.
+        """
+        first, step = map(int, part.split("/"))
+        self.make_work_folder()
+        if not up_to_date(self.folder, self.header, quiet=True):
+            self.tokenize_part(range(first, len(self.tasks), step))
             left = len(self.tasks) - len(self.finished())
             if left and not up_to_date(self.folder, self.header, quiet=True):
                 print(f"part {part} is done; {left:,} tasks are left to other parts")
                 return None
-            with self.lock(wait=True):
-                return up_to_date(self.folder, self.header) or self.finish()
+        with self.lock(wait=True), self.cleaned_up_after_errors():
+            metadata = self.prepared()  # by another part, while this one waited
+            if metadata:
+                return metadata
+            if len(self.finished()) < len(self.tasks):
+                raise self.removed_by_others()
+            self.discard_other_work()
+            return self.finish()
+
+    def tokenize_part(self, numbers: range) -> None:
+        """Do the tasks of a part. No error if another process publishes them meanwhile."""
+        try:
+            self.tokenize(numbers)
+        except FileNotFoundError:
+            if up_to_date(self.folder, self.header, quiet=True):
+                return
+            if not self.work.exists():
+                raise self.removed_by_others() from None
+            raise
+
+    def removed_by_others(self) -> OSError:
+        """Return the error of a part whose finished tasks another run has thrown away."""
+        return OSError(
+            f"finished tasks were removed from {self.work} by another run: let it end, then run "
+            f"this again"
+        )
+
+    def prepared(self) -> dict | None:
+        """Clean up and return the metadata if the corpus is up to date, else None."""
+        metadata = up_to_date(self.folder, self.header)
+        if metadata:
+            self.clean_up()
+        return metadata
+
+    def make_work_folder(self) -> None:
+        """Make the folder of finished tasks."""
+        self.work.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def work_folder(self) -> Iterator[None]:
-        """Make the folder of finished tasks; remove it at the end unless a restart can use it."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        useful = True
+    def cleaned_up_after_errors(self) -> Iterator[None]:
+        """Remove the finished tasks after an error, unless a restart can use them."""
         try:
             yield
-        except ValueError:  # of a document, or of the whole: a restart fails the same way
-            useful = len(self.finished()) < len(self.tasks)
+        except ValueError:  # of a document, or of the whole: then a restart fails the same way
+            if len(self.finished()) == len(self.tasks):
+                self.clean_up()
             raise
         finally:
-            if not useful or not any(self.work.glob("*.json")):
+            if not any(self.work.glob("*.json")):
                 self.clean_up()
 
     def lock(self, wait: bool):
         """Hold the lock of this corpus."""
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         message = (
             f"{self.folder} is being prepared by another process: wait for it, or choose another "
             f"--corpus NAME"
@@ -288,8 +325,8 @@ def refuse_other_files(folder: Path, header: dict) -> None:
         foreign = [path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name)]
         if foreign and not (folder / ".work").exists():
             raise FileExistsError(
-                f"{min(foreign)} was not written by this program, which has no metadata.json "
-                f"there: choose another --corpus NAME, or remove the file"
+                f"{min(foreign)} has no metadata.json beside it, so another program may have "
+                f"written it: choose another --corpus NAME, or remove the file"
             ) from None
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one
@@ -305,8 +342,8 @@ def refuse_other_files(folder: Path, header: dict) -> None:
 
 
 def refuse_empty_splits(corpus: Corpus, splits: dict, skipped: list[str]) -> None:
-    """Raise ValueError if there is no text for training or none for validation."""
-    for name in ("train", "val"):
+    """Raise ValueError if a split has no text; only test may be missing."""
+    for name in dict.fromkeys(("train", "val", *splits)):
         if splits.get(name, {}).get("bytes"):
             continue
         count = sum(split["documents"] for split in splits.values())

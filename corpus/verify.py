@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.metadata import fingerprint, read_metadata, require_end_of_text, source_path
+from corpus.metadata import (
+    FINGERPRINTED,
+    fingerprint,
+    read_metadata,
+    require_end_of_text,
+    source_path,
+)
 from corpus.planning import split_text
 from corpus.reader import read
 from corpus.sources import InvalidDocument, Source
@@ -38,11 +44,11 @@ def verify(folder: Path) -> None:
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(
             f"{folder} was made with another vocabulary of the name {tokenizer.name}: "
-            f"{_remedy(folder / 'metadata.json')}"
+            f"run python prepare_data.py again, with the same flags"
         )
     for name in metadata["splits"]:
         _verify_split(folder, name, metadata)
-    sources = [_source(folder, file) for file in metadata["source"].get("files", [])]
+    sources = _sources(folder, metadata)
     if not sources or not _is_unchanged(folder, metadata, sources):
         print("the source is missing or has changed since: nothing was compared with it")
         return
@@ -77,23 +83,38 @@ def _verify_split(folder: Path, name: str, metadata: dict) -> None:
     if num_ends != split["documents"] * metadata["eot_per_document"]:
         raise ValueError(
             f"{folder} {name}: {num_ends:,} end-of-text tokens for {split['documents']:,} "
-            f"documents: {_remedy(folder / 'metadata.json')}"
+            f"documents: {_remedy(folder / split['files'][0]['name'])}"
         )
     print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
 
 
-def _source(folder: Path, file: dict) -> Source:
-    """A source that metadata.json lists."""
+def _sources(folder: Path, metadata: dict) -> list[Source]:
+    """Return the sources that metadata.json lists."""
     try:
-        values = {name: file[name] for name in ("format", "documents", "field", "split")}
-        sound = values["format"] in FORMATS and values["documents"] in DOCUMENTS
-        sound = sound and all(type(value) is str for value in (file["path"], *values.values()))
-        if sound and type(file["number"]) is int and file["number"] >= 0:
-            path = str(source_path(folder, file))
-            return Source(path, **values, number=file["number"])
-    except (KeyError, TypeError):
+        needed = FINGERPRINTED if "fingerprint" in metadata else ("source",)
+        if all(name in metadata for name in needed):
+            return [_source(folder, file) for file in metadata["source"].get("files", [])]
+    except (KeyError, TypeError, AttributeError):
         pass
-    raise ValueError(f"{folder / 'metadata.json'} is damaged: it lists an invalid source")
+    raise ValueError(
+        f"{folder / 'metadata.json'} is damaged: run python prepare_data.py again, with the flags "
+        f"it was made with"
+    )
+
+
+def _source(folder: Path, file: dict) -> Source:
+    """A source that metadata.json lists; TypeError or KeyError if it is invalid."""
+    values = {name: file[name] for name in ("format", "documents", "field", "split")}
+    sound = (
+        values["format"] in FORMATS
+        and values["documents"] in DOCUMENTS
+        and all(type(value) is str for value in (file["path"], *values.values()))
+        and type(file["number"]) is int
+        and file["number"] >= 0
+    )
+    if not sound:
+        raise TypeError(f"not a source: {file}")
+    return Source(str(source_path(folder, file)), **values, number=file["number"])
 
 
 def _is_unchanged(folder: Path, metadata: dict, sources: list[Source]) -> bool:

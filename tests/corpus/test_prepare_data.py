@@ -256,7 +256,7 @@ def test_tokens_of_another_program_are_not_overwritten(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
     (folder / "train.bin").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"c/train\.bin was not written by this program"):
+    with pytest.raises(FileExistsError, match=r"c/train\.bin has no metadata\.json beside it"):
         make_corpus(folder, ["text " * 100])
     assert files(folder) == {"train.bin": b"mine"}
 

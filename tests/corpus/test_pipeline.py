@@ -1,0 +1,168 @@
+"""Several calls of prepare for one corpus: what one of them leaves to the others."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+
+from corpus import pipeline, verify
+from corpus.engines import open_engine
+from corpus.inputs import Corpus
+from corpus.metadata import read_metadata
+from corpus.sources import Source
+from corpus.tokenizer import get_tokenizer
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A corpus of three tasks."""
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (2000, 2000))
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i:010}"}) + "\n" for i in range(150)))
+    return Source(str(path), "jsonl")
+
+
+def prepare(folder, *sources, **settings):
+    with open_engine("processes", workers=1) as run:
+        corpus = Corpus("my", {}, list(sources))
+        return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run, **settings)
+
+
+def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatch):
+    """While it waits for the lock, a run with other settings may have removed finished tasks."""
+    folder = tmp_path / "c"
+    lock = pipeline._Preparation.lock
+
+    @contextlib.contextmanager
+    def lock_after_others(self, wait):
+        with lock(self, wait):
+            shutil.rmtree(self.work)
+            yield
+
+    monkeypatch.setattr(pipeline._Preparation, "lock", lock_after_others)
+    with pytest.raises(OSError, match=r"tasks were removed.*run this again"):
+        prepare(folder, source, part="0/1")
+    assert not (folder / "metadata.json").exists()
+    monkeypatch.undo()
+    assert prepare(folder, source, part="0/1")
+
+
+def test_parts_remove_what_other_settings_left(tmp_path, source, capsys):
+    folder = tmp_path / "c"
+    prepare(folder, source, part="0/2", seed=1)
+    assert list(folder.glob(".work/*/*.json"))
+    prepare(folder, source, part="0/1")
+    assert "finished tasks of other files or flags are thrown away" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
+
+
+def test_a_test_split_of_empty_documents_is_refused(tmp_path, source):
+    """A corpus that is "done" must not be "damaged" for its readers."""
+    empty = tmp_path / "test.jsonl"
+    empty.write_text('{"text": ""}\n')
+    folder = tmp_path / "c"
+    with pytest.raises(ValueError, match=r"nothing is left for test"):
+        prepare(folder, source, Source(str(empty), "jsonl", split="test", number=1))
+    assert not (folder / "metadata.json").exists()
+
+
+def test_a_corpus_can_be_prepared_again_as_verify_says(tmp_path, source, monkeypatch):
+    """verify names the file to remove; then preparing again with the same settings mends it."""
+    folder = tmp_path / "c"
+    prepare(folder, source)
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    metadata = read_metadata(folder)
+    del metadata["sha256"]
+    metadata["splits"]["val"]["documents"] += 1
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="end-of-text tokens for") as error:
+        verify.verify(folder)
+    remedy = str(error.value).split("remove ")[1].split(" and run")[0]
+    (tmp_path / remedy).unlink()
+    prepare(folder, source)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+
+@pytest.mark.parametrize("field", ["seed", "source", "train_split_ratio", "corpus"])
+def test_verify_of_metadata_without_a_field(tmp_path, source, field):
+    folder = tmp_path / "c"
+    prepare(folder, source)
+    metadata = read_metadata(folder)
+    del metadata["sha256"]
+    del metadata[field]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"metadata\.json is damaged"):
+        verify.verify(folder)
+
+
+def test_a_part_beside_a_plain_run(tmp_path, source, monkeypatch):
+    """Same settings: a plain run may publish, and clean up, between two tasks of a part."""
+    prepare(tmp_path / "expected", source)
+    folder = tmp_path / "c"
+    tokenize = pipeline._Preparation.tokenize
+
+    def tokenize_after_plain_run(self, numbers):
+        monkeypatch.setattr(pipeline._Preparation, "tokenize", tokenize)
+        prepare(folder, source)
+        tokenize(self, numbers)
+
+    monkeypatch.setattr(pipeline._Preparation, "tokenize", tokenize_after_plain_run)
+    assert prepare(folder, source, part="0/2") == read_metadata(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()
+    }
+
+
+@pytest.mark.parametrize("other", ["3/8", "0/8"])
+def test_a_part_without_finished_tasks_leaves_the_others_folder(
+    tmp_path, monkeypatch, source, other
+):
+    """An array may have more parts than tasks (3/8), and a part may fail at once (0/8)."""
+    folder = tmp_path / "c"
+    tokenize = pipeline._Preparation.tokenize
+
+    def tokenize_after_other_part(self, numbers):
+        monkeypatch.setattr(pipeline._Preparation, "tokenize", tokenize)
+        with monkeypatch.context() as patch:
+            if other == "0/8":
+                patch.setattr(pipeline, "tokenize_task", fail)
+            with contextlib.suppress(ValueError):
+                prepare(folder, source, part=other)
+        tokenize(self, numbers)
+
+    monkeypatch.setattr(pipeline._Preparation, "tokenize", tokenize_after_other_part)
+    assert prepare(folder, source, part="1/8") is None
+    assert [path.name for path in folder.glob(".work/*/*.json")] == ["000001.json"]
+
+
+def fail(*task):
+    raise ValueError("an invalid document")
+
+
+def test_a_late_part_leaves_no_folder(tmp_path, source, monkeypatch):
+    """Another part may publish between a part's first look and its start."""
+    folder = tmp_path / "c"
+    prepare(folder, source, part="0/2")
+    work_folder = pipeline._Preparation.make_work_folder
+
+    def after_the_other_part(self):
+        monkeypatch.setattr(pipeline._Preparation, "make_work_folder", work_folder)
+        prepare(folder, source, part="1/2")
+        work_folder(self)
+
+    monkeypatch.setattr(pipeline._Preparation, "make_work_folder", after_the_other_part)
+    assert prepare(folder, source, part="0/2") == read_metadata(folder)
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path, source):
+    mine = tmp_path / "mine"
+    mine.write_text("keep")
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(mine)
+    with pytest.raises(OSError) as error:
+        prepare(folder, source)
+    assert error.value.filename == str(folder / ".lock")
+    assert mine.read_text() == "keep"
