@@ -206,7 +206,7 @@ REFUSED = [  # flags, and words of the line
         "--input raw --engine ray --tokenizer bytes --ray_address 127.0.0.1:9",
         "no Ray cluster answers at 127.",
     ),
-    (PREPARE, "--corpus wikitext-2 --prefetch usb", "--prefetch is for where there is one"),
+    (PREPARE, "--corpus wikitext-2 --prefetch usb", "--prefetch needs a network"),
     (PREPARE, "--input raw --workers 1000000", "workers must be at most 1024"),
     (PREPARE, "--input raw --train_split_ratio 1", "train_split_ratio must be at most 0.999999"),
     (TRAIN, "--dropout 1.5", "dropout must be at most 0.999, not 1.5"),
