@@ -208,7 +208,7 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
         ranks: This process among all.
 
     Returns:
-        The number of the signal that ended the run, or 0.
+        The number of the signal that ended the run early, or 0.
 
     Raises:
         ValueError: A setting does not fit the corpus, the weights or the machine.
@@ -323,8 +323,9 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
                 save_last()
                 tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
         if ranks.is_first:  # within the block: schedulers repeat their signal
-            print_report(folder, progress, settings, metadata, compute.device)
-    return signum
+            complete = is_complete(progress, settings)
+            print_report(folder, progress, settings, metadata, compute.device, complete)
+    return 0 if is_complete(progress, settings) else signum
 
 
 def repeat(loader):

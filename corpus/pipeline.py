@@ -221,13 +221,13 @@ class _Preparation:
             count = len(list(path.glob("*.json")))
             if count:
                 print(f"{count:,} finished tasks of other files or flags are thrown away")
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_tasks(path)
 
     def finished(self) -> dict[int, dict]:
         """Return the counts of finished tasks by number, of those that can be used."""
         finished = {}
         for i, (chunks, _) in enumerate(self.tasks):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
                 counts = json.loads((self.work / f"{i:06}.json").read_bytes())
                 usable = self.job.on_error == "skip" or not counts["skipped"]
                 if usable and counts["chunks"] == chunk_ids(chunks):
@@ -284,7 +284,7 @@ class _Preparation:
 
     def clean_up(self) -> None:
         """Remove the finished tasks."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        remove_tasks(self.work)
 
     def remove_empty_folders(self) -> None:
         """Remove the folders of work, corpus and data, if they are empty."""
@@ -293,6 +293,19 @@ class _Preparation:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
             self.folder.parent.rmdir()
+
+
+def remove_tasks(path: Path) -> None:
+    """Remove a folder of finished tasks.
+
+    The counts go first: a task whose tokens are gone must not count as finished if this is killed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for counts in path.glob("*.json"):
+        counts.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def up_to_date(folder: Path, header: dict, quiet: bool = False) -> dict | None:

@@ -160,7 +160,7 @@ def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
     job_id = job(*array, out="out")
     wait_for(lambda: len(pieces()) >= 3)
     subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
-    wait_for(lambda: "going on: " in (tmp_path / "out").read_text())
+    wait_for(lambda: "resuming: " in (tmp_path / "out").read_text())
     done = pieces()
     wait_for(lambda: len(pieces()) > len(done))
     subprocess.run(["scancel", "--signal=KILL", job_id], check=True)
@@ -170,7 +170,7 @@ def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
     assert len(done) < PIECES
     assert ended(job(*array, out="again")) == "COMPLETED 0:0"
     told = (tmp_path / "again").read_text()
-    assert f"going on: {len(done)} of {PIECES} pieces were done before" in told
+    assert f"resuming: {len(done)} of {PIECES} tasks are finished" in told
     assert files(job.raw) == expected
 
 
@@ -292,7 +292,7 @@ def test_parts_one_after_another_in_place_of_an_older_corpus(tmp_path):
     for start in (0, 1):
         path.write_text("".join(f'{{"text":"{i:0900}"}}\n' for i in range(start, start + 4000)))
         for part in range(3):
-            done = "" if part == 0 else f"going on: {[2, 3][part - 1]} of 4 pieces were done before"
+            done = "" if part == 0 else f"resuming: {[2, 3][part - 1]} of 4 tasks are finished"
             told = prepare(path, "--part", f"{part}/3")
             assert done in told
         assert "done in" in told

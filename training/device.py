@@ -252,7 +252,9 @@ def memory_errors(flags: str):
         yield
     except (MemoryError, RuntimeError) as error:
         has_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not has_type and "can't allocate memory" not in str(error):  # the CPU's has no type
+        # the errors of CPU and mps have no type of their own
+        messages = ("can't allocate memory", "MPS backend out of memory")
+        if not has_type and not any(message in str(error) for message in messages):
             raise
         raise ValueError(f"out of memory: lower {flags}") from None
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from training.device import has_bfloat16_units
+
 NEWTON_SCHULZ_STEPS = 4  # a fifth, which torch takes, changes no loss here (bench/RECIPES.md)
 
 
@@ -69,7 +71,8 @@ def orthogonalize(
 
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if matrices.is_cuda:
-        x = x.to(_half_type(matrices.device))
+        half = torch.bfloat16 if has_bfloat16_units(matrices.device) else torch.float16
+        x = x.to(half)
         for _ in range(steps):
             x = polynomial(x @ x.mT) @ x
         return x.to(matrices.dtype)
@@ -82,12 +85,6 @@ def orthogonalize(
         factor = polynomial(gram)
         product = factor @ product
     return product @ x
-
-
-def _half_type(device: torch.device) -> torch.dtype:
-    """The 16-bit type that a CUDA device multiplies matrices in."""
-    old = not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
-    return torch.float16 if old else torch.bfloat16
 
 
 class OptimizerGroup:

@@ -28,14 +28,14 @@ def print_model(settings, compute, model, ranks) -> None:
     print(f"{model.num_parameters():,} parameters; {tokens:,} tokens per step = {factors}")
 
 
-def print_report(folder: Path, progress: Progress, settings, metadata: dict, device) -> None:
+def print_report(
+    folder: Path, progress: Progress, settings, metadata: dict, device, complete: bool
+) -> None:
     """Print how to resume the run or, if it is complete, a sample and where the files are."""
     quoted = shlex.quote(str(folder))
     if progress.skipped_steps:
         print(f"{progress.skipped_steps} steps were skipped: their gradients were beyond float16")
-    validations = (progress.step - progress.best_step) // settings.eval_every
-    out_of_patience = 0 < settings.patience <= validations
-    if progress.step < settings.max_steps and not out_of_patience:
+    if not complete:
         plot_losses(folder)
         print(
             f"stopped at step {progress.step}; continue with: "

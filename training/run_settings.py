@@ -80,6 +80,11 @@ def load_settings(cls, doc: str, sizes: dict):
                 raise ValueError(
                     f"{folder} was trained with {name} {before}: --resume cannot change it to {now}"
                 )
+        if settings.train_flops != saved.train_flops:
+            raise ValueError(
+                f"--train_flops has no effect on --resume: {folder} has {saved.max_steps} steps; "
+                f"change them with --max_steps"
+            )
         if (settings.stop_at or math.inf) <= checkpoint["step"]:
             raise ValueError(
                 f"{folder} is at step {checkpoint['step']}, not before --stop_at {settings.stop_at}"
@@ -197,20 +202,26 @@ def choose_compute(
 ) -> ComputeChoices:
     """Choose number type, compiler and document mask for a run.
 
-    A resumed run keeps the choices of its checkpoint where it continues on the same type of device.
+    A resumed run keeps the choices of its checkpoint if it continues on the same type of device,
+    and this machine can follow them.
 
     Raises:
         ValueError: A choice by name does not fit the machine, the corpus or the resumed run.
     """
     before = (checkpoint or {}).get("chosen", {})
     same_type = before.get("device") == device.value.type
-    asked = {name: getattr(settings, name) for name in ("dtype", "compile")}
-    if same_type:
-        asked = {n: before[n] if value == "auto" else value for n, value in asked.items()}
-    dtype = choose_dtype(asked["dtype"], device.value)
+    dtype = choose_dtype(settings.dtype, device.value)
+    old_gpu = dtype.value == torch.float16
+    if same_type and settings.dtype == "auto" and not old_gpu:
+        dtype = Choice("dtype", getattr(torch, before["dtype"]), "as in the checkpoint")
     tokens = settings.batch_size * settings.sequence_length * settings.max_steps
     flops_per_token = model.flops_per_token(settings.sequence_length)
-    compiled = choose_compile(asked["compile"], device.value, flops_per_token * tokens)
+    if same_type and settings.compile == "auto":
+        compiled = Choice("compile", False, "as in the checkpoint")
+        if before["compile"] == "true":
+            compiled = choose_compile("auto", device.value, math.inf)
+    else:
+        compiled = choose_compile(settings.compile, device.value, flops_per_token * tokens)
     lines = [str(device), str(dtype), str(compiled)]
 
     documents = metadata["eot_per_document"]

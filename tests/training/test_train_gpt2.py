@@ -562,3 +562,14 @@ def test_metadata_without_an_end_of_text_is_refused(train, rhyme, name):
     path.write_text(json.dumps(with_checksum(metadata)))
     with pytest.raises(ValueError, match=rf"metadata\.json has no {name}: run python prepare_data"):
         train(max_steps=1)
+
+
+def test_a_resumed_run_says_where_its_choices_come_from(train, capsys):
+    train(max_steps=4, stop_at=2, dtype="auto", run_name="mine")
+    capsys.readouterr()
+    train(resume="out/mine", stop_at=3)
+    out = capsys.readouterr().out
+    assert "compile false: as in the checkpoint" in out
+    assert "dtype " in out and "as in the checkpoint" in out
+    with pytest.raises(ValueError, match="--train_flops has no effect on --resume"):
+        train(resume="out/mine", train_flops=1e15)
