@@ -170,7 +170,7 @@ def prefetch(settings: Settings) -> None:
 
 
 def describe_folder(settings: Settings) -> None:
-    """Write a description into a folder of raw text; ask for what no flag tells."""
+    """Write a description into a folder of raw text; ask for values that no flag gives."""
     answers = {
         "name": settings.corpus,
         "download_source": settings.source,

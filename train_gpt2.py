@@ -113,7 +113,7 @@ for _name, _shape in GPT2_SIZES.items():
     )  # fmt: skip
 
 
-ResolvedSettings = Any  # Settings in which resolve_size and fill_in_steps have replaced every None
+ResolvedSettings = Any  # Settings after resolve_size and fill_in_steps: max_steps etc. are known
 
 
 def learning_rate(step: int, settings: ResolvedSettings) -> float:
@@ -184,7 +184,7 @@ def evaluate(model, val_loader, micro_batch_size: int, compute, ranks: Ranks) ->
 
 
 def validation_batches(val_loader, ranks: Ranks):
-    """Yield the (x, y) of this rank, and on rank 0 what no whole sequence holds."""
+    """Yield the (x, y) of this rank; on rank 0, last, the tokens after the last whole sequence."""
     yield from val_loader
     dataset = val_loader.dataset
     T = dataset.sequence_length

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from corpus.metadata import read_metadata
-from corpus.token_files import BLOCK, advise_kernel, blocks, check_length, open_tokens, split_name
+from corpus.token_files import (
+    BLOCK_TOKENS,
+    advise_kernel,
+    blocks,
+    check_length,
+    open_tokens,
+    split_name,
+)
 
 
 class Tokens:
@@ -165,8 +172,8 @@ class Tokens:
         """
         if self.eot_token is None or self.has_documents is False:
             return position
-        for start in range(position, len(self), BLOCK):
-            ids = self.read([start], min(BLOCK, len(self) - start))[0]
+        for start in range(position, len(self), BLOCK_TOKENS):
+            ids = self.read([start], min(BLOCK_TOKENS, len(self) - start))[0]
             ends = np.flatnonzero(ids == self.eot_token)
             if len(ends):
                 return start + int(ends[0]) + 1

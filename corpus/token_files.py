@@ -8,7 +8,7 @@ import numpy as np
 
 from corpus.metadata import read_metadata
 
-BLOCK = 1 << 20  # tokens read at once
+BLOCK_TOKENS = 1 << 20  # read at once
 LARGE_FILE = 1 << 30  # bytes of a file that may not stay in memory
 
 
@@ -98,9 +98,9 @@ def check_length(shard: np.ndarray) -> None:
 def blocks(shards: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield all ids in order, a million at a time."""
     for shard in shards:
-        for start in range(0, len(shard), BLOCK):
+        for start in range(0, len(shard), BLOCK_TOKENS):
             check_length(shard)
-            yield shard[start : start + BLOCK]
+            yield shard[start : start + BLOCK_TOKENS]
 
 
 def advise_kernel(shards: Iterable[np.ndarray], order: str) -> None:

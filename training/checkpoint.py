@@ -21,7 +21,7 @@ from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.huggingface import EMBEDDING, pretrained_folder
 
-SHAPE = ("n_layer", "n_head", "n_embd")  # settings that weights from elsewhere decide
+SHAPE_SETTINGS = ("n_layer", "n_head", "n_embd")  # settings that weights from elsewhere decide
 
 
 @dataclass
@@ -280,7 +280,7 @@ def create_model(settings, metadata: dict, checkpoint: dict | None, device: torc
     # a GPU multiplies faster by multiples of 64
     vocab_multiple = 64 if device.type == "cuda" else 1
     if not settings.init_from:
-        shape = {name: getattr(settings, name) for name in (*SHAPE, "dropout")}
+        shape = {name: getattr(settings, name) for name in (*SHAPE_SETTINGS, "dropout")}
         config = GPTConfig(vocab_size, n_positions=T, vocab_multiple=vocab_multiple, **shape)
         return GPT(config)
     folder = pretrained_folder(settings.init_from, settings.data_dir)
@@ -296,7 +296,7 @@ def create_model(settings, metadata: dict, checkpoint: dict | None, device: torc
             f"--sequence_length {T} is longer than the {config.n_positions} positions of "
             f"{settings.init_from}: lower it"
         )
-    for name in SHAPE:
+    for name in SHAPE_SETTINGS:
         value = getattr(config, name)
         if getattr(settings, name) not in (None, value):
             raise ValueError(f"{settings.init_from} has {name} {value}: leave out --{name}")

@@ -76,8 +76,8 @@ def orthogonalize(
         for _ in range(steps):
             x = polynomial(x @ x.mT) @ x
         return x.to(matrices.dtype)
-    # Each step multiplies x by a polynomial of x x^T. To multiply these with each other, rows by
-    # rows, and only the last by x, is half the work; 16 bits have too few digits for it.
+    # Each step multiplies x by a polynomial of x x^T. We multiply the polynomials, which are small
+    # (rows, rows) matrices, and then x once: half the work. 16 bits are too imprecise for this.
     gram = x @ x.mT
     product = factor = polynomial(gram)
     for _ in range(steps - 1):

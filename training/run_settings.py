@@ -1,4 +1,4 @@
-"""The settings of a run: from flags, from the run that is resumed, from a size; and what follows.
+"""The settings of a run: from flags, from the run that is resumed, and from a size.
 
 What the user asked for (the settings, where "auto" stays "auto") and what was chosen for this
 machine (ComputeChoices) are two things. A checkpoint holds both: a run that continues on another
@@ -17,7 +17,7 @@ from common.files import folder_name
 from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus
 from corpus.tokenizer import vocabularies_beside
-from training.checkpoint import SHAPE, last_checkpoint
+from training.checkpoint import SHAPE_SETTINGS, last_checkpoint
 from training.device import (
     Choice,
     choose_compile,
@@ -28,15 +28,15 @@ from training.device import (
 )
 
 # settings that --resume cannot change
-FIXED = ("corpus", "init_from", "size", *SHAPE, "sequence_length", "optimizer", "seed")
+FIXED = ("corpus", "init_from", "size", *SHAPE_SETTINGS, "sequence_length", "optimizer", "seed")
 AT_LEAST_1 = (
-    *SHAPE, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
+    *SHAPE_SETTINGS, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
     "eval_every", "log_every",
 )  # fmt: skip
-LIMITS = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
+RANGES = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
     "dropout": (0, 0.999), "token_noise": (0, 1), "train_flops": (1, math.inf),
 }  # fmt: skip
-WITHOUT = {"max_steps": ("train_flops",)}
+EXCLUDES = {"max_steps": ("train_flops",)}
 RENAMED = {"replace": "token_noise"}  # settings of older checkpoints
 
 
@@ -56,8 +56,8 @@ def load_settings(cls, doc: str, sizes: dict):
         FileNotFoundError: There is no such run, or no prepared corpus.
     """
     settings = parse_settings(cls, doc)
-    check_ranges(settings, LIMITS)
-    check_conflicts(settings, WITHOUT)
+    check_ranges(settings, RANGES)
+    check_conflicts(settings, EXCLUDES)
     checkpoint = None
     if settings.resume == "auto":  # a job that may have been started before
         folder = Path(settings.out_dir) / folder_name(settings.run_name, "--run_name")
@@ -73,7 +73,7 @@ def load_settings(cls, doc: str, sizes: dict):
         checkpoint = last_checkpoint(folder)
         saved = saved_settings(cls, folder, checkpoint["config"])
         settings = parse_settings(cls, doc, defaults=saved)  # flags given now still win
-        check_ranges(settings, LIMITS)
+        check_ranges(settings, RANGES)
         for name in FIXED:
             now, before = getattr(settings, name), getattr(saved, name)
             if now != before:
