@@ -320,7 +320,8 @@ def up_to_date(folder: Path, header: dict, quiet: bool = False) -> dict | None:
     except (OSError, ValueError):  # there is none, or a damaged one
         return None
     if not quiet:
-        os.utime(path)  # train_gpt2.py takes the corpus prepared last
+        with contextlib.suppress(OSError):  # a corpus of someone else
+            os.utime(path)  # train_gpt2.py takes the corpus prepared last
         print(f"{folder} is prepared already, from the same files in the same way")
     return metadata
 

@@ -85,6 +85,11 @@ def load_settings(cls, doc: str, sizes: dict):
                 f"--train_flops has no effect on --resume: {folder} has {saved.max_steps} steps; "
                 f"change them with --max_steps"
             )
+        if settings.max_steps != saved.max_steps and settings.max_steps <= checkpoint["step"]:
+            raise ValueError(
+                f"{folder} is at step {checkpoint['step']}, not before --max_steps "
+                f"{settings.max_steps}"
+            )
         if (settings.stop_at or math.inf) <= checkpoint["step"]:
             raise ValueError(
                 f"{folder} is at step {checkpoint['step']}, not before --stop_at {settings.stop_at}"

@@ -141,7 +141,7 @@ def test_a_bare_file_needs_its_dtype(tmp_path):
     with pytest.raises(ValueError, match="give the dtype"):
         TextDataset(path, 4)
     path.write_bytes(b"123")
-    with pytest.raises(ValueError, match="no whole number"):
+    with pytest.raises(ValueError, match="does not hold a whole number"):
         TextDataset(path, 4, dtype="uint16")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
@@ -166,3 +167,19 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, source):
         prepare(folder, source)
     assert error.value.filename == str(folder / ".lock")
     assert mine.read_text() == "keep"
+
+
+def test_an_up_to_date_corpus_of_someone_else(tmp_path, monkeypatch, capsys):
+    """Its date cannot be set by others; that it is prepared already can be said."""
+    (tmp_path / "c.txt").write_text("some text " * 50)
+    corpus = Corpus("c", {}, [Source(str(tmp_path / "c.txt"))])
+
+    def utime(*args, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    with open_engine("processes", workers=1) as run:
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        capsys.readouterr()
+        monkeypatch.setattr(os, "utime", utime)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+    assert "is prepared already" in capsys.readouterr().out

@@ -573,3 +573,5 @@ def test_a_resumed_run_says_where_its_choices_come_from(train, capsys):
     assert "dtype " in out and "as in the checkpoint" in out
     with pytest.raises(ValueError, match="--train_flops has no effect on --resume"):
         train(resume="out/mine", train_flops=1e15)
+    with pytest.raises(ValueError, match="out/mine is at step 3, not before --max_steps 2"):
+        train(resume="out/mine", max_steps=2)
