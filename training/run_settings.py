@@ -243,7 +243,7 @@ def choose_compute(
             )
     flex = False
     if separate:
-        failure = _why_no_flex_attention(settings, device.value, dtype.value, compiled.value, model)
+        failure = why_no_flex_attention(device.value, dtype.value, compiled.value, model)
         flex = not failure
         kernel = "flex_attention" if flex else f"a dense mask, because {failure}"
         lines.append(f"documents do not attend to each other: {kernel}")
@@ -259,8 +259,8 @@ def choose_compute(
     )  # fmt: skip
 
 
-def _why_no_flex_attention(settings, device, dtype, compiled: bool, model) -> str:
-    """The reason for a dense mask, or "" where flex_attention keeps documents apart."""
+def why_no_flex_attention(device: torch.device, dtype: torch.dtype, compiled: bool, model) -> str:
+    """Return why documents take a dense mask, or "" if they take flex_attention."""
     if device.type != "cuda":
         return f"flex_attention does not train on {device.type}"
     if not compiled:

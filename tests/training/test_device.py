@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from model import GPT, GPTConfig
 from training import device as device_module
 from training.device import (
     choose_compile,
@@ -20,6 +21,7 @@ from training.device import (
     total_memory,
 )
 from training.distributed import check_gpus_differ
+from training.run_settings import why_no_flex_attention
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -210,3 +212,19 @@ def test_a_cpu_run_on_a_machine_with_a_gpu_makes_no_cuda_context(driver, train):
     driver(gpus=1)
     train(max_steps=2)
     assert driver.current == [] and driver.initialized == 0
+
+
+@pytest.mark.parametrize(
+    "device, compiled, dropout, n_head, reason",
+    [
+        (CPU, True, 0.0, 2, "flex_attention does not train on cpu"),
+        (torch.device("mps"), False, 0.0, 2, "flex_attention does not train on mps"),
+        (CUDA, False, 0.0, 2, "nothing is compiled"),  # --compile false compiles nothing
+        (CUDA, True, 0.1, 2, "flex_attention has no dropout"),
+        (CUDA, True, 0.0, 4, "it needs heads of at least 16 channels"),
+    ],
+)
+def test_where_documents_take_the_dense_mask(device, compiled, dropout, n_head, reason):
+    model = GPT(GPTConfig(31, 16, 1, n_head, 32, dropout=dropout))
+    found = why_no_flex_attention(device, torch.float32, compiled, model)
+    assert found == reason
