@@ -90,7 +90,7 @@ def sbatch(slurm, tmp_path):
 def job(sbatch, raw, tmp_path):
     """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
     copy = tmp_path / "raw.jsonl"
-    shutil.copy(raw, copy)
+    shutil.copy2(raw, copy)  # with its date, which metadata.json knows
 
     def submit(*command, out="%j"):
         return sbatch(*command, *flags(copy), out=out)
@@ -210,7 +210,7 @@ def test_training_on_two_nodes_goes_on_exactly(sbatch, rhyme, tmp_path):
     subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
     assert ended(job_id) == "COMPLETED 0:0", log.read_text()
     told = log.read_text()
-    assert told.count("2 processes") == 3 and told.count("goes on\n") == 2, told
+    assert told.count("2 processes") == 3 and told.count("continue with: ") == 2, told
     parts, whole = (
         [
             {name: value for name, value in line.items() if name != "tokens_per_second"}
@@ -242,7 +242,7 @@ def test_the_end_of_a_jobs_time_is_not_that_of_its_run(sbatch, rhyme, tmp_path):
     assert ended(job_id) == "COMPLETED 0:0"
     assert load_checkpoint(run / "last.pt")["step"] == last_step(run) == stopped + 9
     assert ended(sbatch(*script, *TRAINING, *more, "--seed", 1, out="wrong")) == "FAILED 1:0"
-    assert "can't change it to 1" in (tmp_path / "wrong").read_text()
+    assert "cannot change it to 1" in (tmp_path / "wrong").read_text()
 
 
 @pytest.mark.slow
