@@ -265,7 +265,7 @@ def test_settings_reach_sbatch(slurm, tmp_path):
 def test_ray_on_one_machine(raw, expected, tmp_path):
     """The same bytes, and an error in a document is the same line."""
     pytest.importorskip("ray")
-    shutil.copy(raw, tmp_path)
+    shutil.copy2(raw, tmp_path)
     copy = tmp_path / "raw.jsonl"
     prepare(copy, "--engine", "ray", "--workers", 2)
     assert files(copy) == expected
