@@ -41,6 +41,7 @@ from training.run_settings import (
     fill_in_steps,
     load_settings,
     resolve_size,
+    sequences_per_pass,
 )
 from training.signals import StopSignal
 
@@ -257,7 +258,7 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
     order: Any = train_loader.sampler
     order.position = progress.position
     batches = repeat(train_loader)
-    micro_batch_size = settings.micro_batch_size or settings.batch_size // ranks.world_size
+    micro_batch_size = sequences_per_pass(settings, ranks)
     signum = 0
     tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
     with StopSignal() as stop, closing(metrics):

@@ -235,6 +235,7 @@ def driver(monkeypatch):
         }
         for function, fake in fakes.items():
             monkeypatch.setattr(torch._C, function, fake, raising=False)
+        # what torch.cuda keeps of the C library: a CPU build has none of it
         monkeypatch.setattr(torch.cuda, "_cudart", object(), raising=False)
         monkeypatch.setattr(torch.cuda, "_initialized", False)
         generators = tuple(torch.Generator() for _ in range(gpus))

@@ -10,6 +10,7 @@ from common.settings import print_settings
 from corpus.tokenizer import get_tokenizer
 from training.checkpoint import Progress, best_checkpoint, load_model
 from training.metrics import plot_losses
+from training.run_settings import sequences_per_pass
 
 
 def print_model(settings, compute, model, ranks) -> None:
@@ -18,7 +19,7 @@ def print_model(settings, compute, model, ranks) -> None:
     for line in compute.lines:
         print(line)
     share = settings.batch_size // ranks.world_size
-    micro_batch_size = settings.micro_batch_size or share
+    micro_batch_size = sequences_per_pass(settings, ranks)
     factors = f"{settings.sequence_length} x {micro_batch_size} sequences"
     if share > micro_batch_size:
         factors += f" x {share // micro_batch_size} accumulation steps"

@@ -270,6 +270,11 @@ def why_no_flex_attention(device: torch.device, dtype: torch.dtype, compiled: bo
     return flex_attention_failure(device, model.config.n_embd // model.config.n_head, dtype)
 
 
+def sequences_per_pass(settings, ranks) -> int:
+    """Return the sequences of a forward pass: micro_batch_size, or else all of this process."""
+    return settings.micro_batch_size or settings.batch_size // ranks.world_size
+
+
 def check_batch(settings, metadata: dict, device: torch.device, ranks) -> None:
     """Check that the batch can be divided among processes, and that the memory can be enough.
 
@@ -277,7 +282,7 @@ def check_batch(settings, metadata: dict, device: torch.device, ranks) -> None:
         ValueError: It cannot; the message names the settings to lower.
     """
     share = settings.batch_size // ranks.world_size  # sequences per step of this process
-    micro_batch_size = settings.micro_batch_size or share
+    micro_batch_size = sequences_per_pass(settings, ranks)
     if share % micro_batch_size:
         raise ValueError(
             f"batch_size ({settings.batch_size}) must be a multiple of micro_batch_size "

@@ -83,6 +83,7 @@ def fake_cuda(driver, monkeypatch):
         pass
     driver(gpus=1)
     monkeypatch.setattr(torch, "Generator", Generator)
+    # the C library's generators, which a CPU build cannot make
     monkeypatch.setattr(torch.cuda, "default_generators", (Generator(CUDA),), raising=False)
 
     @contextlib.contextmanager

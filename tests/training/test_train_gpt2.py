@@ -519,6 +519,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 def test_float16_scales_its_gradients(train, monkeypatch, capsys):
     """Steps whose scaled gradients overflow are skipped and counted; a resumed run is the same."""
+    # the real scaler, from a scale at which the first steps are sure to overflow
     too_large = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(torch.amp, "GradScaler", too_large)
     options = {"max_steps": 24, "dtype": "float16", "dropout": 0.2}
