@@ -4,6 +4,7 @@ nothing half-written. See also test_killed.py, for what a failed write leaves.
 --verify finds what changed in a shard: tests/corpus/test_inputs.py, test_verify_finds_what_changed.
 """
 
+import concurrent.futures.process
 import contextlib
 import json
 import os
@@ -149,42 +150,46 @@ def test_metrics_that_find_no_room(disk, train):
 
 
 @pytest.fixture
-def read_only(tmp_path):
-    """read_only(FOLDER) takes the right to write there; root, whom rights don't bind, is nobody
-    from then on."""
-    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+def home():
+    """A folder that every user can enter (tmp_path is its owner's alone)."""
+    with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
-
-        def read_only(folder):
-            folder = folder.absolute()
-            folder.chmod(0o555)
-            stack.callback(folder.chmod, 0o755)
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-                stack.callback(os.seteuid, 0)
-
-        read_only.home = Path(home)
-        yield read_only
+        yield Path(home)
 
 
-def test_preparing_into_a_folder_that_is_read_only(read_only, lines):
-    home = read_only.home
+@contextlib.contextmanager
+def read_only(folder):
+    """Nobody can write to the folder inside the `with` block. Permissions do not bind root, so root
+    becomes the user `nobody` until the end of the block."""
+    folder = folder.absolute()
+    is_root = os.geteuid() == 0
+    concurrent.futures.process._check_system_limits()  # imports what only root may read here
+    folder.chmod(0o555)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_preparing_into_a_folder_that_is_read_only(home, lines):
     path = Path(shutil.copy(lines, home))
-    read_only(home)
-    with pytest.raises(OSError) as error:
+    with read_only(home), pytest.raises(OSError) as error:
         prepare(home / "data" / "c", path)
     message = sentence(error.value)
     assert message.startswith(f"{home}/data: Permission denied; change the permissions")
 
 
 @pytest.mark.parametrize("given", ["", "out/mine"])
-def test_training_into_a_folder_that_is_read_only(read_only, train, monkeypatch, given):
-    shutil.copytree("data", read_only.home / "data")
-    monkeypatch.chdir(read_only.home)
+def test_training_into_a_folder_that_is_read_only(home, train, monkeypatch, given):
+    shutil.copytree("data", home / "data")
+    monkeypatch.chdir(home)
     if given:
         train(max_steps=3, stop_at=1, run_name="mine")
-    read_only(Path(given))
-    with pytest.raises(OSError) as error:
+    with read_only(Path(given)), pytest.raises(OSError) as error:
         train(resume=given, **{} if given else TINY)
     path, _, remedy = sentence(error.value).partition(": Permission denied; ")
     assert path == (f"{given}/.lock" if given else "out")
