@@ -6,6 +6,7 @@ nothing half-written. See also test_killed.py, for what a failed write leaves.
 
 import concurrent.futures.process
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -163,7 +164,8 @@ def read_only(folder):
     becomes the user `nobody` until the end of the block."""
     folder = folder.absolute()
     is_root = os.geteuid() == 0
-    concurrent.futures.process._check_system_limits()  # imports what only root may read here
+    importlib.import_module("torch._dynamo")  # a module that only root may read, on some machines
+    concurrent.futures.process._check_system_limits()  # imports modules, too
     folder.chmod(0o555)
     if is_root:
         os.seteuid(65534)
