@@ -24,7 +24,7 @@ from corpus.reader import divide, read
 from corpus.sources import InvalidDocument, Source
 from corpus.tokenizer import Tokenizer
 
-SPAN_BYTES = 8 << 20  # largest part of a file that is given to one reader at once
+SPAN_BYTES = 8 << 20  # largest span of a file
 SPANS_PER_READER = 4  # at least, if the files can be divided: then the shares are about equal
 DOCUMENTS_AT_ONCE = 256  # documents of an iterable that are tokenized together
 
