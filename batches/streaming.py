@@ -24,7 +24,7 @@ from corpus.reader import divide, read
 from corpus.sources import InvalidDocument, Source
 from corpus.tokenizer import Tokenizer
 
-SPAN_BYTES = 8 << 20  # largest span of a file
+SPAN_BYTES = 8 << 20  # size of the largest span of a file
 SPANS_PER_READER = 4  # at least, if the files can be divided: then the shares are about equal
 DOCUMENTS_AT_ONCE = 256  # documents of an iterable that are tokenized together
 
@@ -45,7 +45,7 @@ class StreamingTextDataset(IterableDataset):
       same step.
     - The state is the place where reading continues (two numbers), the ids that are read and not
       yet used, and the windows of the shuffle buffer. The state is exact between any two items.
-      With workers, torchdata's StatefulDataLoader saves and loads the state of each.
+      With workers, torchdata's StatefulDataLoader saves and loads the state of each reader.
 
     Example: the documents "ab" and "c" with the bytes tokenizer and sequence_length 2 are the ids
     [97, 98, 256, 99, 256] and the items ([97, 98], [98, 256]) and ([256, 99], [99, 256]).
