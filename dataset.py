@@ -8,8 +8,8 @@
     x, y = next(iter(train_loader))    # (32, 256) int64 each
 
 y is x shifted by one: y[b, t] is the token that follows x[b, t]. The command prints the first rows
-of a batch as text, checks this shift, and counts for each form of batch what is trained on, padded
-and left out. ║ separates documents, ░ is padding.
+of a batch as text, checks this shift, and counts for each form of batch the tokens that are trained
+on, padded and left out. ║ separates documents, ░ is padding.
 """
 
 import sys
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, DTypeLike
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from batches.collate import collate_documents, collate_huggingface
@@ -55,41 +56,58 @@ __all__ = [
 ]  # fmt: skip
 
 
+@dataclass
+class Settings:
+    corpus: str = ""  # prepared corpus; "": the one prepared last
+    data_dir: str = "data"  # folder of prepared corpora
+    split: Literal["train", "val", "test"] = "train"  # split of the corpus
+    sequence_length: int = 64  # tokens per row
+    batch_size: int = 8  # rows per batch
+    rows: int = 3  # rows that are shown as text
+    seed: int = 0  # seed of the order of the rows
+
+
+RANGES = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
+MAX_BATCH_TOKENS = 1 << 24  # 128 MB of int64
+MAX_PREVIEW_TOKENS = 100_000_000  # tokens of which the preview shows documents
+
+
 class TextDataset(Dataset):
     """Windows over one long sequence of tokens, memory-mapped.
 
     - Item i is a pair (x, y) of (T,) int64 tensors, with T = sequence_length and y = x shifted by
       one token.
-    - A list or array of indices gives (B, T) tensors, read in one gather. With a sampler of
-      batches this is the fastest way to load:
+    - A list or array of indices gives (B, T) tensors, read in one gather. The fastest way to load
+      is a sampler of batches:
       DataLoader(dataset, sampler=ShuffledBatches(len(dataset), 32), batch_size=None).
-    - There are as many items as whole windows of T + 1 tokens; n - T of n tokens with stride 1.
+    - There are as many items as whole windows of T + 1 tokens: n - T for n tokens and stride 1.
 
     Example: tokens [0, 1, 2, 3, 4, 5, 6], sequence_length 3, stride 2 -> item 0 is
     ([0, 1, 2], [1, 2, 3]), and item 1, the last, is ([2, 3, 4], [3, 4, 5]).
 
     Args:
-        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file with its dtype;
-            or a one-dimensional array of ids; or Tokens.
-        sequence_length: Tokens of x and of y.
-        stride: Tokens between the starts of neighboring windows: 1 slides by one token,
-            sequence_length makes blocks that do not overlap.
-        dtype: "uint16" or "uint32", for a bare file.
+        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file, which needs a
+            dtype; or a one-dimensional array of ids; or Tokens.
+        sequence_length: T, tokens of x and of y.
+        stride: Tokens between the starts of neighboring windows. 1 slides by one token;
+            sequence_length makes windows whose x do not overlap.
+        dtype: Type of the ids of a bare file, "uint16" or "uint32".
         eot_token: Id that ends a document, for a bare file or an array.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file does not match metadata.json, or the split is shorter than a window;
-            on reading, if an id is outside the vocabulary.
-        IndexError: On reading, if an index is out of range.
+        FileNotFoundError: A file is missing.
+        ValueError: A file does not match metadata.json, or the split is shorter than a window. On
+            reading: an id is outside the vocabulary.
+        TypeError: On reading, an index is not an integer or a list of integers.
+        IndexError: On reading, an index is out of range.
     """
 
     def __init__(
         self,
-        path,
+        path: str | Path | ArrayLike | Tokens,
         sequence_length: int,
         stride: int = 1,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
         eot_token: int | None = None,
     ):
         if sequence_length < 1 or stride < 1:
@@ -110,26 +128,33 @@ class TextDataset(Dataset):
     def __len__(self) -> int:
         return self.num_windows
 
-    def __getitem__(self, index) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (x, y): (T,) tensors for an index, (B, T) tensors for a list or array of them."""
+    def __getitem__(self, index: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x, y): (T,) tensors for one index, (B, T) tensors for a list of indices."""
         starts = self.window_starts(index)
         ids = self.tokens.gather(starts.reshape(-1), self.sequence_length + 1)
-        # Two contiguous copies: a view could not be copied to a GPU without waiting.
+        # x and y are contiguous copies: a view could not be copied to a GPU without waiting.
         x = torch.from_numpy(ids[:, :-1].astype(np.int64))
         y = torch.from_numpy(ids[:, 1:].astype(np.int64))
         if starts.ndim == 0:
             return x[0], y[0]
         return x, y
 
-    def __getitems__(self, indices) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the (x, y) of each index, read in one gather; DataLoader calls it."""
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the (x, y) of each index, read in one gather; DataLoader calls this method."""
         x, y = self[indices]
         return list(zip(x, y))
 
-    def window_starts(self, index) -> np.ndarray:
+    def window_starts(self, index: ArrayLike) -> np.ndarray:
         """Return the position of each window's first token, int64, in the shape of `index`.
 
         Example: with stride 2 and 5 windows, [0, 3, -1] -> [0, 6, 8].
+
+        Args:
+            index: One index or a list of indices; a negative index counts from the end.
+
+        Raises:
+            TypeError: An index is not an integer or a list of integers.
+            IndexError: An index is out of range.
         """
         indices = np.asarray(index)
         if indices.dtype.kind not in "iu" and indices.size:
@@ -137,7 +162,8 @@ class TextDataset(Dataset):
         if indices.ndim > 1:
             raise TypeError(f"indices must be one list, not an array of shape {indices.shape}")
         indices = indices.astype(np.int64, copy=False)
-        # Seen as unsigned, a negative index is a huge one: one pass finds both.
+        # As an unsigned integer, a negative index is a huge one: one pass finds every index that
+        # is negative or too large.
         if indices.view(np.uint64).max(initial=0) >= self.num_windows:
             outside = indices[(indices < -self.num_windows) | (indices >= self.num_windows)]
             if outside.size:
@@ -150,7 +176,7 @@ class TextDataset(Dataset):
 
     @property
     def vocab_size(self) -> int | None:
-        """Ids are below this number; None for a bare file."""
+        """Number that all ids are below; None: unknown, as for a bare file."""
         return self.tokens.vocab_size
 
     def num_tokens(self) -> int:
@@ -161,38 +187,43 @@ class TextDataset(Dataset):
         """Return the number of documents of the split.
 
         Raises:
-            ValueError: If eot_token is not known.
+            ValueError: The documents have to be counted, and eot_token is unknown or the ids are a
+                running text.
         """
         return self.tokens.num_documents()
 
     def num_files(self) -> int:
-        """Return the number of files (shards) of the split."""
+        """Return the number of shards (.bin files) of the split."""
         return len(self.tokens.shards)
 
     def count_tokens(self) -> dict[str, int]:
-        """Return how many tokens are "trained" on and "left_out": together all of the split.
+        """Return how many tokens are "trained" on and "left_out".
 
-        A token is trained on if it is a target in some window. The first token and those in no
-        window are left out.
+        The two numbers add up to the tokens of the split. A token is trained on if it is a target
+        in a window. The first token is left out, and so are tokens that are in no window.
 
         Example: 10 tokens, sequence_length 4, stride 4 -> {"trained": 8, "left_out": 2}.
         """
-        new_targets = min(self.stride, self.sequence_length)  # of each window after the first
+        # Each window after the first adds this many targets.
+        new_targets = min(self.stride, self.sequence_length)
         trained = self.sequence_length + new_targets * (len(self) - 1)
         return {"trained": trained, "left_out": len(self.tokens) - trained}
 
     def split(self, size: float | int) -> tuple["TextDataset", "TextDataset"]:
-        """Divide the tokens in two views that share none: (first, last).
+        """Divide the tokens into two views that share no token: (first, last).
 
         Example: 100 tokens without documents, split(0.1) -> views of 90 and 10 tokens.
 
         Args:
-            size: Size of `last`. A share between 0 and 1 is a share of the tokens, rounded so that
+            size: Size of `last`. A number between 0 and 1 is a share of the tokens, rounded so that
                 `last` begins with a document if there are documents. A whole number is a number of
                 windows.
 
+        Returns:
+            Two datasets, (first, last).
+
         Raises:
-            ValueError: If a view would be shorter than a window.
+            ValueError: A view would be shorter than a window.
         """
         check_split_size(size)
         n = len(self.tokens)
@@ -202,8 +233,8 @@ class TextDataset(Dataset):
             middle = n - (int(size) - 1) * self.stride - self.sequence_length - 1
         if not 0 < middle < n:
             raise ValueError(f"{self.tokens.path} can't be split by {size}: it has {n:,} tokens")
-        first = self.tokens.part(0, middle)
-        last = self.tokens.part(middle, n)
+        first = self.tokens.view(0, middle)
+        last = self.tokens.view(middle, n)
         return (
             TextDataset(first, self.sequence_length, self.stride),
             TextDataset(last, self.sequence_length, self.stride),
@@ -223,27 +254,28 @@ def create_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Return (train_loader, val_loader) over a prepared corpus.
 
-    - Both yield [x, y], (B, T) int64 each.
-    - Training: whole batches in shuffled order. A pass over the loader reads no token twice and
-      all of them, except the rest of a window and of a batch. Each pass divides the text into
-      windows elsewhere. To resume, set train_loader.sampler.position (see ShuffledBatches).
-    - Validation: blocks in order, each once over all ranks; the last batch may be smaller, and a
-      rank has none if there are fewer blocks than ranks.
+    - Both loaders yield [x, y], (B, T) int64 each.
+    - Training: whole batches in shuffled order. A pass over the loader reads every token once,
+      except tokens that fill no whole window or batch. Each pass divides the text into other
+      windows. To resume, set train_loader.sampler.position (see ShuffledBatches).
+    - Validation: windows in order, with a stride of sequence_length. Each window comes once over
+      all ranks. The last batch may be smaller, and a rank has no batch if there are fewer windows
+      than ranks.
 
     Args:
         corpus_dir: Folder of the corpus (data/NAME).
         sequence_length: T, tokens per sequence.
         batch_size: Sequences per batch, over all ranks.
         seed: Seed of order and noise.
-        num_workers: Worker processes; useful for slow disks only. Memory-mapped reads are faster
-            without.
+        num_workers: Worker processes of each loader. Workers help with slow disks only: reading
+            memory-mapped files is faster without them.
         rank: Number of this process.
         world_size: Number of processes.
         token_noise: Share of the input tokens replaced by random ones (see add_token_noise).
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file or an argument does not fit; see TextDataset and ShuffledBatches.
+        FileNotFoundError: A file is missing.
+        ValueError: A file or an argument is invalid; see TextDataset and ShuffledBatches.
     """
     check_rank(rank, world_size)
     train = TextDataset(Path(corpus_dir) / "train", sequence_length)
@@ -252,36 +284,17 @@ def create_dataloaders(
     train_data: Dataset = train
     if token_noise:
         train_data = NoisyTextDataset(train, token_noise, seed)
-    val_blocks = range(rank, len(val), world_size)
-    val_order = BatchSampler(val_blocks, train_order.rank_batch_size, drop_last=False)
+    val_indices = range(rank, len(val), world_size)
+    val_order = BatchSampler(val_indices, train_order.rank_batch_size, drop_last=False)
     options: dict[str, Any] = {
         "batch_size": None,  # the samplers give whole batches of indices
-        "collate_fn": list,  # [x, y], as other DataLoaders give it
+        "collate_fn": list,  # [x, y], as a DataLoader with a batch_size yields it
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
     }
     train_loader = DataLoader(train_data, sampler=train_order, **options)
     val_loader = DataLoader(val, sampler=val_order, **options)
     return train_loader, val_loader
-
-
-# ---- python dataset.py
-
-
-@dataclass
-class Settings:
-    corpus: str = ""  # prepared corpus; "": the one prepared last
-    data_dir: str = "data"  # folder of prepared corpora
-    split: Literal["train", "val", "test"] = "train"  # part of the corpus
-    sequence_length: int = 64  # tokens per row
-    batch_size: int = 8  # rows per batch
-    rows: int = 3  # rows that are shown as text
-    seed: int = 0  # seed of the order of the rows
-
-
-RANGES = {"sequence_length": (1, 1 << 16), "batch_size": (1, 1 << 12)}
-MAX_BATCH_TOKENS = 1 << 24  # 128 MB of int64
-MAX_PREVIEW_TOKENS = 100_000_000  # tokens whose documents are looked at
 
 
 def main() -> None:
@@ -307,7 +320,7 @@ def main() -> None:
     )
     print_windows(windows, order, tokenizer, settings.rows)
     if metadata.get("eot_per_document", False):
-        beginning = tokens.part(0, min(len(tokens), MAX_PREVIEW_TOKENS))
+        beginning = tokens.view(0, min(len(tokens), MAX_PREVIEW_TOKENS))
         documents = DocumentDataset(beginning)
         print_documents(
             documents,

@@ -3,7 +3,7 @@
 In reading order:
 
 1. tokens.py: the files of a split as one memory-mapped sequence.
-2. order.py: the shuffled order, the batch samplers, batches of similar length.
+2. order.py: the shuffled order and the batch samplers.
 3. ../dataset.py: TextDataset, which makes windows (x, y) of tokens, and the data loaders.
 4. noise.py, collate.py: windows with token noise, as Hugging Face dicts, with document masks.
 5. documents.py: whole documents, padding; document ids, positions and masks of a row.
@@ -12,5 +12,5 @@ In reading order:
 8. streaming.py: raw text to windows, without preparing it.
 9. preview.py: what `python dataset.py NAME` prints.
 
-Nothing here imports dataset.py, training/ or model.py.
+No module of this package imports dataset.py, training/ or model.py.
 """

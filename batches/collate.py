@@ -4,8 +4,8 @@
     collate = functools.partial(collate_documents, eot_token=50256)
     DataLoader(dataset, batch_size=8, collate_fn=collate)
 
-Each takes a list of (x, y), as DataLoader with a batch_size gives it. pad_documents (documents.py)
-is the collate function for whole documents.
+Each function takes the list of (x, y) that a DataLoader with a batch_size collects. pad_documents
+(documents.py) is the collate function for whole documents.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def collate_huggingface(windows: Windows) -> dict[str, torch.Tensor]:
         windows: B pairs (x, y) of (T,) int64 tensors.
 
     Returns:
-        input_ids and labels, (B, T) int64 each. Labels are the text even if x has token noise (but
-        the first one, which is not a target).
+        A dict of input_ids and labels, (B, T) int64 each. Labels are the text without token noise,
+        except the first label of a row: it is x[0], and no model is trained on it.
     """
     input_ids = torch.stack([x for x, _ in windows])
     targets = torch.stack([y for _, y in windows])
@@ -46,8 +46,12 @@ def collate_documents(windows: Windows, eot_token: int) -> dict[str, torch.Tenso
         eot_token: Id of the end-of-text token.
 
     Returns:
-        token_ids and document_ids, (B, T) int64 each, and document_mask, (B, T, T) bool.
+        A dict of token_ids and document_ids, (B, T) int64 each, and document_mask, (B, T, T) bool.
     """
     token_ids = torch.stack([x for x, _ in windows])
-    ids = document_ids(token_ids, eot_token)
-    return {"token_ids": token_ids, "document_ids": ids, "document_mask": document_mask(ids)}
+    doc_ids = document_ids(token_ids, eot_token)
+    return {
+        "token_ids": token_ids,
+        "document_ids": doc_ids,
+        "document_mask": document_mask(doc_ids),
+    }

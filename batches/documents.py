@@ -3,97 +3,99 @@
     documents = DocumentDataset("data/wikitext-2/train", max_length=512)
     loader = DataLoader(documents, batch_size=8, collate_fn=pad_documents)
 
-packing.py puts several documents into one row instead of padding each.
+packing.py puts several documents into one row instead of padding each document.
 """
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, DTypeLike
 from torch.utils.data import Dataset
 
 from batches.tokens import Tokens, check_split_size
 
 
 def document_ids(tokens: torch.Tensor, eot_token: int) -> torch.Tensor:
-    """Return which document of its row each token belongs to, counted from 0.
+    """Return the number of each token's document in its row, counted from 0.
 
     An end-of-text token belongs to the document that it ends.
 
     Example: tokens=[5, 6, EOT, 7, EOT, 8] -> [0, 0, 0, 1, 1, 2].
 
     Args:
-        tokens: (..., T) token ids.
+        tokens: Token ids, (..., T).
         eot_token: Id of the end-of-text token.
 
     Returns:
-        (..., T) int64, on the device of `tokens`.
+        Document ids, (..., T) int64, on the device of `tokens`.
     """
     ends = tokens == eot_token
     return ends.cumsum(-1) - ends.long()
 
 
-def document_positions(ids: torch.Tensor) -> torch.Tensor:
+def document_positions(doc_ids: torch.Tensor) -> torch.Tensor:
     """Return each token's position in its document, counted from 0.
 
-    Example: ids=[0, 0, 0, 1, 1, 2] -> [0, 1, 2, 0, 1, 0].
+    Example: doc_ids=[0, 0, 0, 1, 1, 2] -> [0, 1, 2, 0, 1, 0].
 
     Args:
-        ids: (..., T) document ids.
+        doc_ids: Document ids, (..., T).
 
     Returns:
-        (..., T) int64, on the device of `ids`.
+        Positions, (..., T) int64, on the device of `doc_ids`.
     """
-    positions = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    positions = torch.arange(doc_ids.shape[-1], device=doc_ids.device).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[..., 1:] = doc_ids[..., 1:] != doc_ids[..., :-1]
     return positions - torch.where(begins, positions, 0).cummax(-1).values
 
 
-def document_mask(ids: torch.Tensor) -> torch.Tensor:
+def document_mask(doc_ids: torch.Tensor) -> torch.Tensor:
     """Return the attention mask that is causal and keeps documents separate.
 
-    A token attends to itself and to earlier tokens of its document: the mask is block-diagonal.
+    A token attends to itself and to earlier tokens of its document.
 
-    Example: ids=[0, 0, 1] -> [[1, 0, 0], [1, 1, 0], [0, 0, 1]].
+    Example: doc_ids=[0, 0, 1] -> [[1, 0, 0], [1, 1, 0], [0, 0, 1]].
 
     Args:
-        ids: (..., T) document ids.
+        doc_ids: Document ids, (..., T).
 
     Returns:
-        (..., T, T) bool, query by key, on the device of `ids`.
+        The mask, (..., T, T) bool, query by key, on the device of `doc_ids`.
     """
-    T = ids.shape[-1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-    return (ids[..., :, None] == ids[..., None, :]) & causal
+    T = doc_ids.shape[-1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
+    return (doc_ids[..., :, None] == doc_ids[..., None, :]) & causal
 
 
 class DocumentDataset(Dataset):
     """The documents of a split, each with its end-of-text token: items are (n,) int64 tensors.
 
-    `lengths` holds the (len,) int64 lengths of the items.
+    The attribute `lengths` holds the length of each item, (len,) int64.
 
     Example: ids=[5, 6, EOT, 7, EOT] -> [5, 6, EOT] and [7, EOT].
 
     Args:
         path: A split, a bare .bin file, an array of ids, or Tokens; see Tokens.
-        max_length: Tokens of a document that are kept, the end of text included; None: all.
-        dtype: "uint16" or "uint32", for a bare file.
+        max_length: Largest length of an item. Longer documents are cut; None: no limit.
+        dtype: Type of the ids of a bare file, "uint16" or "uint32".
         eot_token: Id that ends a document, for a bare file or an array.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the corpus is one running text, eot_token is unknown, there are no tokens,
-            or max_length is below 1.
-        IndexError: On reading, if the index is out of range.
+        FileNotFoundError: A file is missing.
+        ValueError: The corpus is one running text, eot_token is unknown, there are no tokens, or
+            max_length is below 1.
+        IndexError: On reading, the index is out of range.
     """
 
     def __init__(
         self,
-        path,
+        path: str | Path | ArrayLike | Tokens,
         max_length: int | None = None,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
         eot_token: int | None = None,
     ):
         if max_length is not None and max_length < 1:
@@ -125,20 +127,26 @@ class DocumentDataset(Dataset):
         Args:
             size: Size of `last`: a share between 0 and 1, or a number of documents.
 
+        Returns:
+            Two datasets, (first, last).
+
         Raises:
-            ValueError: If a view would have no document.
+            ValueError: A view would have no document.
         """
         check_split_size(size)
         count = math.ceil(len(self) * size) if size < 1 else int(size)
         if not 0 < count < len(self):
             raise ValueError(f"{len(self):,} documents can't be split by {size}")
         middle = int(self.starts[len(self) - count])
-        first = self.tokens.part(0, middle)
-        last = self.tokens.part(middle, len(self.tokens))
+        first = self.tokens.view(0, middle)
+        last = self.tokens.view(middle, len(self.tokens))
         return DocumentDataset(first, self.max_length), DocumentDataset(last, self.max_length)
 
     def count_tokens(self) -> dict[str, int]:
-        """Return how many tokens are "trained" on and "cut" by max_length: all of the split."""
+        """Return how many tokens are "trained" on and "cut" by max_length.
+
+        The two numbers add up to the tokens of the split.
+        """
         trained = int(self.lengths.sum())
         return {"trained": trained, "cut": len(self.tokens) - trained}
 
@@ -147,17 +155,21 @@ def pad_documents(documents: Sequence[torch.Tensor], pad_token: int = 0) -> dict
     """Collate documents to a batch, padded to the longest one.
 
     - `labels` are the ids, not shifted (Hugging Face's convention), and -100 at the padding.
-    - Labels come from lengths, so that the end of text is learned even if it is the pad token.
+    - Labels come from lengths, so the end of text is learned even if its id is the pad token.
 
     Example: [5, 6, EOT] and [7, EOT] -> input_ids [[5, 6, EOT], [7, EOT, 0]],
     attention_mask [[1, 1, 1], [1, 1, 0]], labels [[5, 6, EOT], [7, EOT, -100]].
 
     Args:
         documents: B tensors, (n,) int64 each.
-        pad_token: Any id; the mask hides it and no label has it.
+        pad_token: Any id. The attention mask hides the padding, and its labels are -100.
 
     Returns:
-        input_ids, attention_mask and labels, (B, T) int64 each, with T the longest length.
+        A dict of input_ids, attention_mask and labels, (B, T) int64 each, with T the length of the
+        longest document.
+
+    Raises:
+        ValueError: There are no documents.
     """
     if not len(documents):
         raise ValueError("there are no documents to pad")

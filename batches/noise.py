@@ -3,40 +3,65 @@
 data = NoisyTextDataset(TextDataset("data/tinyshakespeare/train", 256), share=0.1, seed=0)
 """
 
+from typing import Protocol
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
+from batches.tokens import Tokens
 from common.hashing import splitmix64
 
 
-def add_token_noise(
-    x: torch.Tensor, starts, share: float, seed: int, vocab_size: int, eot_token: int | None = None
-) -> torch.Tensor:
-    """Replace a share of the tokens by random ones.
+class WindowDataset(Protocol):
+    """What NoisyTextDataset and the preview use of a TextDataset (dataset.py)."""
 
-    - Which token is replaced, and by what, depends only on the seed, the start of the window and
-      the place in the window: a window gets the same noise in any batch, on any rank.
-    - An end-of-text token is neither replaced nor inserted, so that documents stay as they are.
+    tokens: Tokens
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def window_starts(self, index: ArrayLike) -> np.ndarray:
+        """Return the position of each window's first token."""
+
+    def count_tokens(self) -> dict[str, int]:
+        """Return how many tokens are "trained" on and "left_out"."""
+
+
+def add_token_noise(
+    x: torch.Tensor,
+    starts: ArrayLike,
+    share: float,
+    seed: int,
+    vocab_size: int,
+    eot_token: int | None = None,
+) -> torch.Tensor:
+    """Return x with a share of its tokens replaced by random ones.
+
+    - The replaced tokens and their random ids depend only on the seed, the start of the window and
+      the position in the window: a window gets the same noise in any batch, on any rank.
+    - An end-of-text token is neither replaced nor inserted, so documents keep their ends.
 
     Example: x=[5, 6, EOT, 7], share=0.25 -> [5, 201, EOT, 7].
 
     Args:
         x: (B, T) or (T,) int64 ids.
-        starts: (B,) or scalar: position of each window in the split.
+        starts: Position of each window in the split, (B,) or scalar.
         share: Share of the tokens that are replaced, from 0 to 1.
         seed: Seed of the noise.
         vocab_size: Random ids are below this number.
         eot_token: Id of the end-of-text token, or None if there is none.
 
     Returns:
-        A tensor like `x`.
+        A tensor of the shape of `x`, int64.
     """
     ids = x.numpy()
-    places = np.arange(ids.shape[-1], dtype=np.uint64)
+    positions = np.arange(ids.shape[-1], dtype=np.uint64)
     starts = np.asarray(starts, np.uint64)[..., None]
     window_hashes = splitmix64(starts ^ splitmix64(np.array([seed], np.uint64)))
-    hashes = splitmix64(window_hashes + places)
+    hashes = splitmix64(window_hashes + positions)
     threshold = np.uint64(min(int(share * 2**64), 2**64 - 1))
     replaced = hashes < threshold
     if eot_token is None:
@@ -57,30 +82,32 @@ class NoisyTextDataset(Dataset):
         seed: Seed of the noise.
 
     Raises:
-        ValueError: If the share is out of range, or the vocabulary size is not known.
+        ValueError: The share is out of range, or the vocabulary size is unknown.
     """
 
-    def __init__(self, dataset, share: float, seed: int = 0):
+    def __init__(self, dataset: WindowDataset, share: float, seed: int = 0):
         if not 0 <= share <= 1:
             raise ValueError(f"the share of token noise must be from 0 to 1, not {share}")
-        if dataset.vocab_size is None:
+        vocab_size = dataset.tokens.vocab_size
+        if vocab_size is None:
             raise ValueError("token noise needs a corpus with a vocabulary (metadata.json)")
         self.dataset = dataset
+        self.vocab_size = vocab_size
         self.share = share
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x, y) as the TextDataset does, with noise in x."""
         x, y = self.dataset[index]
         starts = self.dataset.window_starts(index)
-        tokens = self.dataset.tokens
-        x = add_token_noise(x, starts, self.share, self.seed, tokens.vocab_size, tokens.eot_token)
+        eot_token = self.dataset.tokens.eot_token
+        x = add_token_noise(x, starts, self.share, self.seed, self.vocab_size, eot_token)
         return x, y
 
-    def __getitems__(self, indices) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the (x, y) of each index, read in one gather; DataLoader calls it."""
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the (x, y) of each index, read in one gather; DataLoader calls this method."""
         x, y = self[indices]
         return list(zip(x, y))

@@ -7,44 +7,46 @@
 
 - permute: a keyed permutation of range(n), computed index by index.
 - ShuffledOrder: one such permutation per epoch.
-- ShuffledBatches, ShuffledIndices: samplers that walk through this order.
-- SimilarLengthBatches: the same sampler, with items of similar length in one batch.
+- ShuffledBatches, ShuffledIndices: samplers of batches and of single indices in this order.
+- SimilarLengthBatches: a sampler of batches whose items have similar lengths.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
 from common.hashing import splitmix64
 
-BLOCK_ITEMS = 1 << 15  # items whose order is computed at once
+ITEMS_AT_ONCE = 1 << 15  # items whose order is computed at once
 BUCKET_BATCHES = 64  # batches whose items are sorted by length together
 
 
 def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a keyed permutation of range(n) to some indices, in O(1) memory.
+    """Return where a keyed permutation of range(n) sends some indices, in O(1) memory.
 
-    A Feistel network permutes the next power of two; an index that leaves range(n) is sent through
-    the network again until it is back (cycle walking, Black & Rogaway 2002).
+    A Feistel network permutes a range whose size is the next power of two. An index that leaves
+    range(n) goes through the network again until it is back in range(n) (cycle walking, Black &
+    Rogaway 2002).
 
     Example: for n=3 and some keys, [0, 1, 2] -> [2, 0, 1].
 
     Args:
-        indices: (k,) integers from 0 to n - 1.
-        n: Number of items, less than 2**62.
-        keys: (r,) uint64, r even; each pair of keys is two rounds of the network.
+        indices: Integers from 0 to n - 1, (k,).
+        n: Size of the range, less than 2**62.
+        keys: Keys of the network, (r,) uint64 with r even. Each pair of keys makes two rounds.
 
     Returns:
-        (k,) int64, where each index is sent.
+        The new index for each index, (k,) int64.
     """
     bits = max(2, (n - 1).bit_length())
     right_bits = np.uint64(bits // 2)
     right_mask = np.uint64((1 << (bits // 2)) - 1)
     left_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     permuted = indices.astype(np.uint64)
-    outside: Any = slice(None)  # then (j,) places in `permuted`
+    outside: Any = slice(None)  # all of `permuted` at first, then the positions outside range(n)
     while True:
         values = permuted[outside]
         left = values >> right_bits
@@ -63,9 +65,9 @@ class ShuffledOrder:
 
     - Position p belongs to epoch p // n, where n = len(order) items make an epoch.
     - Every epoch is a permutation of its own: no item comes twice in an epoch.
-    - With stride s, an epoch visits every s-th item only, from an offset of its own. Over windows
-      that slide by one token and s = sequence_length, an epoch reads no token twice, and each
-      epoch divides the text into windows elsewhere.
+    - With stride s, an epoch visits every s-th item only. Each epoch begins at another offset.
+    - Over windows that slide by one token, a stride of sequence_length makes epochs that read no
+      token twice. Each epoch then divides the text into other windows.
 
     Example: 10 items with stride 2 make epochs of 5; one epoch may be [4, 0, 8, 2, 6], the next
     [3, 9, 1, 5, 7].
@@ -76,7 +78,7 @@ class ShuffledOrder:
         stride: Distance between the items of one epoch.
 
     Raises:
-        ValueError: If there are no items, or an argument is out of range.
+        ValueError: There are no items, or an argument is out of range.
     """
 
     def __init__(self, num_items: int, seed: int = 0, stride: int = 1):
@@ -92,15 +94,15 @@ class ShuffledOrder:
         return self.epoch_items
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Return the (n,) int64 indices into the dataset at (n,) positions."""
+        """Return the index into the dataset at each position, (n,) int64 both."""
         indices = np.empty(len(positions), np.int64)
         epochs = positions // self.epoch_items
         for epoch in np.unique(epochs):
             seeds = np.random.SeedSequence((self.seed, int(epoch)))
             keys = seeds.generate_state(5, np.uint64)
             in_epoch = epochs == epoch
-            places = positions[in_epoch] % self.epoch_items
-            permuted = permute(places, self.epoch_items, keys[:4])
+            positions_in_epoch = positions[in_epoch] % self.epoch_items
+            permuted = permute(positions_in_epoch, self.epoch_items, keys[:4])
             offset = int(keys[4] % np.uint64(self.stride))
             indices[in_epoch] = permuted * self.stride + offset
         return indices
@@ -112,10 +114,10 @@ class ShuffledBatches(Sampler):
     - The state is one integer, `position`: items over all ranks since training began.
     - One iteration is one pass: as many whole batches as an epoch has. A batch may reach from one
       epoch into the next, so that no item is dropped.
-    - A batch is the same for any number of ranks; each rank gets its part of it.
-    - To resume, set `position` to the number of items that were used. DataLoader workers draw
-      ahead, so count them in the training loop (or use torchdata's StatefulDataLoader, which calls
-      state_dict).
+    - A batch is the same for any number of ranks; each rank gets an equal slice of it.
+    - To resume, set `position` to the number of items that training has used. Count these items in
+      the training loop, since DataLoader workers draw ahead of it. torchdata's StatefulDataLoader
+      counts them by calling state_dict.
 
     Example: 10 items in batches of 4 -> [[1, 5, 4, 8], [9, 3, 7, 2]], and the next pass begins
     with [0, 6], the rest of the epoch.
@@ -129,7 +131,7 @@ class ShuffledBatches(Sampler):
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there are no items, or the ranks cannot share a batch equally.
+        ValueError: There are no items, or the ranks cannot share a batch equally.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class ShuffledBatches(Sampler):
         self.seed = seed
         self.batch_size = batch_size
         self.rank_batch_size = batch_size // world_size
-        self.rank_part = slice(rank * self.rank_batch_size, (rank + 1) * self.rank_batch_size)
+        self.rank_slice = slice(rank * self.rank_batch_size, (rank + 1) * self.rank_batch_size)
         self.position = 0
 
     def __len__(self) -> int:
@@ -160,7 +162,7 @@ class ShuffledBatches(Sampler):
         number = self.position // self.batch_size
         end = self._end_of_pass(number)
         while number < end:
-            for batch in self._batches(number, end)[:, self.rank_part].tolist():
+            for batch in self._batches(number, end)[:, self.rank_slice].tolist():
                 number += 1
                 self.position += self.batch_size
                 yield batch
@@ -174,12 +176,12 @@ class ShuffledBatches(Sampler):
         self.position = state["position"]
 
     def _end_of_pass(self, number: int) -> int:
-        """The number of the first batch after the pass that batch `number` belongs to."""
+        """Return the number of the first batch of the pass after the pass of batch `number`."""
         return (number // len(self) + 1) * len(self)
 
     def _batches(self, number: int, end: int) -> np.ndarray:
-        """(n, batch_size) indices of at least one batch from `number` on, all before `end`."""
-        count = min(max(1, BLOCK_ITEMS // self.batch_size), end - number)
+        """Return (n, batch_size) indices: batch `number` and some that follow it, before `end`."""
+        count = min(max(1, ITEMS_AT_ONCE // self.batch_size), end - number)
         positions = np.arange(count * self.batch_size) + self.position
         return self.order.indices(positions).reshape(count, self.batch_size)
 
@@ -210,24 +212,31 @@ class ShuffledIndices(ShuffledBatches):
 class SimilarLengthBatches(ShuffledBatches):
     """Sampler of batches whose items have similar lengths, so that padding is short.
 
-    - The items of the next 64 batches are sorted by length, divided into batches, and these
-      batches shuffled.
+    - The items of 64 batches are sorted by length and divided into 64 new batches, which are
+      shuffled.
     - State, ranks and passes are those of ShuffledBatches.
 
     Example: lengths [9, 2, 8, 1] in batches of 2 -> items [0, 2] and [3, 1], in random order.
 
     Args:
-        lengths: (num_items,) length of each item.
+        lengths: Length of each item, (num_items,).
         batch_size: Items per batch, over all ranks.
         seed: Seed of the order.
         rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there are no items, or the ranks cannot share a batch equally.
+        ValueError: There are no items, or the ranks cannot share a batch equally.
     """
 
-    def __init__(self, lengths, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        lengths: ArrayLike,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.lengths = np.asarray(lengths)
         if self.lengths.ndim != 1 or self.lengths.dtype.kind not in "iuf":
             raise ValueError("lengths must be one number per item")
@@ -235,7 +244,7 @@ class SimilarLengthBatches(ShuffledBatches):
 
     def _batches(self, number: int, end: int) -> np.ndarray:
         start_of_pass = end - len(self)
-        first = number - (number - start_of_pass) % BUCKET_BATCHES  # batch of this bucket
+        first = number - (number - start_of_pass) % BUCKET_BATCHES  # first batch of the bucket
         count = min(BUCKET_BATCHES, end - first)
         positions = np.arange(first * self.batch_size, (first + count) * self.batch_size)
         items = self.order.indices(positions)
@@ -247,6 +256,10 @@ class SimilarLengthBatches(ShuffledBatches):
 
 
 def check_rank(rank: int, world_size: int) -> None:
-    """Raise ValueError unless `rank` is one of `world_size` processes."""
+    """Check that `rank` is the number of one of `world_size` processes.
+
+    Raises:
+        ValueError: The rank is not from 0 to world_size - 1.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to world_size - 1 ({world_size - 1}), not {rank}")

@@ -1,20 +1,29 @@
-"""What `python dataset.py NAME` prints: rows of each form of batch as text, and token counts."""
+"""The preview of a corpus (`python dataset.py NAME`): rows as text, token counts, speed."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from batches.documents import DocumentDataset, document_ids, pad_documents
+from batches.noise import WindowDataset
 from batches.order import ShuffledBatches, SimilarLengthBatches
-from batches.packing import pack_documents
+from batches.packing import PackedDocuments, pack_documents
+from corpus.tokenizer import Tokenizer
 
-SPEED_SECONDS = 0.5  # how long the loader's speed is measured
+SPEED_SECONDS = 0.5  # time for which the speed of the loader is measured
 
 
 def print_counts(folder: Path, metadata: dict) -> None:
-    """Print tokens, documents and bytes per token of each split."""
+    """Print tokens, documents and bytes per token of each split.
+
+    Args:
+        folder: Folder of the corpus.
+        metadata: Content of its metadata.json.
+    """
     name = metadata["tokenizer"]["name"]
     print(f"{folder}: {name}, {metadata['vocab_size']:,} ids, {metadata['dtype']}")
     for split, counts in metadata["splits"].items():
@@ -25,17 +34,19 @@ def print_counts(folder: Path, metadata: dict) -> None:
         )
 
 
-def print_windows(dataset, order: ShuffledBatches, tokenizer, num_rows: int) -> None:
+def print_windows(
+    dataset: WindowDataset, order: ShuffledBatches, tokenizer: Tokenizer, num_rows: int
+) -> None:
     """Print the first batch of windows, check that y is x shifted by one, and measure the speed.
 
     Args:
         dataset: A TextDataset with stride 1.
         order: The sampler of its batches.
-        tokenizer: Turns ids back to text.
+        tokenizer: Tokenizer of the corpus.
         num_rows: Rows that are shown as text.
 
     Raises:
-        ValueError: If y is not x shifted by one.
+        ValueError: In a row, y is not x shifted by one.
     """
     tokens = dataset.tokens
     indices = next(iter(order))
@@ -44,18 +55,18 @@ def print_windows(dataset, order: ShuffledBatches, tokenizer, num_rows: int) -> 
     B, T = x.shape
     print(f"\nwindows: x {tuple(x.shape)}, y {tuple(y.shape)}, {x.dtype}; the first of a batch:")
     for row in x[:num_rows]:
-        ids = torch.zeros_like(row)
+        doc_ids = torch.zeros_like(row)
         if tokens.eot_token is not None:
-            ids = document_ids(row, tokens.eot_token)
-        print(f"  {row_as_text(tokenizer, row, ids)}")
-    text = torch.from_numpy(tokens.read(dataset.window_starts(indices), T + 1))
-    if not (torch.equal(x, text[:, :-1]) and torch.equal(y, text[:, 1:])):
+            doc_ids = document_ids(row, tokens.eot_token)
+        print(f"  {row_as_text(tokenizer, row, doc_ids)}")
+    expected = torch.from_numpy(tokens.read(dataset.window_starts(indices), T + 1))
+    if not (torch.equal(x, expected[:, :-1]) and torch.equal(y, expected[:, 1:])):
         raise ValueError(f"{tokens.path}: y is not x shifted by one")
     print(f"  aligned: y is x shifted by one in all {y.numel():,} places")
     print(f"  an epoch: {len(order):,} batches of {B} x {T}; {counts_as_text(dataset)}")
     num_batches = 0
     start = time.perf_counter()
-    for _ in DataLoader(dataset, sampler=order, batch_size=None):
+    for _ in DataLoader(cast(Dataset, dataset), sampler=order, batch_size=None):
         num_batches += 1
         seconds = time.perf_counter() - start
         if seconds > SPEED_SECONDS:
@@ -70,10 +81,19 @@ def print_documents(
     sequence_length: int,
     batch_size: int,
     seed: int,
-    tokenizer,
+    tokenizer: Tokenizer,
     num_rows: int,
 ) -> None:
-    """Print the first rows of padded and packed documents, and how much padding they have."""
+    """Print the first rows of padded and of packed documents, and their shares of padding.
+
+    Args:
+        documents: Documents of a split, not cut.
+        sequence_length: Largest length of a padded row, and length of a packed row.
+        batch_size: Rows per batch.
+        seed: Seed of the order.
+        tokenizer: Tokenizer of the corpus.
+        num_rows: Rows that are shown as text.
+    """
     if len(documents) < batch_size:
         print(f"\n{len(documents)} documents are fewer than a batch")
         return
@@ -93,49 +113,59 @@ def print_documents(
     print(f"\ndocuments, packed: {len(packed):,} rows of {sequence_length}; the first:")
     for i in range(min(num_rows, len(packed))):
         row = packed[i]
-        ids = row["document_ids"]
-        print(f"  {row_as_text(tokenizer, row['input_ids'], ids, ids == -1)}")
+        doc_ids = row["document_ids"]
+        print(f"  {row_as_text(tokenizer, row['input_ids'], doc_ids, doc_ids == -1)}")
     share = packed.count_tokens()["padded"] / (len(packed) * sequence_length)
     print(f"  {counts_as_text(packed)}, {share:.2%} padding")
 
 
-def padding_share(documents: DocumentDataset, batches) -> float:
-    """Return the share of padding in one pass over batches of documents.
+def padding_share(documents: DocumentDataset, batches: Iterable[list[int]]) -> float:
+    """Return the share of padding in some batches of documents.
 
-    Example: lengths [2, 4] in one batch -> 0.25.
+    Example: documents of 2 and 4 tokens in one batch -> 0.25.
+
+    Args:
+        documents: The documents.
+        batches: Indices of the documents of each batch.
     """
-    tokens = 0
-    places = 0
+    num_tokens = 0
+    num_tokens_with_padding = 0
     for batch in batches:
         lengths = documents.lengths[batch]
-        tokens += lengths.sum()
-        places += lengths.max() * len(batch)
-    return 1 - tokens / places
+        num_tokens += lengths.sum()
+        num_tokens_with_padding += lengths.max() * len(batch)
+    return 1 - num_tokens / num_tokens_with_padding
 
 
-def counts_as_text(dataset) -> str:
-    """Return the counts of count_tokens() as "90 trained + 10 cut tokens"."""
+def counts_as_text(dataset: WindowDataset | DocumentDataset | PackedDocuments) -> str:
+    """Return the counts of count_tokens() as text.
+
+    Example: {"trained": 90, "cut": 10} -> "90 trained + 10 cut tokens".
+    """
     counts = dataset.count_tokens().items()
     return " + ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts) + " tokens"
 
 
 def row_as_text(
-    tokenizer, row: torch.Tensor, ids: torch.Tensor, padded: torch.Tensor | None = None
+    tokenizer: Tokenizer,
+    row: torch.Tensor,
+    doc_ids: torch.Tensor,
+    padded: torch.Tensor | None = None,
 ) -> str:
-    """Return a row as text on one line, with ║ between documents and one ░ per padded place.
+    """Return a row as text on one line, with ║ between documents and one ░ per padding token.
 
     Example: "ab" and "c" in a row of 5 -> ab<|endoftext|>║c░.
 
     Args:
-        tokenizer: Turns ids back to text.
-        row: (T,) token ids.
-        ids: (T,) document ids.
-        padded: (T,) bool, which places are padding; None: none.
+        tokenizer: Tokenizer of the corpus.
+        row: Token ids, (T,).
+        doc_ids: Document ids, (T,).
+        padded: Whether each token is padding, (T,) bool; None: no token is.
     """
     if padded is None:
         padded = torch.zeros_like(row, dtype=torch.bool)
     texts = []
-    for number in ids[~padded].unique_consecutive():
-        text = tokenizer.decode(row[~padded & (ids == number)].tolist())
+    for number in doc_ids[~padded].unique_consecutive():
+        text = tokenizer.decode(row[~padded & (doc_ids == number)].tolist())
         texts.append(repr(text)[1:-1])
     return "║".join(texts) + "░" * int(padded.sum())

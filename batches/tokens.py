@@ -6,9 +6,11 @@ tokens.read([0, 100], length=65)        # (2, 65) int64
 
 import numbers
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike, DTypeLike
 
 from corpus.metadata import read_metadata
 from corpus.token_files import (
@@ -22,42 +24,42 @@ from corpus.token_files import (
 
 
 class Tokens:
-    """The token ids of a split, or of a part of it, as one sequence over all shards.
+    """The token ids of a split, or a view of some of them, as one sequence over all shards.
 
     - Files are memory-mapped: opening takes the same time for any size.
-    - Pickling (for DataLoader workers) keeps the path, not the ids of files; the copy maps the
-      files itself.
-    - Parts and pickled copies keep vocabulary size and end-of-text token.
+    - A pickled copy (for a DataLoader worker) holds the path, not the ids, and maps the files
+      again.
+    - Views and pickled copies keep vocabulary size and end-of-text token.
 
     Example: ids=[5, 6, 7, 8, 9], read([0, 2], length=3) -> [[5, 6, 7], [7, 8, 9]].
 
     Args:
-        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file with its dtype;
-            or a one-dimensional array of ids.
-        dtype: "uint16" or "uint32", for a bare file.
-        eot_token: Id that ends a document, where there is no metadata.json.
-        vocab_size: Ids are below this number, where there is no metadata.json.
-        has_documents: Whether documents end with eot_token, where there is no metadata.json; None
-            if not known. False for a running text.
-        start: First token of the part.
-        stop: Token after the last one of the part; None: all tokens.
+        path: A split of a prepared corpus (data/NAME/train); or a bare .bin file, which needs a
+            dtype; or a one-dimensional array of ids.
+        dtype: Type of the ids of a bare file, "uint16" or "uint32".
+        eot_token: Id that ends a document. A metadata.json takes precedence.
+        vocab_size: Ids are below this number. A metadata.json takes precedence.
+        has_documents: Whether documents end with eot_token; False: the ids are a running text;
+            None: unknown. A metadata.json takes precedence.
+        start: Position of the first token of the view.
+        stop: Position after the last token of the view; None: all tokens.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If `path` is not one of the above, or a file does not match metadata.json.
+        FileNotFoundError: A file is missing.
+        ValueError: `path` is not one of the above, or a file does not match metadata.json.
     """
 
     def __init__(
         self,
-        path,
-        dtype: str | None = None,
+        path: str | Path | ArrayLike,
+        dtype: DTypeLike | None = None,
         eot_token: int | None = None,
         vocab_size: int | None = None,
         has_documents: bool | None = None,
         start: int = 0,
         stop: int | None = None,
     ):
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "path": path,
             "dtype": dtype,
             "eot_token": eot_token,
@@ -69,7 +71,7 @@ class Tokens:
         self.eot_token = eot_token
         self.vocab_size = vocab_size
         self.has_documents = has_documents
-        self._num_documents = None  # of the whole split, as metadata.json says
+        self._num_documents = None  # documents of the whole split, from metadata.json
         if isinstance(path, (str, Path)):
             self.path = path
             self._open(Path(path), dtype)
@@ -81,7 +83,8 @@ class Tokens:
         self.start = start
         self.stop = int(self._shard_ends[-1]) if stop is None else stop
 
-    def _open(self, path: Path, dtype) -> None:
+    def _open(self, path: Path, dtype: DTypeLike | None) -> None:
+        """Map the files of a split and take what its metadata.json says."""
         if (path / "metadata.json").is_file():
             names = ", ".join(str(path / name) for name in read_metadata(path)["splits"])
             raise ValueError(f"{path} is a corpus: choose one of its splits ({names})")
@@ -101,20 +104,30 @@ class Tokens:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def part(self, start: int, stop: int) -> "Tokens":
-        """Return tokens `start` to `stop` - 1 of these, as a view."""
+    def view(self, start: int, stop: int) -> "Tokens":
+        """Return a view of the tokens from position `start` to `stop` - 1.
+
+        Example: ids=[5, 6, 7, 8, 9], view(1, 3) -> [6, 7].
+        """
         bounds = {"start": self.start + start, "stop": self.start + stop}
         return Tokens(**(self._arguments | bounds))
 
-    def read(self, starts, length: int) -> np.ndarray:
-        """Return the (B, length) int64 ids from each of (B,) positions on."""
+    def read(self, starts: ArrayLike, length: int) -> np.ndarray:
+        """Return (B, length) int64 ids: `length` ids from each of the (B,) positions `starts`."""
         return self.gather(starts, length).astype(np.int64)
 
-    def gather(self, starts, length: int) -> np.ndarray:
-        """Return the (B, length) ids from each of (B,) positions on, in the dtype of the file.
+    def gather(self, starts: ArrayLike, length: int) -> np.ndarray:
+        """Return the same ids as read(), in the dtype of the file.
+
+        Args:
+            starts: (B,) positions in this view.
+            length: Number of ids from each position.
+
+        Returns:
+            (B, length) ids.
 
         Raises:
-            ValueError: If an id is outside the vocabulary, or a file was cut while in use.
+            ValueError: An id is outside the vocabulary, or a file was cut while in use.
         """
         starts = np.asarray(starts, dtype=np.int64) + self.start
         if len(self.shards) == 1:
@@ -132,6 +145,7 @@ class Tokens:
         return ids
 
     def _gather_from_shards(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the ids as gather() does, from several files; positions count from the first."""
         first = np.searchsorted(self._shard_ends, starts, side="right")  # shard of the first token
         last = np.searchsorted(self._shard_ends, starts + length - 1, side="right")
         ids = np.empty((len(starts), length), dtype=self.shards[0].dtype)
@@ -146,27 +160,29 @@ class Tokens:
             for i in range(first[row], last[row] + 1):
                 shard_start = self._shard_ends[i] - len(self.shards[i])
                 begin = starts[row] + done - shard_start
-                part = self.shards[i][begin : begin + length - done]
-                ids[row, done : done + len(part)] = part
-                done += len(part)
+                found = self.shards[i][begin : begin + length - done]
+                ids[row, done : done + len(found)] = found
+                done += len(found)
         return ids
 
     def num_documents(self) -> int:
         """Return the number of documents.
 
-        For a whole split it is in metadata.json; in a part or a bare file they are counted.
+        The number for a whole split is in metadata.json. The documents of a view, a bare file or
+        an array are counted.
 
         Raises:
-            ValueError: If they have to be counted and eot_token is not known.
+            ValueError: The documents have to be counted, and eot_token is unknown or the ids are a
+                running text.
         """
         if self._num_documents is not None and len(self) == self._shard_ends[-1]:
             return self._num_documents
         return len(self.document_ends())
 
     def document_end(self, position: int) -> int:
-        """Return where the document at `position` ends.
+        """Return the position after the document that `position` is in.
 
-        In a running text, where documents have no end, this is `position`.
+        A running text has no documents: the result is `position`.
 
         Example: ids=[1, 2, EOT, 3, EOT], position=1 -> 3.
         """
@@ -180,14 +196,15 @@ class Tokens:
         return position
 
     def document_ends(self) -> np.ndarray:
-        """Return where each document ends, (n,) int64: the position after its end-of-text token.
+        """Return the position after each document's end-of-text token, (n,) int64.
 
-        The last document may lack this token. Reads every token once, about 1 GB/s.
+        The last document may lack an end-of-text token: its end is the number of tokens. Every
+        token is read once, at about 1 GB/s.
 
         Example: ids=[1, 2, EOT, 3, EOT, 4] -> [3, 5, 6].
 
         Raises:
-            ValueError: If eot_token is not known, or the corpus is one running text.
+            ValueError: The eot_token is unknown, or the corpus is one running text.
         """
         if self.has_documents is False:
             raise ValueError(
@@ -198,16 +215,16 @@ class Tokens:
             raise ValueError(
                 f"the id that ends a document of {self.path} is unknown: set eot_token"
             )
-        ends_by_block = [np.empty(0, np.int64)]
+        all_ends = [np.empty(0, np.int64)]
         position = 0
         advise_kernel(self.shards, "NORMAL")
-        for block in blocks(self.shards):
-            block_end = position + len(block)
-            if block_end > self.start and position < self.stop:
-                ends_by_block.append(np.flatnonzero(block == self.eot_token) + (position + 1))
-            position = block_end
+        for ids in blocks(self.shards):
+            next_position = position + len(ids)
+            if next_position > self.start and position < self.stop:
+                all_ends.append(np.flatnonzero(ids == self.eot_token) + (position + 1))
+            position = next_position
         advise_kernel(self.shards, "RANDOM")
-        ends = np.concatenate(ends_by_block) - self.start
+        ends = np.concatenate(all_ends) - self.start
         ends = ends[(ends > 0) & (ends <= len(self))]
         if len(self) > (ends[-1] if len(ends) else 0):
             ends = np.append(ends, len(self))
@@ -215,11 +232,16 @@ class Tokens:
 
 
 def _from_arguments(arguments: dict) -> Tokens:
+    """Return a copy of the Tokens that were made with these arguments, when unpickling."""
     return Tokens(**arguments)
 
 
 def check_split_size(size: float | int) -> None:
-    """Raise ValueError unless `size` is a share between 0 and 1 or a positive whole number."""
+    """Check that `size` is a share between 0 and 1 or a positive whole number.
+
+    Raises:
+        ValueError: The size is neither.
+    """
     whole = isinstance(size, numbers.Integral) and size >= 1
     share = isinstance(size, numbers.Real) and 0 < size < 1
     if isinstance(size, bool) or not (whole or share):
@@ -229,10 +251,15 @@ def check_split_size(size: float | int) -> None:
         )
 
 
-def _as_ids(array) -> np.ndarray:
+def _as_ids(array: ArrayLike) -> np.ndarray:
+    """Return a list or array of ids as a NumPy array.
+
+    Raises:
+        ValueError: The array is not one-dimensional, or not of integers.
+    """
     ids = np.asarray(array)
     if ids.ndim == 1 and not len(ids):
-        return np.empty(0, np.uint16)  # of an empty list, NumPy makes floats
+        return np.empty(0, np.uint16)  # NumPy turns an empty list into floats
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"{array!r:.60} is not a split of a prepared corpus (data/NAME/train), a .bin file, or "
@@ -241,10 +268,11 @@ def _as_ids(array) -> np.ndarray:
     return ids
 
 
-def _check_dtype(dtype) -> None:
+def _check_dtype(dtype: DTypeLike) -> None:
+    """Raise ValueError unless `dtype` is an integer type."""
     try:
-        kind = np.dtype(dtype).kind
+        is_integer = np.dtype(dtype).kind in "iu"
     except TypeError:
-        kind = ""
-    if kind not in ("i", "u"):
+        is_integer = False
+    if not is_integer:
         raise ValueError(f'dtype must be an integer type such as "uint16", not {dtype!r}')

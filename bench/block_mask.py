@@ -2,17 +2,18 @@
 
     python -m bench.block_mask
 
-Both make the mask of the same batch, on one thread, and must give the same blocks. The first call
-of each is not counted.
+Both functions make the mask for the same batch, on one thread, and the masks must be equal. The
+first call of each function is not counted.
 """
 
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from batches.block_mask import document_block_mask
 from batches.documents import document_ids
@@ -20,15 +21,15 @@ from bench.report import table, write
 from common.script import run
 from common.settings import check_ranges, parse_settings
 
-EOT_SHARE = 1 / 300  # of the tokens: documents of 300 tokens on average
+EOT_SHARE = 1 / 300  # share of end-of-text tokens: documents have 300 tokens on average
 
 
 @dataclass
 class Settings:
-    batch_size: int = 16  # sequences
+    batch_size: int = 16  # sequences in the batch
     sequence_length: int = 1024  # tokens per sequence
     rounds: int = 20  # calls of each function
-    device: str = "cpu"  # where the document ids are: cpu, cuda
+    device: str = "cpu"  # device of the document ids: cpu, cuda
     results: str = ""  # Markdown file to write into; "": print only
 
 
@@ -42,10 +43,10 @@ def main() -> None:
     shape = (settings.batch_size, settings.sequence_length)
     generator = torch.Generator().manual_seed(0)
     ends = torch.rand(shape, generator=generator) < EOT_SHARE
-    ids = document_ids(ends, eot_token=1).to(settings.device)
+    doc_ids = document_ids(ends, eot_token=1).to(settings.device)
     functions = {
-        "document_block_mask": functools.partial(document_block_mask, ids),
-        "create_block_mask": functools.partial(by_all_pairs, ids),
+        "document_block_mask": functools.partial(document_block_mask, doc_ids),
+        "create_block_mask": functools.partial(by_all_pairs, doc_ids),
     }
     masks = [function() for function in functions.values()]
     if not torch.equal(masks[0].to_dense(), masks[1].to_dense()):
@@ -62,18 +63,18 @@ def main() -> None:
     write(settings.results, "Block mask", text)
 
 
-def by_all_pairs(ids: torch.Tensor):
-    """Return the mask as torch makes it, from every pair of tokens."""
-    B, T = ids.shape
+def by_all_pairs(doc_ids: torch.Tensor) -> BlockMask:
+    """Return the mask that torch's create_block_mask makes from all pairs of tokens."""
+    B, T = doc_ids.shape
 
-    def sees(b, h, query, key):
-        return (query >= key) & (ids[b, query] == ids[b, key])
+    def may_attend(b, h, query, key):
+        return (query >= key) & (doc_ids[b, query] == doc_ids[b, key])
 
-    return create_block_mask(sees, B, None, T, T, device=ids.device)
+    return create_block_mask(may_attend, B, None, T, T, device=doc_ids.device)
 
 
-def milliseconds(function, device: str) -> float:
-    """Return how long one call takes."""
+def milliseconds(function: Callable, device: str) -> float:
+    """Return the milliseconds that one call takes."""
     start = time.perf_counter()
     function()
     if device == "cuda":

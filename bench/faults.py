@@ -1,12 +1,12 @@
-"""Kills at random moments, and long runs: what is lost, and what grows.
+"""Kills at random moments: what is lost. Long runs: whether memory and open files grow.
 
-    python -m bench.faults                          # everything: about an hour of two cores
+    python -m bench.faults                          # everything: about an hour on two cores
     python -m bench.faults --kills 20 --training_kills 10 --steps 2000 --gigabytes 0.2
 
 A run is started, killed by SIGKILL at a random moment of its length, and started again by the same
-command. Then its files are compared with those of an undisturbed run. The runs are forks of this
-process, which has everything imported, and call the scripts' main(). Of ten kills while preparing,
-one takes Ray's driver and one a node of two (pip install ray). Linux only.
+command. Then its files are compared with the files of an undisturbed run. The runs are forks of
+this process, which has imported everything, and call main() of the scripts. Of ten kills while
+preparing, one hits Ray's driver and one hits one of two Ray nodes (pip install ray). Linux only.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import torch._dynamo
 
 import prepare_data
 import train_gpt2
-from bench.report import RESULTS, private_mib, table, write
+from bench.report import RESULTS, as_flags, private_mib, table, write
 from bench.tokenize import make_documents
 from common.packages import optional
 from common.script import run
@@ -43,9 +43,12 @@ from training.metrics import read_metrics
 
 TASK_BYTES = pipeline.TASK_BYTES
 SMALL_TASK_BYTES = 100_000, 100_000  # thirty tasks of three megabytes
-IMPORTED = matplotlib.backends.backend_agg, torch._dynamo  # otherwise each fork imports them
-HANGS_AFTER = 120  # seconds, after which a run is taken to hang
-SAMPLE_SECONDS = 0.1  # between two looks at memory and open files
+IMPORTED = (
+    matplotlib.backends.backend_agg,
+    torch._dynamo,
+)  # without this, each fork would import them
+HANGS_AFTER = 120  # seconds after which a run counts as hanging
+SAMPLE_SECONDS = 0.1  # time between two samples of memory and open files
 PREPARE_FLAGS = dict(input="../text.jsonl", corpus="c", tokenizer="bytes")
 TRAIN_FLAGS = dict(
     data_dir="../corpus/data", run_name="mine", resume="auto", n_layer=2, n_head=2, n_embd=32,
@@ -65,13 +68,13 @@ Kill = Callable[[int, random.Random], bool]  # (pid, generator) -> whether somet
 
 @dataclass
 class Settings:
-    kills: int = 200  # while preparing
-    training_kills: int = 100  # while training and saving checkpoints
-    steps: int = 50_000  # of the long training run
-    gigabytes: float = 5.0  # of text of the long preparing run; the disk needs five times as much
-    tokenizer: str = "bytes"  # of the long preparing run
-    seed: int = 0  # of the moments
-    folder: str = ""  # where to work; "": a temporary folder
+    kills: int = 200  # kills while preparing
+    training_kills: int = 100  # kills while training and saving checkpoints
+    steps: int = 50_000  # steps of the long training run
+    gigabytes: float = 5.0  # text of the long preparing run; the disk needs five times as much
+    tokenizer: str = "bytes"  # tokenizer of the long preparing run
+    seed: int = 0  # seed of the moments of the kills
+    folder: str = ""  # folder for the files of the runs; "": a temporary folder
     results: str = RESULTS  # Markdown file to write into; "": none
 
 
@@ -90,7 +93,7 @@ def main() -> None:
 
 
 def make_training_corpus() -> None:
-    """Prepare corpus/data/c to train on. It is small, because a validation is a full pass."""
+    """Prepare corpus/data/c, on which the runs train: small, since a validation reads all of it."""
     make_documents(Path("little.jsonl"), 0.05, "")
     wait(start(prepare_data, Path("corpus"), PREPARE_FLAGS | dict(input="../little.jsonl")))
 
@@ -99,7 +102,7 @@ def make_training_corpus() -> None:
 
 
 def kill_runs(settings: Settings) -> Iterator[tuple]:
-    """Yield the rows of KILLS_HEAD."""
+    """Yield the rows of the table of kills."""
     generator = random.Random(settings.seed)
     tenth = settings.kills // 10
     make_documents(Path("text.jsonl"), 3, "")
@@ -114,12 +117,12 @@ def kill_runs(settings: Settings) -> Iterator[tuple]:
     )
     if tenth:
         yield from kill_under_ray(tenth, generator)
-    flags = TRAIN_FLAGS | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # one per step
+    flags = TRAIN_FLAGS | dict(max_steps=20, eval_every=10, checkpoint_minutes=0)  # saves each step
     yield count_kills("training", settings.training_kills, train_gpt2, flags, kill_all, generator)
 
 
 def kill_under_ray(num_kills: int, generator: random.Random) -> Iterator[tuple]:
-    """Yield the rows of preparing on a Ray cluster of two nodes."""
+    """Yield the rows of the table of kills for preparing on a Ray cluster of two nodes."""
     connection, child_connection = multiprocessing.Pipe()
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=run_ray_nodes, args=(child_connection,))
@@ -140,10 +143,10 @@ def kill_under_ray(num_kills: int, generator: random.Random) -> Iterator[tuple]:
 
 
 def run_ray_nodes(connection) -> None:
-    """Run two Ray nodes in a process of their own: what talks to Ray cannot be forked.
+    """Run two Ray nodes in a separate process, since a process that uses Ray cannot be forked.
 
-    Sends the address of the cluster. Then, for each True that it receives, it kills a node, starts
-    another, and sends True. False ends it.
+    The function sends the address of the cluster. For each True that it receives, it kills a node,
+    starts another node, and sends True. False ends the function.
     """
     cluster = optional("ray.cluster_utils", "killing under Ray").Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1}
@@ -165,18 +168,18 @@ def count_kills(
     kill: Kill,
     generator: random.Random,
 ) -> tuple:
-    """Kill a script again and again, restart it, and compare its files.
+    """Kill a script many times, restart it after each kill, and compare its files.
 
     Args:
         description: First cell of the row.
-        num_kills: How often.
-        script: prepare_data or train_gpt2.
-        flags: Of the script.
-        kill: Kills the run or a part of it.
-        generator: Draws the moments.
+        num_kills: Number of kills.
+        script: The module prepare_data or train_gpt2.
+        flags: Flags of the script.
+        kill: Function that kills the run or one of its processes.
+        generator: Random generator that draws the moments.
 
     Returns:
-        A row of KILLS_HEAD.
+        A row of the table of kills.
 
     Raises:
         ValueError: The undisturbed run fails.
@@ -205,7 +208,7 @@ def count_kills(
             found = read_result(folder)
             counts["identical"] += {name: found.get(name) for name in expected} == expected
             counts["left over"] += len(found.keys() - expected.keys())
-        else:  # too late, or so early that it has no workers
+        else:  # the run has ended, or has no workers yet
             kill_all(pid, generator)
             wait(pid)
         shutil.rmtree(folder)
@@ -221,10 +224,10 @@ def prepared_files(folder: Path) -> dict[str, bytes]:
 
 
 def trained_files(folder: Path) -> dict[str, Any]:
-    """Return name -> content of the files of a run.
+    """Return name -> content of the files of a run, without the content that may differ.
 
-    Without speeds, the run's name, samples and pictures, which differ, and without the content of
-    previous.pt: after a kill during the last save it is of an earlier checkpoint.
+    Speeds, the name of the run, samples and pictures differ between runs. The content of
+    previous.pt differs after a kill during the last save: it is an earlier checkpoint.
     """
     files: dict[str, Any] = {}
     for path in (folder / "out").rglob("*"):
@@ -240,18 +243,18 @@ def trained_files(folder: Path) -> dict[str, Any]:
 
 
 def without_tensors(value: Any) -> Any:
-    """Return a value with bytes in place of tensors, so that == compares it."""
+    """Return a value with bytes in place of tensors, so that == can compare two values."""
     if isinstance(value, dict):
-        return {name: without_tensors(part) for name, part in value.items()}
+        return {name: without_tensors(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_tensors(part) for part in value]
+        return [without_tensors(item) for item in value]
     if isinstance(value, torch.Tensor):
         return value.numpy().tobytes()
     return value
 
 
 def is_complete(folder: Path, expected: dict) -> bool:
-    """Return whether every corpus and checkpoint that can be read after a kill is complete."""
+    """Return whether every readable corpus and checkpoint is complete after a kill."""
     files = prepared_files(folder)
     if "data/c/metadata.json" in files:
         return expected.items() <= files.items()
@@ -277,8 +280,7 @@ def start(script: ModuleType, folder: Path, flags: dict) -> int:
         for stream in (1, 2):
             log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, stream)
-        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        sys.argv = [f"{script.__name__}.py", *arguments]
+        sys.argv = [f"{script.__name__}.py", *as_flags(flags)]
         run(script.main)
     except SystemExit as stop:
         code = stop.code or 0
@@ -309,7 +311,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill_all(pid: int, generator: random.Random) -> bool:
-    """Kill the process group of `pid`; return False if it has none (yet, or any more)."""
+    """Kill the process group of `pid`; return False if it does not exist yet or has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
         return True
@@ -319,7 +321,7 @@ def kill_all(pid: int, generator: random.Random) -> bool:
 
 
 def kill_worker(pid: int, generator: random.Random) -> bool:
-    """Kill one of the children of `pid`; return False if it has none."""
+    """Kill one of the children of `pid`; return False if there are no children."""
     with contextlib.suppress(IndexError, ProcessLookupError):
         os.kill(generator.choice(children(pid)), signal.SIGKILL)
         return True
@@ -330,13 +332,13 @@ def kill_worker(pid: int, generator: random.Random) -> bool:
 
 
 def long_runs(settings: Settings) -> Iterator[tuple]:
-    """Yield the rows of LONG_HEAD."""
-    block = Path("block.jsonl")
+    """Yield the rows of the table of long runs."""
+    sample = Path("sample.jsonl")
     text = Path("long.jsonl")
-    make_documents(block, min(20, 1000 * settings.gigabytes), "")
+    make_documents(sample, min(20, 1000 * settings.gigabytes), "")
     with open(text, "wb") as f:
-        for _ in range(round(settings.gigabytes * 1e9 / block.stat().st_size)):
-            f.write(block.read_bytes())
+        for _ in range(round(settings.gigabytes * 1e9 / sample.stat().st_size)):
+            f.write(sample.read_bytes())
     pipeline.TASK_BYTES = TASK_BYTES
     flags = PREPARE_FLAGS | dict(
         input="../long.jsonl", tokenizer=settings.tokenizer, workers=2
@@ -354,7 +356,7 @@ def watch(description: str, script: ModuleType, flags: dict) -> tuple:
     """Run a script and sample the memory and the open files of its processes.
 
     Returns:
-        A row of LONG_HEAD.
+        A row of the table of long runs.
 
     Raises:
         ValueError: The run fails.
@@ -379,7 +381,7 @@ def watch(description: str, script: ModuleType, flags: dict) -> tuple:
 
 
 def open_files(pid: int) -> int:
-    """Return the number of open files of a process; 0 if it has ended."""
+    """Return the number of open files of a process; 0 if the process has ended."""
     with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/fd"))
     return 0

@@ -1,11 +1,11 @@
-"""Fuzzing guided by coverage (atheris), of the code that reads other people's bytes.
+"""Fuzzing guided by coverage (atheris), for the code that reads other people's files.
 
 python -m bench.fuzz jsonl 120        # .jsonl files, for 120 seconds, compared with json.loads
 python -m bench.fuzz metadata 120     # metadata.json and .yaml of prepared and described folders
 
-Needs Linux and pip install atheris. Ends at the first fault, with a traceback and the bytes. The
-last lines say how many inputs were run (stat::number_of_executed_units) and how many edges of the
-code they reached (cov).
+Needs Linux and pip install atheris. The run ends at the first fault, with a traceback and the
+input. The last lines give the number of inputs (stat::number_of_executed_units) and the number of
+edges of the code that they reached (cov).
 """
 
 import json
@@ -31,8 +31,8 @@ with atheris.instrument_imports(include=["common", "corpus", "json", "yaml"]):
 
 MEMORY = "/dev/shm"  # a folder in memory, if the machine has it
 FOLDER = Path(tempfile.mkdtemp(dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
-SMALL_BLOCK = 64  # bytes read at once: then short lines are longer than a block
-SEEDS = {  # target -> inputs to begin with; metadata: j or y, for .json or .yaml, comes first
+SMALL_BLOCK = 64  # bytes read at once, fewer than a short line has
+SEEDS = {  # target -> first inputs; the inputs of metadata begin with j (.json) or y (.yaml)
     "jsonl": ['{"text": "a\\ud83d\\n"}\r\n\n', '\ufeff{"text": 1, "text": "b", "n": [NaN, {}]}'],
     "metadata": [
         'j{"name": "n", "data_content": "text", "corpuses": ["a"], "dataset_path": "."}',
@@ -46,7 +46,7 @@ SEEDS = {  # target -> inputs to begin with; metadata: j or y, for .json or .yam
 
 
 def fuzz_jsonl(data: bytes) -> None:
-    """Compare what the reader makes of a .jsonl with what json.loads makes of its lines."""
+    """Compare the texts that the reader finds in a .jsonl with those that json.loads finds."""
     path = FOLDER / "a.jsonl"
     path.write_bytes(data)
     source = Source(str(path), "jsonl")
@@ -68,7 +68,7 @@ def text_of_line(line: bytes) -> str | None:
 
 
 def fuzz_metadata(data: bytes) -> None:
-    """Read metadata of both kinds: an error must name the folder."""
+    """Check that an error of reading metadata.json or metadata.yaml names the folder."""
     name = "metadata.yaml" if data[:1] == b"y" else "metadata.json"
     (FOLDER / name).write_bytes(data[1:])
     for read in read_metadata, read_description:

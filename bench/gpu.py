@@ -1,11 +1,12 @@
-"""Training on one GPU: tokens/s, MFU and memory of gpt2 (124M), and TinyShakespeare to its best.
+"""Training on one GPU: tokens/s, MFU and memory of gpt2 (124M); the best loss on TinyShakespeare.
 
     python -m bench.gpu --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT
 
-Whole processes in turns, as in bench/train.py: train_gpt2.py with its own choices beside nanoGPT's
-train.py (bfloat16, compiled), on the same tokens, at micro-batches of 8 to 64. The card's matmul
-peak is measured in the same run. Memory is all that is in use on the card, sampled ten times a
-second. Then train_gpt2.py --size small on the text by bytes, to its best validation.
+As in bench/train.py, whole processes run in turns: train_gpt2.py with its default device settings,
+and nanoGPT's train.py (bfloat16, compiled), on the same tokens, with micro-batches of 8 to 64. The
+peak of matrix products on the GPU is measured in the same run. Memory is all memory in use on the
+GPU, sampled ten times per second. Then train_gpt2.py --size small trains on the text, by bytes,
+until its validation loss no longer improves.
 """
 
 import functools
@@ -22,12 +23,23 @@ from typing import Literal
 import torch
 
 from bench import train
-from bench.report import RESULTS, ROOT, bars, contest, contest_table, table, whole_process, write
+from bench.report import (
+    RESULTS,
+    ROOT,
+    as_flags,
+    bars,
+    check_text,
+    contest,
+    contest_table,
+    table,
+    whole_process,
+    write,
+)
 from common.script import run
 from common.settings import parse_settings
 from training.device import peak_flops
 
-NANOGPT_LOSS = 1.4697  # its README's best validation loss on TinyShakespeare by characters
+NANOGPT_LOSS = 1.4697  # best validation loss on TinyShakespeare by characters in nanoGPT's README
 SHAPES = tuple(f"12/12/768/{batch}/1024/gpt2/40" for batch in (8, 16, 32, 64))
 TOY_SHAPES = ("2/2/16/4/16/bytes/8",)
 TOY_FLAGS = dict(
@@ -42,8 +54,8 @@ TOY_MATMUL_SIZE = 64
 class Settings:
     text: str = ""  # file to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
-    rounds: int = 3  # of each contestant, in turn
-    device: Literal["cuda", "cpu"] = "cuda"  # cpu: only with --toy
+    rounds: int = 3  # measurements of each contestant, in turns
+    device: Literal["cuda", "cpu"] = "cuda"  # device that trains; cpu needs --toy
     toy: bool = False  # a tiny model and one round, to test this script
     results: str = RESULTS  # Markdown file to write into; "": none
 
@@ -54,17 +66,16 @@ def main() -> int:
         raise ValueError("--device cpu needs --toy: the figures of this script are a GPU's")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no NVIDIA GPU on this machine: nothing was measured")
-    if not settings.text:
-        raise ValueError("--text is missing: name a text file, say data/tinyshakespeare/input.txt")
+    check_text(settings.text)
     device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
     has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     size = TOY_MATMUL_SIZE if settings.toy else MATMUL_SIZE
     matmul = measure_matmul(device, dtype, size)
-    torch.cuda.empty_cache()  # the card belongs to the processes that follow
+    torch.cuda.empty_cache()  # free the GPU's memory for the processes that follow
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        groups, shares = contest_shapes(settings, device, dtype, matmul, folder)
+        contests, shares = contest_shapes(settings, device, dtype, matmul, folder)
         learning = measure_learning(settings, folder)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "No GPU"
     peak = peak_flops(device, dtype)
@@ -73,18 +84,20 @@ def main() -> int:
         [
             f"{card}. Matrix products of {size} x {size} in {dtype} reached "
             f"{matmul / 1e12:.3g} TFLOP/s; the data sheet's peak is "
-            + (f"{peak / 1e12:.3g}." if peak else "not known.")
+            + (f"{peak / 1e12:.3g}." if peak else "unknown.")
             + " Layers/heads/channels, sequences x tokens. MiB is all that was in use on the card."
             + left_out,
-            contest_table("model, micro-batch", "tokens/s", groups),
+            contest_table("model, micro-batch", "tokens/s", contests),
             "Training FLOPs per second as a share of that peak (MFU), and of the matrix products:",
             table(["model, micro-batch", "", "MFU, %", "of measured matmul, %"], shares),
             "TinyShakespeare by bytes, `train_gpt2.py --size small`:",
             table(["", "best validation, nats per byte", "step", "s to it", "s in all"], learning),
         ]
     )
-    title = "One GPU, toy size" if settings.toy else "One GPU"  # toys replace no figures
-    write(settings.results, title, text, bars("tokens/s", groups))
+    title = (
+        "One GPU, toy size" if settings.toy else "One GPU"
+    )  # a test at toy size replaces no figures
+    write(settings.results, title, text, bars("tokens/s", contests))
     return 0
 
 
@@ -92,38 +105,43 @@ def contest_shapes(settings, device, dtype, matmul: float, folder: Path) -> tupl
     """Measure every shape.
 
     Returns:
-        (groups of rows of contest(), rows of shares of the peaks).
+        (name of a shape -> rows of its contest, rows of the table of shares of the peaks).
     """
     texts = TOY_SHAPES if settings.toy else SHAPES
     shapes = [train.parse_shape(text) for text in texts]
     train.prepare(folder, settings, {shape.tokenizer for shape in shapes} | {"bytes"})
     peak = peak_flops(device, dtype)
-    groups, shares = {}, []
+    contests = {}
+    shares = []
     for shape in shapes:
-        runs = {"ours": train.ours, "ours, AdamW": functools.partial(train.ours, optimizer="adamw")}
+        functions = {
+            "ours": train.ours,
+            "ours, AdamW": functools.partial(train.ours, optimizer="adamw"),
+        }
         if settings.nanogpt:
             train.same_loss(settings, shape)
             compiled = settings.device == "cuda"
-            runs["nanoGPT"] = functools.partial(train.nanogpt, compiled=compiled)
+            functions["nanoGPT"] = functools.partial(train.nanogpt, compiled=compiled)
         measures = {
             name: functools.partial(with_card_memory, device, measure, settings, folder, shape)
-            for name, measure in runs.items()
+            for name, measure in functions.items()
         }
         rows = contest(measures, 1 if settings.toy else settings.rounds, warm=0)
-        groups[str(shape)] = rows
+        contests[str(shape)] = rows
         flops_per_token = shape.model().flops_per_token(shape.window)
         for name, speed, *_ in rows:
             flops = speed * flops_per_token
-            mfu = 100 * flops / peak if peak else "not known"
+            mfu = 100 * flops / peak if peak else "unknown"
             shares.append((str(shape), name, mfu, 100 * flops / matmul))
-    return groups, shares
+    return contests, shares
 
 
 def with_card_memory(device: torch.device, measure, *args) -> tuple[float, float]:
-    """Run measure(*args), which returns (speed, MiB); on a GPU, MiB becomes the card's peak."""
+    """Return measure(*args), that is (speed, MiB), on a GPU with the peak of the GPU's memory."""
     if device.type != "cuda":
         return measure(*args)
-    peak, done = 0, threading.Event()
+    peak = 0
+    done = threading.Event()
 
     def sample() -> None:
         nonlocal peak
@@ -142,14 +160,13 @@ def with_card_memory(device: torch.device, measure, *args) -> tuple[float, float
 
 
 def measure_learning(settings, folder: Path) -> list[tuple]:
-    """Train `small` to its end; return the rows of the table."""
+    """Run train_gpt2.py --size small to its end and return the rows of the table of losses."""
     flags = {"corpus": "bytes", "run_name": "learn", "device": settings.device, "log_every": 10}
     if settings.toy:
         flags |= TOY_FLAGS
     else:
         flags |= {"size": "small", "patience": 5}
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    command = [sys.executable, ROOT / "train_gpt2.py", *arguments]
+    command = [sys.executable, ROOT / "train_gpt2.py", *as_flags(flags)]
     began = time.time()
     seconds, _, _ = whole_process(command, cwd=folder)
     lines = (folder / "out" / "learn" / "metrics.jsonl").read_text().splitlines()
@@ -163,7 +180,7 @@ def measure_learning(settings, folder: Path) -> list[tuple]:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = MATMUL_SIZE) -> float:
-    """Return the FLOP/s of square matrix products, the best of five times ten."""
+    """Return the FLOP/s of square matrix products, the best of five rounds of ten products."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
 

@@ -1,13 +1,13 @@
-"""What is learned in how many seconds: ours beside nanoGPT, and the settings tried (RECIPES.md).
+"""The loss reached in a number of seconds: ours beside nanoGPT; settings compared (RECIPES.md).
 
     python -m bench.learn --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT
     python -m bench.learn --text data/tinyshakespeare/input.txt --recipes
 
-The first command runs nanoGPT's train.py with the flags of its README on our bytes, then
-train_gpt2.py for the steps that fit a share of nanoGPT's seconds, three seeds each. The seconds are
-those of whole processes; every model is judged by one full pass over the validation text. The
-second command runs train_gpt2.py with other settings: all with the first seed, the best three with
-the other seeds, too.
+The first command runs nanoGPT's train.py on our bytes, with the flags of nanoGPT's README. Then it
+runs train_gpt2.py for the number of steps that fits a share of nanoGPT's seconds, with three seeds.
+The seconds are those of whole processes. Every loss is that of one full pass over the validation
+text. The second command runs train_gpt2.py with other settings: all of them with the first seed,
+and the best three with the other seeds, too.
 """
 
 import json
@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 
 RECIPES = "bench/RECIPES.md"
 TITLES = {"bytes": "Byte by byte", "gpt2": "GPT-2's vocabulary"}
-NANOGPT_FLAGS = {  # of its README, by device
+NANOGPT_FLAGS = {  # device -> flags that nanoGPT's README gives
     "cpu": "--compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0",
     "cuda": "",
@@ -71,7 +71,7 @@ RACES = {
         Race("124M, documents in one", "gpt2-apart", 1, "", f"{LARGE} false"),
     ],
 }  # fmt: skip
-TRIED = {  # flags of train_gpt2.py, by tokenizer
+TRIED = {  # tokenizer -> flags of train_gpt2.py
     "bytes": ["--batch_size 8", "--batch_size 12", "--batch_size 16", "--batch_size 32",
               "--batch_size 8 --sequence_length 128", "--batch_size 12 --learning_rate 0.02",
               "--batch_size 12 --n_embd 192", "--batch_size 12 --optimizer adamw"],
@@ -87,20 +87,20 @@ class Settings:
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     recipes: bool = False  # write RECIPES.md instead; takes over an hour on two cores
     vocabularies: tuple[str, ...] = tuple(TRIED)  # tokenizers of the recipes
-    seeds: int = 3  # runs of each
-    seconds: float = 60.0  # that nanoGPT is taken to need if it is left out
-    flags: str = ""  # of train_gpt2.py, for all runs of ours: --flags="--train_flops 1e12"
-    device: Literal["cpu", "cuda"] = "cpu"  # where to train
+    seeds: int = 3  # runs with each setting
+    seconds: float = 60.0  # seconds of nanoGPT's run, if nanoGPT is left out
+    flags: str = ""  # flags for all runs of train_gpt2.py: --flags="--train_flops 1e12"
+    device: Literal["cpu", "cuda"] = "cpu"  # device that trains
     results: str = ""  # Markdown file to write into; "": RESULTS.md, or RECIPES.md
 
 
 class Run(NamedTuple):
-    """What a run of train_gpt2.py reached."""
+    """Time and loss of a run of train_gpt2.py."""
 
-    seconds: float  # of the whole process
+    seconds: float  # time of the whole process
     nats: float  # lowest validation loss, nats per token
-    bits: float  # the same, bits per byte
-    step_seconds: float  # of the median step
+    bits: float  # the same loss, bits per byte
+    step_seconds: float  # time of the median step
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def run_races(settings: Settings, folder: Path, races: list[Race]) -> None:
 
 
 def steps_that_fit(settings: Settings, folder: Path, race: Race, seconds: float) -> int:
-    """Return how many steps a run of that many seconds has, from a short run."""
+    """Return the number of steps of a run of `seconds` seconds, estimated from a short run."""
     flags = f"{race.flags} --max_steps {SHORT_STEPS} --eval_every {SHORT_STEPS}"
     short = ours(settings, folder, 0, flags, race.corpus)
     overhead = max(0, short.seconds - SHORT_STEPS * short.step_seconds)
@@ -156,7 +156,7 @@ def steps_that_fit(settings: Settings, folder: Path, race: Race, seconds: float)
 
 
 def nanogpt(settings: Settings, folder: Path) -> tuple[float, float]:
-    """Run nanoGPT's train.py; return (seconds, nats per token of the validation split)."""
+    """Run nanoGPT's train.py and return (seconds, validation loss in nats per token)."""
     flags = f"--dataset=bytes --out_dir=peer --device={settings.device}"
     config_file = Path(settings.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
     command = [sys.executable, "train.py", config_file, *flags.split()]
@@ -169,7 +169,7 @@ def nanogpt(settings: Settings, folder: Path) -> tuple[float, float]:
     model = GPT(GPTConfig(n_positions=saved["model_args"]["block_size"], **sizes))
     weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    # its model has no biases, and ours start as zeros
+    # nanoGPT's model has no biases; in ours, they start as zeros.
     if unexpected != ["lm_head.weight"] or not all(name.endswith(".bias") for name in missing):
         raise AssertionError(f"nanoGPT's model has other weights: {missing}, {unexpected}")
     loss = full_pass(model.eval(), np.fromfile(folder / "data/bytes/val.bin", "<u2"))
@@ -178,18 +178,18 @@ def nanogpt(settings: Settings, folder: Path) -> tuple[float, float]:
 
 @torch.no_grad()
 def full_pass(model: GPT, tokens: np.ndarray) -> float:
-    """Return nats per token of all tokens but the first, in blocks of the model's positions."""
+    """Return the mean loss of all tokens but the first, in nats, over windows without overlap."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     T = model.config.n_positions
     nats = 0.0
     for start in range(0, len(ids) - 1, T):
-        block = ids[start : start + T + 1]
-        nats += model(block[None, :-1], block[None, 1:], reduction="sum")[1].item()
+        window = ids[start : start + T + 1]
+        nats += model(window[None, :-1], window[None, 1:], reduction="sum")[1].item()
     return nats / (len(ids) - 1)
 
 
 def ours(settings: Settings, folder: Path, seed: int, flags: str, corpus: str) -> Run:
-    """Run train_gpt2.py."""
+    """Run train_gpt2.py and return its time and loss."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, ROOT / "train_gpt2.py", "--out_dir", out, "--corpus", corpus]
         command += ["--seed", seed, "--device", settings.device]
@@ -210,7 +210,7 @@ def ours(settings: Settings, folder: Path, seed: int, flags: str, corpus: str) -
 
 
 def try_recipes(settings: Settings, folder: Path) -> None:
-    """Write RECIPES.md, again after each run."""
+    """Run train_gpt2.py with the settings to compare, and write RECIPES.md after each run."""
     for tokenizer in settings.vocabularies:
         runs: dict[str, list[Run]] = {flags: [] for flags in TRIED[tokenizer]}
         chosen = list(runs)

@@ -2,9 +2,9 @@
 
     python -m bench.loader --nanogpt ../nanoGPT --tatm ../tatm
 
-Each contestant gives batches for one second per round, in turns, in its own process. First it is
-checked that it gives the same tokens as ours. A contestant without its checkout (nanoGPT, tatm) or
-package is left out. Needs bench/requirements.txt.
+The contestants load batches in turns, each in its own process, for one second per round. A check
+comes first: the contestant must give the same tokens as ours. A contestant is left out if its
+checkout (nanoGPT, tatm) or its package is missing. Needs bench/requirements.txt.
 """
 
 import ast
@@ -61,10 +61,10 @@ class Contestant:
     """A loader.
 
     Attributes:
-        create: (folder of the corpus, checkout) -> a function that returns a batch. It checks
-            first that the tokens are those of ours.
-        needs: A package, or the setting that names a checkout.
-        target: The speedup that ours should reach over it.
+        create: Function (folder of the corpus, checkout) -> a function that returns a batch.
+            `create` checks that the tokens are those of ours.
+        needs: Package, or setting that names a checkout.
+        target: Speedup that ours should reach over this contestant.
     """
 
     create: Callable[[Path, str], Callable]
@@ -74,12 +74,12 @@ class Contestant:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    groups = {}
+    contests = {}
     left_out = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_split(folder, settings.tokens)
-        for group, contestants in GROUPS.items():
+        for contest_name, contestants in CONTESTS.items():
             measures = {}
             targets = {}
             for contestant_name, contestant in contestants.items():
@@ -91,26 +91,26 @@ def main() -> None:
                 measures[contestant_name] = functools.partial(
                     measure, contestant.create, folder, checkout, settings.seconds
                 )
-            groups[group] = contest(measures, settings.rounds, targets)
+            contests[contest_name] = contest(measures, settings.rounds, targets)
     text = (
         f"Batches of {B} x {T} from a split of {settings.tokens:,} tokens in the page cache, each "
         "contestant in its own process. All gave the same tokens as ours (transformers' collator "
-        "pads whole documents: the last group shows ours on the same task). MiB: memory without "
+        "pads whole documents: the last rows show ours on the same task). MiB: memory without "
         "the page cache, Python and torch included."
         + "".join(f" Left out: {contestant_name}." for contestant_name in left_out)
         + "\n\n"
-        + contest_table("what", "million tokens/s", groups)
+        + contest_table("form of batch", "million tokens/s", contests)
     )
-    write(settings.results, "Batches", text, bars("million tokens/s", groups))
+    write(settings.results, "Batches", text, bars("million tokens/s", contests))
 
 
 def make_split(folder: Path, num_tokens: int, sparse: bool = False) -> None:
     """Write a prepared corpus of random documents of 20 to 500 tokens.
 
     Args:
-        folder: Its folder.
-        num_tokens: Size of train.
-        sparse: Write zeros, which take no room on the disk.
+        folder: Folder of the corpus.
+        num_tokens: Tokens of train.
+        sparse: Whether to write zeros, which take no room on the disk.
     """
     splits = {}
     for name, n in (("train", num_tokens), ("val", VAL_TOKENS)):
@@ -141,25 +141,29 @@ def make_split(folder: Path, num_tokens: int, sparse: bool = False) -> None:
 
 
 def repeat(loader):
-    """Yield the batches of one pass after another, without end."""
+    """Yield the batches of a loader, pass after pass, without end."""
     while True:
         yield from loader
 
 
 def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise AssertionError unless a contestant's tokens are those of ours."""
+    """Check that a contestant's tokens are those of ours.
+
+    Raises:
+        AssertionError: The tokens differ.
+    """
     if not torch.equal(found, expected):
         raise AssertionError("a contestant gives other tokens")
 
 
 def ours(folder, checkout=""):
-    """Our training loader."""
+    """Create our training loader."""
     train_loader, _ = create_dataloaders(folder, T, B)
     return functools.partial(next, repeat(train_loader))
 
 
 def ours_with_ids(folder, checkout):
-    """Our training loader, and the document id of each token."""
+    """Create our training loader, with the document id of each token."""
     next_batch = ours(folder)
 
     def with_ids():
@@ -170,7 +174,7 @@ def ours_with_ids(folder, checkout):
 
 
 def ours_padded(folder, checkout):
-    """Our documents, padded to the longest of a batch."""
+    """Create a loader of our documents, padded to the longest of a batch."""
     data = DocumentDataset(folder / "train", max_length=T)
     order = ShuffledBatches(len(data), B)
     loader = DataLoader(data, batch_sampler=order, collate_fn=pad_documents)
@@ -178,7 +182,7 @@ def ours_padded(folder, checkout):
 
 
 def nanogpt(folder, checkout):
-    """The function get_batch of its train.py, without the rest of the script."""
+    """Return the function get_batch of nanoGPT's train.py, without the rest of the script."""
     tree = ast.parse((Path(checkout) / "train.py").read_text())
     tree.body = [node for node in tree.body if getattr(node, "name", "") == "get_batch"]
     scope = dict(
@@ -198,12 +202,12 @@ def nanogpt(folder, checkout):
 
 
 def tatm(folder, checkout):
-    """Its memory-mapped dataset; items and document ids are stacked to a batch."""
-    source = Path(checkout) / "src" / "tatm"
-    # its __init__ files import what only its catalogue needs: stand-ins take their places
+    """Create batches from tatm's memory-mapped dataset: its items and document ids, stacked."""
+    package = Path(checkout) / "src" / "tatm"
+    # Empty modules replace tatm's __init__ files, which import packages of its catalog.
     for name in ("", ".data", ".data.metadata_store"):
         module = sys.modules["tatm" + name] = types.ModuleType("tatm" + name)
-        module.__path__ = [str(source.joinpath(*name.split(".")[1:2]))]
+        module.__path__ = [str(package.joinpath(*name.split(".")[1:2]))]
     from tatm.data.datasets import TatmMemmapDataset
 
     data = TatmMemmapDataset(str(folder / "train"), T, eos_token=EOT)
@@ -213,18 +217,18 @@ def tatm(folder, checkout):
         if indices is None:
             indices = rng.integers(len(data) - 1, size=B)
         items = [data[i] for i in indices]
-        ids = torch.stack([item.document_ids for item in items])
-        return torch.stack([item.token_ids for item in items]), ids
+        doc_ids = torch.stack([item.document_ids for item in items])
+        return torch.stack([item.token_ids for item in items]), doc_ids
 
-    x, ids = next_batch(range(B))
-    expected = first_blocks(folder)
+    x, doc_ids = next_batch(range(B))
+    expected = first_windows(folder)
     check_same(x, expected)
-    check_same(ids, document_ids(expected, EOT))
+    check_same(doc_ids, document_ids(expected, EOT))
     return next_batch
 
 
 def transformers(folder, checkout):
-    """DataCollatorForLanguageModeling, padding the same documents."""
+    """Create a loader of the same documents, padded by DataCollatorForLanguageModeling."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
@@ -242,32 +246,33 @@ def transformers(folder, checkout):
     return functools.partial(next, repeat(loader))
 
 
-def huggingface_blocks(folder, checkout):
-    """Blocks of T tokens from `datasets`, memory-mapped, as torch tensors."""
+def huggingface(folder, checkout):
+    """Create a loader of windows from `datasets`: memory-mapped, without overlap."""
     import datasets
 
     datasets.disable_progress_bars()
     ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int64)
-    blocks = ids[: len(ids) // T * T].reshape(-1, T)
-    if not (folder / "blocks").exists():
-        datasets.Dataset.from_dict({"input_ids": blocks}).save_to_disk(folder / "blocks")
-    data = datasets.load_from_disk(folder / "blocks").with_format("torch")
-    check_same(data[:B]["input_ids"], first_blocks(folder))
+    windows = ids[: len(ids) // T * T].reshape(-1, T)
+    if not (folder / "huggingface").exists():
+        datasets.Dataset.from_dict({"input_ids": windows}).save_to_disk(folder / "huggingface")
+    data = datasets.load_from_disk(folder / "huggingface").with_format("torch")
+    check_same(data[:B]["input_ids"], first_windows(folder))
     loader = DataLoader(data, B, shuffle=True)
     return functools.partial(next, ([batch["input_ids"]] for batch in repeat(loader)))
 
 
 def litdata(folder, checkout):
-    """Blocks of T tokens from its StreamingDataset, which shuffles them."""
+    """Create a loader of windows from litdata's StreamingDataset, shuffled, without overlap."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     ids = np.fromfile(folder / "train.bin", "<u2").astype(np.int32)
-    parts = [torch.from_numpy(part) for part in np.array_split(ids[: len(ids) // T * T], 16)]
+    arrays = np.array_split(ids[: len(ids) // T * T], 16)
+    inputs = [torch.from_numpy(array) for array in arrays]
     output = io.StringIO()
     if not (folder / "litdata").exists():
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             optimize(
-                fn=_yield_tokens, inputs=parts, output_dir=str(folder / "litdata"), num_workers=1,
+                fn=_yield_tokens, inputs=inputs, output_dir=str(folder / "litdata"), num_workers=1,
                 chunk_size=T * 4096, item_loader=TokensLoader(), start_method="fork",
             )  # fmt: skip
 
@@ -275,18 +280,19 @@ def litdata(folder, checkout):
         item_loader = TokensLoader(block_size=T)
         return StreamingDataset(str(folder / "litdata"), item_loader=item_loader, shuffle=shuffle)
 
-    blocks = torch.stack([block for block, _ in zip(create_dataset(False), range(B))])
-    check_same(blocks.long(), first_blocks(folder))
+    windows = torch.stack([window for window, _ in zip(create_dataset(False), range(B))])
+    check_same(windows.long(), first_windows(folder))
     loader = StreamingDataLoader(create_dataset(True), batch_size=B)
     return functools.partial(next, ([batch.long()] for batch in repeat(loader)))
 
 
 def _yield_tokens(tokens):
+    """Yield the tokens of one input, for litdata's optimize()."""
     yield tokens
 
 
 def stateful(folder, checkout):
-    """Ours, through torchdata's StatefulDataLoader."""
+    """Create torchdata's StatefulDataLoader of our dataset."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     data = TextDataset(folder / "train", T)
@@ -295,18 +301,18 @@ def stateful(folder, checkout):
     return functools.partial(next, repeat(loader))
 
 
-def first_blocks(folder) -> torch.Tensor:
-    """Return the first B blocks of the split, (B, T)."""
+def first_windows(folder) -> torch.Tensor:
+    """Return the first B windows of the split, without overlap, (B, T)."""
     return TextDataset(folder / "train", T, stride=T)[range(B)][0]
 
 
-GROUPS = {  # what is compared -> contestants, ours first
+CONTESTS = {  # form of batch -> contestants, ours first
     "windows": {
         "ours": Contestant(ours),
         "ours, in torchdata's StatefulDataLoader": Contestant(stateful, "torchdata"),
         "nanoGPT's get_batch": Contestant(nanogpt, "nanogpt", target=15),
         "litdata, blocks": Contestant(litdata, "litdata"),
-        "datasets, blocks": Contestant(huggingface_blocks, "datasets"),
+        "datasets, blocks": Contestant(huggingface, "datasets"),
         "transformers' padding collator": Contestant(transformers, "transformers", target=50),
     },
     "with document ids": {
@@ -324,15 +330,17 @@ def measure(create, folder: Path, checkout: str, seconds: float) -> tuple[float,
     """Measure a contestant in a new process.
 
     Returns:
-        (million tokens per second, of x or of rows without their padding; MiB).
+        (speed, memory in MiB). The speed is in million tokens of x per second; padding does not
+        count.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(_measure, create, folder, checkout, seconds).result()
 
 
-def _measure(create, folder, checkout, seconds):
+def _measure(create, folder: Path, checkout: str, seconds: float) -> tuple[float, float]:
+    """Measure a contestant in this process."""
     next_batch = create(folder, checkout)
-    next_batch()  # the first call makes what is made once
+    next_batch()  # the first call is slower: it sets up
     num_tokens = 0
     start = time.perf_counter()
     elapsed = 0.0

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: contestants in turns, tables, pictures, and sections of RESULTS.md.
+"""Helpers of the benchmarks: contests, tables, pictures, and the sections of RESULTS.md.
 
 python -m bench.report       # copies the tables of RESULTS.md into docs/benchmarks.md
 """
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     largest: float
     speedup: float  # the median of the first contestant divided by this one
     target: float | str  # the speedup to reach; "": none
-    mib: float  # peak memory
+    mib: float  # peak memory in MiB
 
 
 def contest(
@@ -51,13 +51,14 @@ def contest(
     targets: Mapping[str, float | str] | None = None,
     warm: int = 1,
 ) -> list[Row]:
-    """Measure contestants in turns, so that other load on the machine falls on all of them.
+    """Measure contestants in turns, so that other load on the machine slows all of them.
 
     Args:
-        contestants: Name -> function that returns (speed, peak memory in MiB). The first is ours.
+        contestants: Name -> function that returns (speed, peak memory in MiB). The first
+            contestant is ours.
         rounds: Measurements of each contestant.
-        targets: Name -> the speedup that ours should reach over this contestant.
-        warm: Rounds before these, which are not counted.
+        targets: Name -> speedup that ours should reach over this contestant.
+        warm: Rounds that come first and are not counted.
 
     Returns:
         One row per contestant.
@@ -83,33 +84,33 @@ def contest(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table. Numbers are shown as format_number shows them."""
+    """Return a Markdown table, with numbers in the form of format_number()."""
     lines = [list(head), ["---"] * len(head)]
     for row in rows:
         lines.append([format_number(cell) for cell in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def contest_table(what: str, unit: str, groups: Mapping[str, Sequence[Row]]) -> str:
+def contest_table(heading: str, unit: str, contests: Mapping[str, Sequence[Row]]) -> str:
     """Return the Markdown table of several contests.
 
     Args:
-        what: Head of the first column, which names the groups.
+        heading: Heading of the first column, which names the contests.
         unit: Unit of the speeds.
-        groups: Name of a group -> its rows, from contest().
+        contests: Name of a contest -> its rows, from contest().
     """
-    head = [what, "", f"{unit}, median (min-max)", "speedup", "target", "MiB"]
+    head = [heading, "", f"{unit}, median (min-max)", "speedup", "target", "MiB"]
     rows = []
-    for group, contestants in groups.items():
-        for row in contestants:
+    for name, contest_rows in contests.items():
+        for row in contest_rows:
             numbers = map(format_number, (row.median, row.smallest, row.largest))
             speed = "{} ({}-{})".format(*numbers)
-            rows.append((group, row.name, speed, row.speedup, row.target, row.mib))
+            rows.append((name, row.name, speed, row.speedup, row.target, row.mib))
     return table(head, rows)
 
 
 def format_number(value: Any) -> str:
-    """Return a number with three digits, or all digits before the point; other values as text.
+    """Return a number with three digits or all digits before the point, another value as text.
 
     Example: 1234567.8 -> "1,234,568", 0.01234 -> "0.0123".
     """
@@ -120,13 +121,13 @@ def format_number(value: Any) -> str:
     return f"{value:.3g}"
 
 
-def bars(unit: str, groups: Mapping[str, Sequence[Row]]) -> Figure:
-    """Return a picture of the medians, one panel per group, with min and max as a line."""
-    num_rows = sum(len(rows) for rows in groups.values())
-    figure = Figure(figsize=(8, 0.9 + 0.42 * num_rows + 0.4 * len(groups)), layout="constrained")
-    ratios = [len(rows) + 1 for rows in groups.values()]
-    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for axes, (group, rows) in zip(panels, groups.items()):
+def bars(unit: str, contests: Mapping[str, Sequence[Row]]) -> Figure:
+    """Return a picture of the medians, one panel per contest, with min and max as a line."""
+    num_rows = sum(len(rows) for rows in contests.values())
+    figure = Figure(figsize=(8, 0.9 + 0.42 * num_rows + 0.4 * len(contests)), layout="constrained")
+    ratios = [len(rows) + 1 for rows in contests.values()]
+    panels = figure.subplots(len(contests), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes, (contest_name, rows) in zip(panels, contests.items()):
         names = [row.name for row in rows]
         medians = [row.median for row in rows]
         below = [row.median - row.smallest for row in rows]
@@ -134,7 +135,7 @@ def bars(unit: str, groups: Mapping[str, Sequence[Row]]) -> Figure:
         colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
         axes.barh(names, medians, xerr=[below, above], color=colours, height=0.6)
         axes.invert_yaxis()
-        axes.set_title(group, fontsize=10, loc="left")
+        axes.set_title(contest_name, fontsize=10, loc="left")
     axes.set_xlabel(unit)
     return figure
 
@@ -166,14 +167,14 @@ def curves(panels: Mapping[str, Mapping], x: str, y: str, log: str = "both") -> 
 def write(path: str | Path, title: str, text: str, figure: Figure | None = None) -> None:
     """Print a section of results and write it into a Markdown file.
 
-    The section takes the place of the one with the same title, or goes to the end. The command,
-    the commit and the machine follow the text.
+    The section replaces the section with the same title, or is added at the end. The command, the
+    commit and the machine follow the text.
 
     Args:
-        path: The Markdown file; "": print only.
+        path: Markdown file; "": print only.
         title: Title of the section.
         text: Markdown text.
-        figure: A picture, which is written to the folder `results` beside the file.
+        figure: Picture, which is written to the folder `results` beside the Markdown file.
     """
     text = f"{text.strip()}\n\n`{command()}`: {machine()}.\n"
     print(f"\n## {title}\n\n{text}", flush=True)
@@ -198,27 +199,39 @@ def write(path: str | Path, title: str, text: str, figure: Figure | None = None)
 
 
 def section_pattern(title: str) -> re.Pattern:
-    """Return the pattern of a section of a Markdown file; group 1 is what follows the title."""
+    """Return the pattern of a section of a Markdown file; group 1 is the text after the title."""
     return re.compile(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", re.M | re.S)
 
 
 def command() -> str:
-    """Return the command that runs this process, as one would type it."""
-    script = sys.modules["__main__"].__spec__  # None within a test
+    """Return the command that runs this process, in the form that one types."""
+    script = sys.modules["__main__"].__spec__  # None in a test
     return " ".join([f"python -m {script.name if script else 'pytest'}", *sys.argv[1:]])
 
 
 def machine() -> str:
-    """Return the day, the commit, processor, memory, GPU and versions, in one line."""
+    """Return the day, the commit, the processor, the GPU and the versions, in one line."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    parts = [str(datetime.date.today()), f"commit {commit or 'unknown'}", _processor(), gpu]
-    return "; ".join([*parts, ", ".join(_versions())])
+    facts = [str(datetime.date.today()), f"commit {commit or 'unknown'}", _processor(), gpu]
+    return "; ".join([*facts, ", ".join(_versions())])
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return values as flags of a command.
+
+    Example: {"corpus": "c", "workers": 2} -> ["--corpus", "c", "--workers", "2"].
+    """
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name}", str(value)]
+    return flags
 
 
 def _processor() -> str:
+    """Return the processor, its widest instructions, cores, threads and memory."""
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     capabilities = torch.cpu.get_capabilities()
@@ -233,6 +246,7 @@ def _processor() -> str:
 
 
 def _versions() -> list[str]:
+    """Return the versions of Python, torch and the packages of the benchmarks."""
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in ("tiktoken", "numpy", *PACKAGES):
         try:
@@ -242,7 +256,7 @@ def _versions() -> list[str]:
     return versions
 
 
-# A process inherits the peak memory of the one that starts it, so a small one starts it.
+# A process inherits the peak memory of its parent, so a small process starts the measured one.
 LAUNCH = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[2:], stdout=sys.stderr, stderr=sys.stderr).returncode
@@ -259,7 +273,7 @@ def whole_process(command: Sequence, **options) -> tuple[float, float, str]:
         options: Arguments of subprocess.run.
 
     Returns:
-        (seconds, peak memory in MiB of its largest process, what it printed).
+        (seconds, peak memory of the largest process in MiB, printed text).
 
     Raises:
         ValueError: The command failed.
@@ -285,7 +299,11 @@ def private_mib(pid: int | str = "self") -> float:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError if --text is missing."""
+    """Check that --text names a file.
+
+    Raises:
+        ValueError: --text is missing.
+    """
     if not text:
         raise ValueError(
             "--text is missing: name the text to train on, for example "
@@ -294,16 +312,16 @@ def check_text(text: str) -> None:
 
 
 def update_page(page: Path = PAGE, results: Path = ROOT / RESULTS) -> None:
-    """Copy the first table of sections of RESULTS.md into a page.
+    """Copy tables of RESULTS.md into a page: the first table of each section that the page names.
 
-    A table stands between `<!-- from bench/RESULTS.md: TITLE -->` and `<!-- end -->`.
+    In the page, a table is between `<!-- from bench/RESULTS.md: TITLE -->` and `<!-- end -->`.
 
     Args:
-        page: The Markdown file to update.
-        results: RESULTS.md.
+        page: Markdown file to update.
+        results: Path of RESULTS.md.
 
     Raises:
-        ValueError: RESULTS.md has no such section, or the section has no table.
+        ValueError: RESULTS.md lacks a section that the page names, or the section has no table.
     """
     text = results.read_text()
 
@@ -315,8 +333,10 @@ def update_page(page: Path = PAGE, results: Path = ROOT / RESULTS) -> None:
             raise ValueError(f"{results} has no section {title!r} with a table, for {page}")
         return match[1] + found[0] + match[3]
 
-    shown = re.compile(r"(<!-- from bench/RESULTS\.md: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    updated = shown.sub(with_table, page.read_text())
+    copied_table = re.compile(
+        r"(<!-- from bench/RESULTS\.md: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+    )
+    updated = copied_table.sub(with_table, page.read_text())
     with atomic_write(page) as f:
         f.write(updated.encode())
 

@@ -1,12 +1,13 @@
-"""How cost grows: tokenizing with the corpus, opening with the split, a step with the model.
+"""How cost grows with size: tokenizing a corpus, opening a split, a training step of a model.
 
     python -m bench.scale --text data/tinyshakespeare/input.txt
 
 - Tokenizing: a .jsonl of short documents to finished shards, whole processes, with one worker, two
   workers, and two workers on Ray.
-- Opening: the first shuffled batch and each batch after it, of a split in a sparse file.
-- A step: forward, backward and optimizer, as a share of the best matrix product of this machine,
-  which is measured in the same run.
+- Opening: the time of the first shuffled batch of a split, and of each later batch. The split is a
+  sparse file.
+- A training step: forward, backward and optimizer, as a share of the peak of matrix products on
+  this machine, which is measured in the same run.
 """
 
 import json
@@ -37,7 +38,7 @@ ENGINES = {  # name -> flags of prepare_data.py
     "2 on Ray": ["--workers", "2", "--engine", "ray"],
 }
 ONCE_FROM = 1000  # megabytes from which tokenizing is measured once
-OPENING_BATCHES = 1000  # batches that are timed, after as many that are not
+OPENING_BATCHES = 1000  # batches that are timed, after as many batches that warm up
 HEAD_CHANNELS = 32  # channels per attention head
 VOCABULARIES = (257, 50257)  # bytes and GPT-2
 
@@ -50,10 +51,10 @@ class Settings:
     channels: tuple[int, ...] = (64, 128, 256, 512)  # widths of the model of 4 layers
     windows: tuple[int, ...] = (64, 256, 1024)  # sequence lengths
     batches: tuple[int, ...] = (1, 4, 16, 64)  # sequences per step
-    tokenizer: str = "gpt2"  # of the documents
-    rounds: int = 3  # measurements of each
+    tokenizer: str = "gpt2"  # tokenizer of the documents
+    rounds: int = 3  # measurements of each size
     seconds: float = 2.0  # least length of each measurement of a step
-    device: Literal["cpu", "cuda"] = "cpu"  # of the training step
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the training step
     results: str = RESULTS  # Markdown file to write into; "": none
 
 
@@ -144,7 +145,7 @@ def open_split(folder: Path) -> None:
 
 
 def measure_steps(settings: Settings) -> None:
-    """Write the section on a training step of 4 layers, with one size changed at a time."""
+    """Write the section on a training step of a model of 4 layers; one size changes at a time."""
     dtype = choose_dtype("auto", choose_device(settings.device).value).value
     peak = matmul_peak(settings, dtype)
     default_sizes = {"channels": 128, "window": 64, "batch": 12}
@@ -182,7 +183,7 @@ def measure_steps(settings: Settings) -> None:
 
 
 def shortest_call(function: Callable, seconds: float, device: str) -> float:
-    """Return the seconds of the fastest of several calls: other processes only ever add to it."""
+    """Return the seconds of the fastest of several calls, which other processes slowed least."""
     function()
     times: list[float] = []
     end = time.perf_counter() + seconds

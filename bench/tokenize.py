@@ -2,9 +2,9 @@
 
     python -m bench.tokenize --text data/tinyshakespeare/input.txt
 
-All read the same documents (27 words in a row of the text, from a seeded place) and must give the
-same ids, with an end-of-text token after each document. Needs GPT-2's vocabulary in
-TIKTOKEN_CACHE_DIR, and bench/requirements.txt.
+All contestants read the same documents, and must give the same ids with an end-of-text token after
+each document. A document is 27 words of the text, from a random position on. Needs GPT-2's
+vocabulary in TIKTOKEN_CACHE_DIR, and bench/requirements.txt.
 """
 
 import functools
@@ -25,14 +25,14 @@ from common.settings import parse_settings
 
 EOT = 50256
 WORDS_PER_DOCUMENT = 27
-BATCH_DOCUMENTS = 10_000  # documents that a peer tokenizes at once
+BATCH_DOCUMENTS = 10_000  # documents that another tool tokenizes at once
 
 
 @dataclass
 class Settings:
     text: str = ""  # file whose words make the documents; "": numbered words
     megabytes: tuple[int, ...] = (20, 200)  # sizes of the .jsonl
-    workers: int = 2  # processes, or threads if a contestant has only those
+    workers: int = 2  # processes, or threads of a contestant that has no processes
     rounds: int = 3  # measurements of each contestant, after one that warms up
     results: str = RESULTS  # Markdown file to write into; "": none
 
@@ -43,28 +43,28 @@ def main() -> None:
         PEERS[name](corpus, out, int(workers))
         return
     settings = parse_settings(Settings, __doc__)
-    groups = {}
+    contests = {}
     for megabytes in settings.megabytes:
         with tempfile.TemporaryDirectory() as folder:
             corpus = Path(folder) / "corpus.jsonl"
             num_documents = make_documents(corpus, megabytes, settings.text)
-            groups[f"{megabytes} MB, {num_documents:,} documents"] = compare(corpus, settings)
+            contests[f"{megabytes} MB, {num_documents:,} documents"] = compare(corpus, settings)
     text = (
         "Documents of about 150 bytes, GPT-2's vocabulary, from a .jsonl to finished shards, whole "
         f"processes; {settings.workers} workers (tiktoken: threads) unless the row says otherwise. "
         "All gave the same ids. MiB: the largest process at its peak.\n\n"
-        + contest_table("corpus", "MB/s", groups)
+        + contest_table("corpus", "MB/s", contests)
     )
-    write(settings.results, "Tokenizing", text, bars("MB/s", groups))
+    write(settings.results, "Tokenizing", text, bars("MB/s", contests))
 
 
 def make_documents(path: Path, megabytes: float, text: str) -> int:
     """Write a .jsonl of documents of 27 words each.
 
     Args:
-        path: The file to write.
-        megabytes: Its size.
-        text: A file whose words are used; "": numbered words.
+        path: File to write.
+        megabytes: Size of this file.
+        text: File whose words make the documents; "": numbered words.
 
     Returns:
         The number of documents.
@@ -96,7 +96,7 @@ def prepare_command(corpus: str, out: str, workers: int) -> list[str]:
 
 
 def tokenize_with_datasets(corpus: str, out: str, workers: int) -> None:
-    """datasets.map, in batches, with the fast GPT-2 tokenizer of transformers."""
+    """Tokenize with datasets.map, in batches, and the fast GPT-2 tokenizer of transformers."""
     import datasets
     from transformers import GPT2TokenizerFast
 
@@ -113,7 +113,7 @@ def tokenize_with_datasets(corpus: str, out: str, workers: int) -> None:
 
 
 def tokenize_with_tiktoken(corpus: str, out: str, workers: int) -> None:
-    """tiktoken.encode_ordinary_batch, with `workers` threads."""
+    """Tokenize with tiktoken.encode_ordinary_batch and `workers` threads."""
     import tiktoken
 
     encoding = tiktoken.get_encoding("gpt2")
@@ -126,7 +126,7 @@ def tokenize_with_tiktoken(corpus: str, out: str, workers: int) -> None:
 
 
 def gpt2_files(folder: str) -> tuple[str, str]:
-    """Copy OpenAI's two files to `folder` under their first names.
+    """Copy the two files of GPT-2's vocabulary to `folder`, under the names that OpenAI gave them.
 
     Returns:
         The paths of encoder.json and vocab.bpe.
@@ -155,7 +155,7 @@ def tokenized(name: str, corpus: Path, workers: int) -> tuple[float, float, np.n
     """Run a contestant.
 
     Returns:
-        (seconds, peak MiB, the ids of its files, one after another).
+        (seconds, peak memory in MiB, ids of all its files, joined).
     """
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "bench.tokenize", name, str(corpus), out, str(workers)]
@@ -164,8 +164,8 @@ def tokenized(name: str, corpus: Path, workers: int) -> tuple[float, float, np.n
         env = os.environ | {"HF_HOME": out, "HF_HUB_OFFLINE": "1"}
         env["TOKENIZERS_PARALLELISM"] = "false"
         seconds, mib, _ = whole_process(command, cwd=ROOT, env=env)
-        files = sorted(Path(out).rglob("*.bin"))
-        return seconds, mib, np.concatenate([np.fromfile(file, "<u2") for file in files])
+        paths = sorted(Path(out).rglob("*.bin"))
+        return seconds, mib, np.concatenate([np.fromfile(path, "<u2") for path in paths])
 
 
 def compare(corpus: Path, settings: Settings) -> list[Row]:
@@ -175,7 +175,7 @@ def compare(corpus: Path, settings: Settings) -> list[Row]:
 
     def measure(name: str, workers: int) -> tuple[float, float]:
         seconds, mib, ids = tokenized(name, corpus, workers)
-        # a sum does not depend on the order of documents, and so not on train and val
+        # A sum does not depend on the order of the documents, nor on the split of each.
         documents = np.split(ids, np.flatnonzero(ids == EOT) + 1)[:-1]
         digest = (sum(hash(document.tobytes()) for document in documents), len(documents))
         if not expected:

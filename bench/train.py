@@ -3,11 +3,11 @@
     python -m bench.train --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT
     python -m bench.train --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT --device cuda
 
-Whole processes: train_gpt2.py with its own choices, and nanoGPT's train.py with the flags of its
-README for a CPU (float32, not compiled) and compiled, or for a GPU (bfloat16, compiled), on the
-folder that prepare_data.py wrote. First, both models must give the same loss with the same weights.
-The speed is that of the median step as each script reports it, without validation and without the
-first five steps.
+Whole processes run on the folder that prepare_data.py wrote: train_gpt2.py with its default device
+settings, and nanoGPT's train.py. On a CPU, nanoGPT runs with the flags of its README (float32, not
+compiled) and compiled; on a GPU, it runs in bfloat16, compiled. First, both models must give the
+same loss with the same weights. The speed is that of the median step, as each script reports it,
+without validation and without the first five steps.
 """
 
 import functools
@@ -28,6 +28,7 @@ import torch
 from bench.report import (
     RESULTS,
     ROOT,
+    as_flags,
     bars,
     check_text,
     contest,
@@ -41,7 +42,7 @@ from model import GPT, GPTConfig
 from training.device import choose_device, peak_flops
 
 FORM = "layers/heads/channels/batch/window/tokenizer/steps"
-SHAPES = {  # device -> shape, in the form above: the speedup to reach over nanoGPT
+SHAPES = {  # device -> {shape, in the form of FORM: speedup to reach over nanoGPT}
     "cpu": {
         "6/6/384/16/256/bytes/14": 2.5,
         "4/4/128/12/64/gpt2/40": 3,
@@ -59,7 +60,7 @@ class Settings:
     text: str = ""  # file to train on
     nanogpt: str = ""  # checkout of nanoGPT; "": left out
     rounds: int = 3  # measurements of each contestant, in turns
-    device: Literal["cpu", "cuda"] = "cpu"  # where to train
+    device: Literal["cpu", "cuda"] = "cpu"  # device that trains
     shapes: tuple[str, ...] = ()  # layers/heads/channels/batch/window/tokenizer/steps; (): all
     results: str = RESULTS  # Markdown file to write into; "": none
 
@@ -68,7 +69,7 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     check_text(settings.text)
     targets = SHAPES[settings.device]
-    groups = {}
+    contests = {}
     shares = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -82,7 +83,7 @@ def main() -> None:
             }
             target = {"nanoGPT": targets.get(text, "")}
             rows = contest(measures, settings.rounds, target, warm=0)
-            groups[str(shape)] = rows
+            contests[str(shape)] = rows
             if peak:
                 flops = shape.model().flops_per_token(shape.window)
                 for row in rows:
@@ -96,9 +97,9 @@ def main() -> None:
         + (" Left out: nanoGPT (no --nanogpt was given)." if not settings.nanogpt else "")
         + (f" Share of the dense bfloat16 peak: {'; '.join(shares)}." if shares else "")
         + "\n\n"
-        + contest_table("model, batch", "tokens/s", groups)
+        + contest_table("model, batch", "tokens/s", contests)
     )
-    write(settings.results, TITLES[settings.device], text, bars("tokens/s", groups))
+    write(settings.results, TITLES[settings.device], text, bars("tokens/s", contests))
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """Return the shape that a text in the form of FORM names.
+    """Return the shape that a text in the form of FORM describes.
 
     Example: "4/4/128/12/64/bytes/150".
 
@@ -142,8 +143,9 @@ def parse_shape(text: str) -> Shape:
 def prepare(folder: Path, settings, tokenizers: Collection[str]) -> None:
     """Prepare the text for train_gpt2.py and for nanoGPT.
 
-    With each tokenizer, folder/data/TOKENIZER is a running text and TOKENIZER-apart has its
-    paragraphs as documents. nanoGPT's scripts are linked beside `data`.
+    For each tokenizer, folder/data/TOKENIZER has the text as a running text, and
+    folder/data/TOKENIZER-apart has its paragraphs as documents. nanoGPT's scripts are linked into
+    `folder`.
     """
     for name in tokenizers:
         for corpus, flags in ((name, []), (f"{name}-apart", ["--documents", "blank-line"])):
@@ -153,15 +155,15 @@ def prepare(folder: Path, settings, tokenizers: Collection[str]) -> None:
         vocabulary = pickle.dumps({"vocab_size": VOCABULARY[name]})
         (folder / "data" / name / "meta.pkl").write_bytes(vocabulary)
     if settings.nanogpt:
-        for file in Path(settings.nanogpt).resolve().glob("*.py"):
-            (folder / file.name).symlink_to(file)
+        for script in Path(settings.nanogpt).resolve().glob("*.py"):
+            (folder / script.name).symlink_to(script)
 
 
 # ---- contestants: (settings, folder, shape) -> (tokens/s of the median step, peak MiB)
 
 
 def contestants(settings: Settings, shape: Shape) -> dict:
-    """Return name -> function of the contestants on one shape, ours first."""
+    """Return the contestants for one shape as name -> function, ours first."""
     functions = {
         "ours": ours,
         "ours, AdamW": functools.partial(ours, optimizer="adamw"),
@@ -176,14 +178,14 @@ def contestants(settings: Settings, shape: Shape) -> dict:
 
 
 def ours(settings, folder: Path, shape: Shape, **more_flags) -> tuple[float, float]:
-    """Run train_gpt2.py for the steps of the shape."""
+    """Run train_gpt2.py for the steps of the shape and return (tokens/s, peak MiB)."""
     values = dict(
         corpus=shape.tokenizer, n_layer=shape.layers, n_head=shape.heads, dropout=0,
         n_embd=shape.channels, batch_size=shape.batch, sequence_length=shape.window,
         max_steps=100_000, stop_at=shape.steps, log_every=1, device=settings.device,
     ) | more_flags  # fmt: skip
-    flags = [part for name, value in values.items() for part in (f"--{name}", value)]
-    _, mib, _ = whole_process([sys.executable, ROOT / "train_gpt2.py", *flags], cwd=folder)
+    command = [sys.executable, ROOT / "train_gpt2.py", *as_flags(values)]
+    _, mib, _ = whole_process(command, cwd=folder)
     newest = max(folder.glob("out/*/metrics.jsonl"), key=os.path.getmtime)
     lines = map(json.loads, newest.read_text().splitlines())
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
@@ -191,7 +193,7 @@ def ours(settings, folder: Path, shape: Shape, **more_flags) -> tuple[float, flo
 
 
 def nanogpt(settings, folder: Path, shape: Shape, compiled: bool = False) -> tuple[float, float]:
-    """Run nanoGPT's train.py for the steps of the shape."""
+    """Run nanoGPT's train.py for the steps of the shape and return (tokens/s, peak MiB)."""
     values = dict(
         dataset=shape.tokenizer, device=settings.device, compile=compiled, n_layer=shape.layers,
         n_head=shape.heads, n_embd=shape.channels, batch_size=shape.batch, block_size=shape.window,
@@ -209,10 +211,10 @@ def same_loss(settings, shape: Shape) -> None:
     """Check that nanoGPT's model with our weights has our loss on one batch.
 
     Raises:
-        AssertionError: It has another loss, or other weights.
+        AssertionError: The losses differ, or nanoGPT's model has other weights.
     """
     namespace = {"__name__": "nanogpt"}
-    sys.modules.setdefault("nanogpt", type(sys)("nanogpt"))  # its dataclass looks up its module
+    sys.modules.setdefault("nanogpt", type(sys)("nanogpt"))  # its dataclass looks its module up
     exec((Path(settings.nanogpt) / "model.py").read_text(), namespace)
     model = shape.model()
     vocab_size = VOCABULARY[shape.tokenizer]

@@ -1,10 +1,10 @@
-"""Our batches in the Trainer of transformers: windows of a prepared corpus, a small GPT-2.
+"""Our batches in the Trainer of transformers: a small GPT-2 on windows of a prepared corpus.
 
     pip install "transformers[torch]"
     python prepare_data.py && python examples/huggingface_trainer.py --max_steps 200
 
-collate_huggingface makes {"input_ids", "labels"} of the windows (x, y) of a TextDataset; the model
-shifts the labels. Whole documents work the same way: a DocumentDataset with
+collate_huggingface makes {"input_ids", "labels"} from the windows (x, y) of a TextDataset. The
+model shifts the labels. For whole documents, use a DocumentDataset with
 data_collator=pad_documents, or pack_documents(documents, T) with the default collator.
 """
 
@@ -25,15 +25,16 @@ from dataset import TextDataset, collate_huggingface, newest_corpus
 class Settings:
     corpus: str = ""  # prepared corpus; "": the one prepared last
     data_dir: str = "data"  # folder of prepared corpora
-    out_dir: str = "out/huggingface"  # folder of the Trainer's checkpoints
+    out_dir: str = "out/huggingface"  # folder for the checkpoints of the Trainer
     batch_size: int = 8  # sequences per step
     sequence_length: int = 128  # tokens per sequence
     max_steps: int = 200  # optimizer steps
-    n_layer: int = 4  # blocks
+    n_layer: int = 4  # transformer blocks
     n_embd: int = 128  # channels, in heads of 32
 
 
-def main():
+def main() -> None:
+    """Train a small GPT-2 of transformers and print its validation loss."""
     settings = parse_settings(Settings, __doc__)
     if settings.corpus:
         folder = Path(settings.data_dir) / settings.corpus

@@ -1,9 +1,10 @@
-"""Our batches in a Lightning Trainer: WikiText-2, padded to the longest of each batch or packed.
+"""Our batches in a Lightning Trainer: documents of WikiText-2, padded or packed.
 
     pip install lightning transformers
     python examples/lightning_datamodule.py --max_steps 200 --packing
 
-The data module is LLMDataModule. The model is a small GPT-2 of transformers, trained from scratch.
+LLMDataModule prepares the corpus and makes the batches. The model is a small GPT-2 of transformers,
+trained from scratch.
 """
 
 import sys
@@ -35,20 +36,21 @@ from dataset import (
 class LLMDataModule(L.LightningDataModule):
     """Batches of documents as dicts of (B, T) int64 tensors.
 
-    - Padded: input_ids, attention_mask and labels. Documents are cut at max_length tokens and come
-      with others of similar length; T is the length of the longest.
-    - Packed: input_ids, labels, position_ids and document_ids; T is max_length.
+    - Padded: input_ids, attention_mask and labels. Documents are cut at max_length tokens, and the
+      documents of a batch have similar lengths. T is the length of the longest document.
+    - Packed: input_ids, labels, position_ids and document_ids. T is max_length.
     - Labels are not shifted: the model shifts them.
     - The samplers divide batches over processes: use Trainer(use_distributed_sampler=False).
 
     Args:
-        corpus: Name of a corpus that prepare_data.py knows, or of your own (inputs).
+        corpus: Name of a corpus in the catalog of prepare_data.py, or a name for your files
+            (inputs).
         tokenizer: Tokenizer, as for prepare_data.py.
         batch_size: Rows per batch and process.
-        max_length: Tokens per row, at most.
+        max_length: Largest number of tokens per row.
         packing: Whether documents are packed into rows instead of padded.
         data_dir: Folder of prepared corpora.
-        inputs: Files of your own, as for prepare_data.py --input.
+        inputs: Your files, as for prepare_data.py --input; (): the corpus of the catalog.
         seed: Seed of splits and order.
         num_workers: Worker processes of each loader.
     """
@@ -79,11 +81,15 @@ class LLMDataModule(L.LightningDataModule):
             prepare(corpus, get_tokenizer(hp.tokenizer), self.folder, run_tasks, seed=hp.seed)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits that a stage needs."""
+        """Open the splits that a stage needs.
+
+        Args:
+            stage: "fit", "validate", "test", or None for all splits.
+        """
         hp = self.hparams
-        names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        splits_of_stages = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         existing = read_metadata(self.folder)["splits"]
-        for name in names.get(stage, ("train", "val", "test")):
+        for name in splits_of_stages.get(stage, ("train", "val", "test")):
             if name not in existing:
                 continue
             if hp.packing:
@@ -93,7 +99,7 @@ class LLMDataModule(L.LightningDataModule):
                 self.splits[name] = DocumentDataset(self.folder / name, hp.max_length)
 
     def loader(self, name: str) -> DataLoader:
-        """Return the loader of a split."""
+        """Return the loader of a split: "train", "val" or "test"."""
         hp = self.hparams
         rows = self.splits[name]
         options = {
@@ -118,21 +124,33 @@ class LLMDataModule(L.LightningDataModule):
         return DataLoader(rows, batch_sampler=order, **options)
 
     def uses_cuda(self) -> bool:
-        """Return whether the Trainer, if there is one yet, trains on CUDA."""
+        """Return whether a Trainer is attached that trains on CUDA."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of train, in shuffled order."""
         return self.loader("train")
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
+        """Return the loader of val, in order."""
         return self.loader("val")
 
-    def test_dataloader(self):
+    def test_dataloader(self) -> DataLoader:
+        """Return the loader of test, in order."""
         return self.loader("test")
 
 
 class LitGPT2(L.LightningModule):
-    """GPT-2 of transformers on the batches of LLMDataModule."""
+    """GPT-2 of transformers, trained on the batches of LLMDataModule.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        n_positions: Largest number of tokens per row.
+        n_layer: Number of transformer blocks.
+        n_head: Number of attention heads.
+        n_embd: Number of channels.
+        lr: Learning rate of AdamW.
+    """
 
     def __init__(
         self,
@@ -156,39 +174,45 @@ class LitGPT2(L.LightningModule):
         )
         self.model = GPT2LMHeadModel(config)
 
-    def loss(self, batch):
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the mean loss of a batch."""
         batch = {name: rows for name, rows in batch.items() if name != "document_ids"}
-        # With a cache, transformers would take a packed row for one document.
+        # With a cache, transformers would treat a packed row as one document.
         return self.model(**batch, use_cache=False).loss
 
-    def training_step(self, batch, _):
+    def training_step(self, batch: dict[str, torch.Tensor], _) -> torch.Tensor:
+        """Log and return the loss of a training batch."""
         loss = self.loss(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, _):
+    def validation_step(self, batch: dict[str, torch.Tensor], _) -> None:
+        """Log the loss of a validation batch."""
         self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["labels"]))
 
-    def test_step(self, batch, _):
+    def test_step(self, batch: dict[str, torch.Tensor], _) -> None:
+        """Log the loss of a test batch."""
         self.log("test_loss", self.loss(batch), batch_size=len(batch["labels"]))
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
 
 
 @dataclass
 class Settings:
-    corpus: str = "wikitext-2"  # corpus of prepare_data.py
-    inputs: tuple[str, ...] = ()  # files of your own instead
+    corpus: str = "wikitext-2"  # corpus in the catalog of prepare_data.py
+    inputs: tuple[str, ...] = ()  # your files, in place of a corpus in the catalog
     data_dir: str = "data"  # folder of prepared corpora
     tokenizer: str = "gpt2"  # tokenizer of prepare_data.py
     batch_size: int = 8  # rows per batch
-    max_length: int = 128  # tokens per row
+    max_length: int = 128  # largest number of tokens per row
     packing: bool = False  # pack documents into rows instead of padding them
     max_steps: int = 200  # optimizer steps
 
 
-def main():
+def main() -> None:
+    """Print a batch, then train a small GPT-2 of transformers and test it."""
     settings = parse_settings(Settings, __doc__)
     data = LLMDataModule(
         settings.corpus,
@@ -201,7 +225,7 @@ def main():
     )
     data.prepare_data()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))  # print the first one
+    batch = next(iter(data.train_dataloader()))
     text = get_tokenizer(settings.tokenizer).decode(batch["input_ids"][0].tolist())
     print({name: tuple(rows.shape) for name, rows in batch.items()})
     print(repr(text[:200]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from bench import all as bench_all
 from bench import block_mask, learn, scale, tokenize, train
 from bench.report import PAGE, contest, contest_table, format_number, update_page, write
 
@@ -61,9 +62,9 @@ def test_contestants_take_turns_and_the_first_rounds_only_warm_up():
     rows = contest(contestants, 3, {"theirs": 2})
     assert calls == ["ours", "theirs"] * 4
     assert rows == [("ours", 20, 10, 30, 1.0, "", 7), ("theirs", 5, 4, 6, 4.0, 2, 8)]
-    lines = contest_table("what", "MB/s", {"this": rows}).splitlines()
-    assert lines[0] == "| what |  | MB/s, median (min-max) | speedup | target | MiB |"
-    assert lines[-1] == "| this | theirs | 5 (4-6) | 4 | 2 | 8 |"
+    lines = contest_table("corpus", "MB/s", {"1 MB": rows}).splitlines()
+    assert lines[0] == "| corpus |  | MB/s, median (min-max) | speedup | target | MiB |"
+    assert lines[-1] == "| 1 MB | theirs | 5 (4-6) | 4 | 2 | 8 |"
 
 
 def test_numbers_are_short_but_not_wrong():
@@ -119,6 +120,25 @@ def test_block_mask(bench, tmp_path, monkeypatch):
     assert "The mask of 2 x 300 document ids on cpu" in printed
     for name in ("document_block_mask", "create_block_mask"):
         assert f"| {name} |" in printed and f"| {name} |" in results.read_text()
+
+
+def test_all_says_that_nothing_is_measured_on_a_gpu_without_one(bench, text, monkeypatch):
+    """bench.gpu is one of all benchmarks; what another machine measured stays in RESULTS.md."""
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 0, raising=False)
+    monkeypatch.setattr(bench_all, "write", None)  # is not called
+    assert "gpu" in bench_all.SCRIPTS
+    printed = bench(bench_all, "--text", text, "--scripts", "gpu")
+    assert printed == "bench.gpu: no GPU here: not measured\n"
+
+
+def test_all_runs_the_gpu_benchmark_on_a_gpu(bench, text, monkeypatch):
+    commands = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_all.subprocess, "run", lambda command, **_: commands.append(command))
+    bench(bench_all, "--text", text, "--nanogpt", "n", "--tatm", "t", "--scripts", "gpu")
+    assert [command[1:] for command in commands] == [
+        ["-m", "bench.gpu", "--text", str(text), "--nanogpt", "n"]
+    ]
 
 
 @pytest.mark.slow

@@ -55,7 +55,9 @@ def test_the_docstring_examples():
     assert [view.num_tokens() for view in TextDataset(np.arange(100), 4).split(0.1)] == [90, 10]
     tokens = Tokens([1, 2, 256, 3, 256, 4], eot_token=256)
     assert tokens.document_end(1) == 3 and tokens.document_ends().tolist() == [3, 5, 6]
-    assert Tokens([5, 6, 7, 8, 9]).read([0, 2], 3).tolist() == [[5, 6, 7], [7, 8, 9]]
+    tokens = Tokens([5, 6, 7, 8, 9])
+    assert tokens.read([0, 2], 3).tolist() == [[5, 6, 7], [7, 8, 9]]
+    assert tokens.view(1, 3).read([0], 2).tolist() == [[6, 7]]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5, 8, 13])
@@ -77,8 +79,8 @@ def test_windows_by_arithmetic(n, stride):
 def test_shards_are_one_stream(tmp_path, dtype):
     tokens = np.arange(100)
     whole = TextDataset(write_corpus(tmp_path / "whole", [tokens], dtype), 10)
-    pieces = [tokens[:3], tokens[3:3], tokens[3:40], tokens[40:99], tokens[99:]]
-    split = TextDataset(write_corpus(tmp_path / "split", pieces, dtype), 10)
+    shards = [tokens[:3], tokens[3:3], tokens[3:40], tokens[40:99], tokens[99:]]
+    split = TextDataset(write_corpus(tmp_path / "split", shards, dtype), 10)
     assert len(whole) == len(split) == 90
     for a, b in zip(whole[range(90)], split[range(90)]):
         assert torch.equal(a, b)
@@ -111,7 +113,7 @@ def test_plain_dataloaders_give_the_same_batches():
     single = list(torch.utils.data.DataLoader(dataset, batch_size=None))
     assert torch.equal(torch.stack([x for x, _ in single])[:32], expected_x)
     loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
-    x, y = (torch.cat(parts) for parts in zip(*loader))
+    x, y = (torch.cat(tensors) for tensors in zip(*loader))
     assert sorted(x[:, 0].tolist()) == list(range(44)) != x[:, 0].tolist()
     assert torch.equal(x + 1, y)
 
@@ -215,7 +217,7 @@ def test_dataloaders(tmp_path, workers):
     train, val = create_dataloaders(tmp_path / "c", 16, batch_size=8, num_workers=workers)
     tokens = np.fromfile(tmp_path / "c" / "train.bin", np.uint16)
     batches = list(train)
-    assert len(batches) == len(train) == 55 // 8  # (900 - 1 - 15) // 16 = 55 blocks
+    assert len(batches) == len(train) == 55 // 8  # (900 - 1 - 15) // 16 = 55 windows
     seen = []
     for x, y in batches:
         assert x.shape == y.shape == (8, 16)
@@ -234,11 +236,11 @@ def test_dataloaders(tmp_path, workers):
 def test_ranks_share_the_validation_split(tmp_path):
     make_corpus(tmp_path / "c", ["".join(chr(33 + i % 90) for i in range(1000))])
     whole = torch.cat([x for x, _ in create_dataloaders(tmp_path / "c", 4, 2)[1]])
-    parts = []
+    val_of_ranks = []
     for rank in range(2):
         _, val = create_dataloaders(tmp_path / "c", 4, 2, rank=rank, world_size=2)
-        parts.append(torch.cat([x for x, _ in val]))
-    assert sorted(whole.tolist()) == sorted(torch.cat(parts).tolist())
+        val_of_ranks.append(torch.cat([x for x, _ in val]))
+    assert sorted(whole.tolist()) == sorted(torch.cat(val_of_ranks).tolist())
 
 
 def test_the_newest_corpus(tmp_path):
@@ -314,9 +316,10 @@ def test_windows_as_dicts(tmp_path):
     batch = next(iter(torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collate)))
     assert batch.keys() == {"token_ids", "document_ids", "document_mask"}
     assert torch.equal(batch["token_ids"], x)
-    for row, ids, mask in zip(x, batch["document_ids"].tolist(), batch["document_mask"].tolist()):
-        assert ids == [row[:i].tolist().count(256) for i in range(16)]
-        assert mask == [[ids[i] == ids[j] and j <= i for j in range(16)] for i in range(16)]
+    rows = zip(x, batch["document_ids"].tolist(), batch["document_mask"].tolist())
+    for row, doc_ids, mask in rows:
+        assert doc_ids == [row[:i].tolist().count(256) for i in range(16)]
+        assert mask == [[doc_ids[i] == doc_ids[j] and j <= i for j in range(16)] for i in range(16)]
 
 
 def test_token_noise(tmp_path):
@@ -403,20 +406,20 @@ def test_torchs_distributed_sampler():
 
 
 @pytest.mark.parametrize("make", ["file", "array"])
-def test_tokens_are_complete_in_parts_and_copies(tmp_path, make):
-    """Parts, pickled copies and their parts keep vocabulary and end of text."""
+def test_tokens_are_complete_in_views_and_copies(tmp_path, make):
+    """Views, pickled copies and their views keep vocabulary and end of text."""
     if make == "file":
         make_corpus(tmp_path / "c", ["abcdefghi"] * 100, documents=True)
         tokens = Tokens(tmp_path / "c" / "train")
     else:
         ids = np.tile([*b"abcdefghi", 256], 90)
         tokens = Tokens(ids, eot_token=256, vocab_size=257, has_documents=True)
-    copy = pickle.loads(pickle.dumps(tokens.part(10, 500)))
-    for part in (tokens.part(10, 500), copy, pickle.loads(pickle.dumps(copy)).part(0, 490)):
-        assert (part.vocab_size, part.eot_token, part.has_documents) == (257, 256, True)
-        assert (part.path, part.start, len(part)) == (tokens.path, 10, 490)
-        assert part.num_documents() == 49 and part.document_end(3) == 10
-        assert np.array_equal(part.read([0], 490), tokens.read([10], 490))
+    copy = pickle.loads(pickle.dumps(tokens.view(10, 500)))
+    for view in (tokens.view(10, 500), copy, pickle.loads(pickle.dumps(copy)).view(0, 490)):
+        assert (view.vocab_size, view.eot_token, view.has_documents) == (257, 256, True)
+        assert (view.path, view.start, len(view)) == (tokens.path, 10, 490)
+        assert view.num_documents() == 49 and view.document_end(3) == 10
+        assert np.array_equal(view.read([0], 490), tokens.read([10], 490))
 
 
 def test_text_in_memory_in_spawned_workers():

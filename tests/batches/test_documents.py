@@ -24,17 +24,20 @@ EOT = 256
 def test_ids_positions_and_mask_of_documents_in_a_row():
     """Against a loop over tokens, as one would write it down."""
     rows = torch.from_numpy(np.random.default_rng(0).integers(250, 258, (20, 30)))
-    ids = document_ids(rows, EOT)
-    positions, mask = document_positions(ids), document_mask(ids)
-    for row, row_ids, places, row_mask in zip(
-        rows.tolist(), ids.tolist(), positions.tolist(), mask.tolist()
+    doc_ids = document_ids(rows, EOT)
+    positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+    for row, row_doc_ids, row_positions, row_mask in zip(
+        rows.tolist(), doc_ids.tolist(), positions.tolist(), mask.tolist()
     ):
-        document = place = 0
+        document = position = 0
         for i, token in enumerate(row):
-            assert (row_ids[i], places[i]) == (document, place)
-            assert row_mask[i] == [row_ids[j] == document and j <= i for j in range(30)]
-            document, place = (document + 1, 0) if token == EOT else (document, place + 1)
-    assert ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
+            assert (row_doc_ids[i], row_positions[i]) == (document, position)
+            assert row_mask[i] == [row_doc_ids[j] == document and j <= i for j in range(30)]
+            position += 1
+            if token == EOT:
+                document += 1
+                position = 0
+    assert doc_ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
 
 
 def test_documents_of_a_split(tmp_path):
@@ -146,9 +149,9 @@ def test_packed_rows_of_a_corpus(tmp_path):
 
 def test_the_docstring_examples_of_rows():
     row = torch.tensor([5, 6, EOT, 7, EOT, 8])
-    ids = document_ids(row, EOT)
-    assert ids.tolist() == [0, 0, 0, 1, 1, 2]
-    assert document_positions(ids).tolist() == [0, 1, 2, 0, 1, 0]
+    doc_ids = document_ids(row, EOT)
+    assert doc_ids.tolist() == [0, 0, 0, 1, 1, 2]
+    assert document_positions(doc_ids).tolist() == [0, 1, 2, 0, 1, 0]
     assert document_mask(torch.tensor([0, 0, 1])).int().tolist() == [
         [1, 0, 0], [1, 1, 0], [0, 0, 1]
     ]  # fmt: skip

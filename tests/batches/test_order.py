@@ -50,13 +50,13 @@ def test_an_epoch_reads_every_token_once():
     T, n = 8, 1003
     data = TextDataset(np.arange(n), T)
     order = ShuffledOrder(len(data), seed=3, stride=T)
-    blocks = len(order)
-    assert blocks == (n - 1 - (T - 1)) // T  # whole blocks after any offset
+    num_windows = len(order)
+    assert num_windows == (n - 1 - (T - 1)) // T  # whole windows after any offset
     offsets = set()
     for epoch in range(3):
-        starts = order.indices(np.arange(epoch * blocks, (epoch + 1) * blocks))
+        starts = order.indices(np.arange(epoch * num_windows, (epoch + 1) * num_windows))
         offsets.add(starts[0] % T)
-        assert len(np.unique(starts)) == blocks
+        assert len(np.unique(starts)) == num_windows
         assert (starts % T == starts[0] % T).all()
         assert starts.min() >= 0 and starts.max() < len(data)
     assert len(offsets) > 1  # divided elsewhere each time
@@ -78,7 +78,7 @@ def test_order_can_be_resumed_anywhere_on_any_number_of_ranks():
                 order = ShuffledBatches(37, 4, 5, rank=rank, world_size=world_size)
                 order.position = step * 4
                 ranks.append(drain(order, 5))
-            resumed = [[i for part in parts for i in part] for parts in zip(*ranks)]
+            resumed = [[i for slice_ in slices for i in slice_] for slices in zip(*ranks)]
             assert resumed == whole[step : step + 5]
     assert whole != drain(ShuffledBatches(37, batch_size=4, seed=6), 40)
     with pytest.raises(ValueError, match="4 is not a multiple of 3"):
@@ -109,7 +109,7 @@ def test_resumed_twice_in_an_epoch_with_workers():
                 order.position = 8 * len(used)
                 loader = DataLoader(data, sampler=order, batch_size=None, num_workers=workers)
                 ranks.append([x[:, 0].tolist() for x, _ in itertools.islice(loader, steps)])
-            used += [[i for part in parts for i in part] for parts in zip(*ranks)]
+            used += [[i for slice_ in slices for i in slice_] for slices in zip(*ranks)]
         assert used == whole
 
 

@@ -21,8 +21,8 @@ def windows(data):
     return [x.tolist() + y[-1:].tolist() for x, y in data]
 
 
-def blocks(texts, T):
-    """What the windows must be: blocks of the documents' ids, an end of text after each."""
+def expected_windows(texts, T):
+    """The windows over the ids of all documents, with an end of text after each document."""
     ids = [i for text in texts for i in (*text.encode(), EOT)]
     return [ids[k : k + T + 1] for k in range(0, len(ids) - T, T)]
 
@@ -31,8 +31,8 @@ def blocks(texts, T):
 def files(tmp_path, monkeypatch):
     """The documents in two .jsonl files that are read in several spans."""
     monkeypatch.setattr(streaming, "SPAN_BYTES", 5000)
-    for name, part in (("a", TEXTS[:250]), ("b", TEXTS[250:])):
-        lines = [json.dumps({"text": text}) + "\n" for text in part]
+    for name, texts in (("a", TEXTS[:250]), ("b", TEXTS[250:])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return str(tmp_path / "*.jsonl")
 
@@ -41,19 +41,19 @@ def stream(source, T=32, **options):
     return StreamingTextDataset(source, get_tokenizer("bytes"), T, **options)
 
 
-def test_windows_are_blocks_of_the_text(files):
+def test_windows_are_those_of_the_joined_documents(files):
     data = stream(files)
     assert len(data._spans(data.sources, 1)) > 5
-    assert windows(data) == blocks(TEXTS, 32) == windows(data)  # pass after pass
-    assert windows(stream(lambda: TEXTS)) == blocks(TEXTS, 32)
-    assert windows(stream(iter(TEXTS))) == blocks(TEXTS, 32)
+    assert windows(data) == expected_windows(TEXTS, 32) == windows(data)  # pass after pass
+    assert windows(stream(lambda: TEXTS)) == expected_windows(TEXTS, 32)
+    assert windows(stream(iter(TEXTS))) == expected_windows(TEXTS, 32)
     tokens = sum(len(text) + 1 for text in TEXTS)
     assert sum(data.count_tokens().values()) == tokens
-    assert data.count_tokens()["trained"] == 32 * len(blocks(TEXTS, 32))
+    assert data.count_tokens()["trained"] == 32 * len(expected_windows(TEXTS, 32))
 
 
 def test_they_are_the_windows_of_the_prepared_corpus(tmp_path, tinyshakespeare, gpt2_tokenizer):
-    """A running text is read in parts, whose ids are those of the whole."""
+    """A running text is read in several texts, whose ids are those of the whole."""
     text = tinyshakespeare.read_text(encoding="utf-8")[:300_000]
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
     data = StreamingTextDataset(tmp_path / "my.txt", gpt2_tokenizer, 64)
@@ -66,16 +66,16 @@ def test_they_are_the_windows_of_the_prepared_corpus(tmp_path, tinyshakespeare, 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 2), (2, 0), (2, 2)])
 @pytest.mark.parametrize("by", ["files", "documents"])
-def test_shards_have_each_document_once(files, by, world_size, workers):
+def test_readers_have_each_document_once(files, by, world_size, workers):
     source = files if by == "files" else lambda: TEXTS
     seen = []
     for rank in range(world_size):
         data = stream(source, 1, rank=rank, world_size=world_size)
         for x, y in DataLoader(data, batch_size=256, num_workers=workers):
             seen += zip(x[:, 0].tolist(), y[:, 0].tolist())
-    shards = world_size * max(1, workers)
+    num_readers = world_size * max(1, workers)
     pairs = Counter(p for text in TEXTS for p in itertools.pairwise([EOT, *text.encode(), EOT]))
-    pairs[EOT, ord("d")] -= shards  # before the first document of a shard there is none
+    pairs[EOT, ord("d")] -= num_readers  # no token comes before a reader's first document
     assert Counter(seen) == pairs
 
 
@@ -127,9 +127,9 @@ def test_torchdatas_loader_resumes(files):
 def test_small_raw_text_in_memory(files, tmp_path):
     tokens = tokenize(files, get_tokenizer("bytes"))
     data = TextDataset(tokens, 32, stride=32)
-    assert [x.tolist() + y[-1:].tolist() for x, y in (data[i] for i in range(len(data)))] == blocks(
-        TEXTS, 32
-    )
+    assert [
+        x.tolist() + y[-1:].tolist() for x, y in (data[i] for i in range(len(data)))
+    ] == expected_windows(TEXTS, 32)
     documents = DocumentDataset(tokens)
     assert [bytes(d.tolist()[:-1]).decode() for d in documents] == TEXTS
     (tmp_path / "my.txt").write_text(" one \n\ntwo\nlines\n\n\nthree")
@@ -146,7 +146,7 @@ def test_an_invalid_document_is_an_error(tmp_path):
         stream(str(tmp_path / "b.jsonl"))
 
 
-NUM_SHARDS = [(1, 2), (2, 0), (3, 0), (2, 2), (8, 0)]
+NUM_READERS = [(1, 2), (2, 0), (3, 0), (2, 2), (8, 0)]
 
 
 def windows_of_ranks(make, world_size, workers):
@@ -159,7 +159,7 @@ def windows_of_ranks(make, world_size, workers):
     return found
 
 
-@pytest.mark.parametrize("world_size, workers", NUM_SHARDS)
+@pytest.mark.parametrize("world_size, workers", NUM_READERS)
 def test_every_rank_gets_a_share_of_a_small_file(tmp_path, world_size, workers):
     """A file of one span is divided into smaller ones: about equal shares for all ranks."""
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
@@ -170,8 +170,8 @@ def test_every_rank_gets_a_share_of_a_small_file(tmp_path, world_size, workers):
     counts = [len(rank) for rank in ranks]
     assert min(counts) > 0.5 * max(counts)
     tokens = sum(len(text) + 1 for text in TEXTS)
-    shards = world_size * max(1, workers)
-    assert tokens - 33 * shards <= 32 * sum(counts) <= tokens
+    num_readers = world_size * max(1, workers)
+    assert tokens - 33 * num_readers <= 32 * sum(counts) <= tokens
 
 
 def test_a_rank_without_a_window_is_an_error(tmp_path):
@@ -182,15 +182,15 @@ def test_a_rank_without_a_window_is_an_error(tmp_path):
         next(iter(data))
     assert len(windows(stream(str(tmp_path / "a.jsonl.gz"), 8))) > 1000
     for source in (lambda: ["only one document"], lambda: ["ab", "cd"], lambda: []):
-        with pytest.raises(ValueError, match=r"shard 1 of 2 .* has no window of 8 tokens"):
+        with pytest.raises(ValueError, match=r"reader 1 of 2 .* has no window of 8 tokens"):
             list(stream(source, 8, rank=1, world_size=2))
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"shard 0 of 1 .* has no window of 8 tokens"):
+    with pytest.raises(ValueError, match=r"reader 0 of 1 .* has no window of 8 tokens"):
         list(stream(str(tmp_path / "short.txt"), 8))
 
 
 @pytest.mark.parametrize("by", ["files", "documents"])
-def test_a_state_belongs_to_its_number_of_shards(files, by):
+def test_a_state_belongs_to_its_number_of_readers(files, by):
     """At another number of ranks or workers, documents would come twice."""
     source = files if by == "files" else lambda: TEXTS
     data = stream(source, rank=1, world_size=2)
@@ -199,13 +199,17 @@ def test_a_state_belongs_to_its_number_of_shards(files, by):
     same = stream(source, rank=1, world_size=2)
     same.load_state_dict(state)
     assert used + windows(same) == windows(stream(source, rank=1, world_size=2))
+    earlier = stream(source, rank=1, world_size=2)  # earlier versions said "shard" for "reader"
+    shard = {"shard": state["reader"]}
+    earlier.load_state_dict(shard | {name: state[name] for name in state if name != "reader"})
+    assert used + windows(earlier) == windows(stream(source, rank=1, world_size=2))
     for other in (
         stream(source),
         stream(source, rank=0, world_size=2),
         stream(source, rank=1, world_size=3),
     ):
         other.load_state_dict(state)
-        with pytest.raises(ValueError, match=r"saved with shard \(1, 2\), which is now"):
+        with pytest.raises(ValueError, match=r"saved with reader \(1, 2\), which is now"):
             next(iter(other))
     other = stream(source, 16, rank=1, world_size=2)
     other.load_state_dict(state)
@@ -213,7 +217,7 @@ def test_a_state_belongs_to_its_number_of_shards(files, by):
         next(iter(other))
     workers = stream(source)
     workers.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"saved with shard \(1, 2\), which is now \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"saved with reader \(1, 2\), which is now \(0, 4\)"):
         next(iter(DataLoader(workers, num_workers=4)))
 
 
@@ -253,7 +257,7 @@ def test_resuming_tokenizes_nothing_twice(files, monkeypatch):
 
 def test_sources_of_every_kind(files, tmp_path):
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
-    expected = blocks(TEXTS, 32)
+    expected = expected_windows(TEXTS, 32)
     for source in (
         (a, b),
         [a, b],
@@ -275,7 +279,7 @@ def test_sources_of_every_kind(files, tmp_path):
 
 def test_a_generator_gives_one_pass_only():
     data = stream(text for text in TEXTS)
-    assert windows(data) == blocks(TEXTS, 32)
+    assert windows(data) == expected_windows(TEXTS, 32)
     with pytest.raises(ValueError, match=r"one pass only: pass a function"):
         next(iter(data))
 
