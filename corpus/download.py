@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.files import exclusive_lock
+
 TIMEOUT = 10, 30  # seconds to connect, and seconds without a byte
 LONGEST_PAUSE = 60  # seconds that a busy server may ask for
 MOST_BYTES = 1 << 30  # of a file whose length is unknown
@@ -45,8 +47,10 @@ def download(
     """Download a file from the first address that has it; `path` appears whole and checked.
 
     A fault that may pass is tried again, and a broken download resumes where it broke off. A file
-    that came in several parts is kept only if a sha256 proves that they belong together. Nothing
-    but `path` is left.
+    that came in several parts is kept only if a sha256 proves that they belong together. No other
+    file is left. Several processes may call this for one file: one of them downloads it, and the
+    others wait. A file that is there already, with the expected sha256 if there is one, is not
+    downloaded again.
 
     Args:
         urls: addresses of the file.
@@ -60,6 +64,16 @@ def download(
         ConnectionError: if no address works.
         OSError: if `path` cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one process downloads, and the others wait for it
+    with exclusive_lock(path.with_name(path.name + ".lock"), wait=True):
+        if path.exists() and sha256 in ("", sha256_of(path)):
+            return
+        _download(urls, path, size, sha256, pause, tries)
+
+
+def _download(urls, path, size, sha256, pause, tries) -> None:
+    """Download a file, while no other process downloads it."""
     part = path.with_name(path.name + ".part")  # a killed process leaves it to be resumed
     try:
         for url in urls:
@@ -177,7 +191,6 @@ def _check_headers(url, response, total, size, sha256) -> None:
 
 def _save(url, response, part, done, total) -> None:
     """Append an answer to the `done` bytes of `part`, with a progress bar."""
-    part.parent.mkdir(parents=True, exist_ok=True)
     most = total or MOST_BYTES
     bar = tqdm(desc=part.stem, total=total, initial=done, unit="B", unit_scale=True, disable=None)
     with open(part, "ab" if done else "wb") as f, bar:

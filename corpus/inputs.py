@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.files import atomic_write
+from common.files import atomic_write, exclusive_lock
 from common.settings import near
 from corpus.archives import unpack
-from corpus.catalog import CATALOG, CatalogEntry
+from corpus.catalog import CATALOG, CatalogEntry, Download
 from corpus.download import download, sha256_of
 from corpus.files import find
 from corpus.sources import Source
@@ -136,20 +136,31 @@ def _copy_of_known(name, entry, inputs) -> Corpus:
 
 def _fetch(entry: CatalogEntry, folder: Path) -> None:
     """Download and unpack what is not in `folder`."""
-    for part, source in zip(entry.downloads, entry.sources):
-        targets = [name for _, name in part.members] or [source.path]
-        if part.members and all((folder / name).exists() for name in targets):
-            continue  # they were written whole, from a checked archive
-        name = part.urls[0].rsplit("/", 1)[1] if part.members else source.path
-        path = folder / name
-        right = path.exists() and part.sha256 in ("", sha256_of(path))
-        if path.exists() and not right:
-            print(f"{path} is not the known file: it is downloaded again")
-        if not right:
+    pairs = list(zip(entry.downloads, entry.sources))
+    if all(_is_fetched(part, source, folder) for part, source in pairs):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # one process downloads and unpacks, and the others wait for it
+    with exclusive_lock(folder / ".download.lock", wait=True):
+        for part, source in pairs:
+            if _is_fetched(part, source, folder):
+                continue  # by the process that this one waited for
+            name = part.urls[0].rsplit("/", 1)[1] if part.members else source.path
+            path = folder / name
+            if path.exists() and part.sha256 not in ("", sha256_of(path)):
+                print(f"{path} is not the known file: it is downloaded again")
             download(part.urls, path, part.size, part.sha256)
-        if part.members:
-            unpack(path, folder, dict(part.members))
-            path.unlink()
+            if part.members:
+                unpack(path, folder, dict(part.members))
+                path.unlink()
+
+
+def _is_fetched(part: Download, source: Source, folder: Path) -> bool:
+    """Whether the files that a download gives are in `folder`."""
+    if part.members:  # they were written whole, from a checked archive
+        return all((folder / name).exists() for _, name in part.members)
+    path = folder / source.path
+    return path.exists() and part.sha256 in ("", sha256_of(path))
 
 
 def python_documentation(folder: Path) -> Corpus:

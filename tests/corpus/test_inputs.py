@@ -2,6 +2,7 @@
 data, the `datasets` library; and prepare_data.py's --list, --prefetch and --verify."""
 
 import base64
+import concurrent.futures
 import functools
 import gzip
 import hashlib
@@ -121,6 +122,21 @@ def test_wikitext_keeps_its_splits_and_an_article_is_a_document(serve, server, t
     assert server.asked == [f"/gone/{name}-raw-v1.zip", f"/{name}-raw-v1.zip"]
     load_corpus(name, folder)  # again: all is there
     assert len(server.asked) == 2
+
+
+def test_a_corpus_that_several_processes_want_is_downloaded_and_unpacked_once(
+    serve, server, tmp_path
+):
+    """Threads stand in for the processes: each of them has locks of its own."""
+    serve("wikitext-2", {"wikitext-2-raw-v1.zip": wikitext((3000, 200, 100))})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        corpora = list(pool.map(lambda _: load_corpus("wikitext-2", tmp_path / "c"), range(4)))
+    assert len(server.asked) == 2  # of the two mirrors, the first has nothing
+    assert tree(tmp_path / "c") == ["wiki.test.raw", "wiki.train.raw", "wiki.valid.raw"]
+    for corpus in corpora:
+        assert {split: len(texts) for split, texts in documents(corpus.sources).items()} == {
+            "train": 3000, "val": 200, "test": 100
+        }  # fmt: skip
 
 
 def test_wikitext_end_to_end(serve, tmp_path, capsys, monkeypatch):
