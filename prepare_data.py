@@ -135,11 +135,11 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
     vocabulary = settings.tokenizer or "gpt2"
     missing_files(vocabulary)  # an unknown name is refused before anything is downloaded
     corpus = load_corpus(name, folder, settings.input, settings.documents, settings.text_field)
-    if settings.max_length and not corpus.documents:
+    if settings.max_length and not corpus.has_documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
         )
-    if settings.documents and all(s.documents != settings.documents for s in corpus.sources):
+    if settings.documents and all(s.division != settings.documents for s in corpus.sources):
         raise ValueError(f"--documents has no effect on {name}: it is for .txt files of yours")
     fields = {s.field for s in corpus.sources if s.format != "text"}
     if settings.text_field and settings.text_field not in fields:

@@ -61,21 +61,21 @@ BOUNDARY = re.compile(
 )
 
 
-def record_ends(data: bytes, documents: str) -> list[int]:
+def record_ends(data: bytes, division: str) -> list[int]:
     """Return the ends of the records in the first bytes of a text.
 
     A running text is one record, up to the last place where it may be divided.
 
     Args:
         data: UTF-8 bytes that begin where a record begins; the last record may be incomplete.
-        documents: as in Source.
+        division: How the text is divided into records, one of DIVISIONS in sources.py.
 
     Returns:
         Offsets in ascending order; none if no record is known to be complete.
     """
-    if documents in RECORD_END:
-        return [match.end() for match in RECORD_END[documents].finditer(data)]
-    if documents == "":
+    if division in RECORD_END:
+        return [match.end() for match in RECORD_END[division].finditer(data)]
+    if division == "":
         end = _last_boundary(data)
         return [end] if end else []
     return []

@@ -58,7 +58,7 @@ def _wikitext(name, size, sha256, mirror) -> CatalogEntry:
                 tuple((rf"{name}-raw/{re.escape(file)}", file) for file in files.values()),
             ),
         ),
-        tuple(Source(file, documents="article", split=split) for split, file in files.items()),
+        tuple(Source(file, division="article", split=split) for split, file in files.items()),
         "CC BY-SA 3.0",
         "https://huggingface.co/datasets/Salesforce/wikitext",
     )

@@ -8,16 +8,16 @@ from corpus.descriptions import read_description
 from corpus.hub import hugging_face
 from corpus.sources import Source
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-NOT_TEXT = (".json", ".csv", ".tsv")  # a named file with any other suffix is taken for text
+FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+TABLE_SUFFIXES = (".json", ".csv", ".tsv")  # a named file with any other suffix is taken for text
 
 
-def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
+def find(item: str, division: str = "", text_field: str = "") -> list[Source]:
     """Return the sources that an --input names.
 
     Args:
         item: a file, a folder, a glob, hf:NAME[/CONFIG], or a described folder DIR[:SUB-CORPUS].
-        documents: how a .txt is divided into documents, as in Source.
+        division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
         text_field: field that holds the text; "" for the one that is described, or "text".
 
     Raises:
@@ -29,16 +29,16 @@ def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
     folder, _, corpus = item.rpartition(":") if not Path(item).exists() else (item, "", "")
     description = read_description(Path(folder)) if folder else None
     if description:
-        return _find_described(folder, description, corpus, documents, text_field)
+        return _find_described(folder, description, corpus, division, text_field)
     if corpus and folder and Path(folder).is_dir():
         raise ValueError(
             f"{folder} has no description, so it has no sub-corpus {corpus!r}: write one with "
             f"python prepare_data.py --describe {folder}"
         )
-    return _find_files(item, documents, text_field)
+    return _find_files(item, division, text_field)
 
 
-def _find_described(folder, description, corpus, documents, text_field):
+def _find_described(folder, description, corpus, division, text_field):
     """Return the sources of a described folder, or of one of its sub-corpora."""
     text_field = text_field or description.field
     if corpus and corpus not in description.corpora:
@@ -50,7 +50,7 @@ def _find_described(folder, description, corpus, documents, text_field):
         found = [hugging_face(root, text_field, config) for config in corpora or [None]]
         return [source for sources in found for source in sources]
     folders = [description.folder_of(name) for name in corpora] or [description.root]
-    found = [_find_files(str(path), documents, text_field) for path in folders]
+    found = [_find_files(str(path), division, text_field) for path in folders]
     sources = [source for sources in found for source in sources]
     for source in sources:
         if not Path(source.path).resolve().is_relative_to(Path(folder).resolve()):
@@ -58,14 +58,14 @@ def _find_described(folder, description, corpus, documents, text_field):
     return sources
 
 
-def _find_files(item, documents, text_field):
+def _find_files(item, division, text_field):
     """Return the sources that a file, a folder or a glob names."""
     if not item:
         raise ValueError("--input is empty: name a file, a folder or a glob")
     path = Path(item)
     if path.is_file():
         paths = [path]
-        if _suffix(path) in NOT_TEXT:
+        if _suffix(path) in TABLE_SUFFIXES:
             raise ValueError(
                 f"{item} is a table, not plain text: convert it to .jsonl, one object per line, or "
                 f"to .parquet"
@@ -77,10 +77,10 @@ def _find_files(item, documents, text_field):
     default = "text" if path.is_file() else None  # a file that was named is read in any case
     sources = []
     for found in paths:
-        kind = FORMATS.get(_suffix(found), default)
-        if kind and found.is_file():
-            division = documents if kind == "text" else ""
-            sources.append(Source(str(found), kind, division, text_field or "text"))
+        file_format = FORMAT_OF_SUFFIX.get(_suffix(found), default)
+        if file_format and found.is_file():
+            file_division = division if file_format == "text" else ""
+            sources.append(Source(str(found), file_format, file_division, text_field or "text"))
     if not sources:
         raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (also .gz, .zst)")
     return sources

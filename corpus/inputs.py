@@ -39,13 +39,13 @@ class Corpus:
     sources: list[Source]
 
     @property
-    def documents(self) -> bool:
+    def has_documents(self) -> bool:
         """Whether the corpus has documents; otherwise it is one running text.
 
         Raises:
-            ValueError: if some files have documents and others do not.
+            ValueError: Some files have documents and others do not.
         """
-        running = [s for s in self.sources if s.format == "text" and not s.documents]
+        running = [s for s in self.sources if s.format == "text" and not s.division]
         if running and len(running) < len(self.sources):
             raise ValueError(
                 f"{running[0].path} is one running text beside files of documents: "
@@ -70,7 +70,7 @@ def load_corpus(
     name: str,
     folder: Path,
     inputs: Sequence[str] = (),
-    documents: str = "",
+    division: str = "",
     text_field: str = "",
 ) -> Corpus:
     """Return a corpus whose files are on this machine, downloaded into `folder` if necessary.
@@ -79,7 +79,7 @@ def load_corpus(
         name: name of the corpus.
         folder: folder for downloads.
         inputs: what --input names; none for a corpus that is known by name.
-        documents: how a .txt is divided into documents, as in Source.
+        division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
         text_field: field that holds the text in the other formats; "" for "text".
 
     Raises:
@@ -91,7 +91,7 @@ def load_corpus(
     if inputs:
         if entry and len(entry.downloads) == 1 and not entry.downloads[0].members:
             return _copy_of_known(name, entry, inputs)
-        sources = [source for item in inputs for source in find(item, documents, text_field)]
+        sources = [source for item in inputs for source in find(item, division, text_field)]
         return Corpus(name, {}, _numbered(sources))
     if name == BUILT_IN:
         return python_documentation(folder)

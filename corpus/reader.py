@@ -59,7 +59,7 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
     if file_bytes == 0:
         return []
     stop = file_bytes if source.stop is None else source.stop
-    if source.documents == "file" and source.format == "text":
+    if source.division == "file" and source.format == "text":
         return [(source, stop - source.start)]
     chunks = []
     start = source.start
@@ -77,17 +77,17 @@ def _next_end(file, source: Source, start: int, stop: int) -> int:
     """Return the first byte at or after `start` where `source` may be divided, at most `stop`."""
     if start >= stop:
         return stop
-    kind = _division(source)
-    if kind == "":
+    division = _record_division(source)
+    if division == "":
         return next_boundary(file, start, stop)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        match = RECORD_END[kind].search(data, start, stop)
+        match = RECORD_END[division].search(data, start, stop)
         return match.end() if match else stop
 
 
-def _division(source: Source) -> str:
-    """Return how the bytes of a text are divided, as in Source.documents."""
-    return "line" if source.format == "jsonl" else source.documents
+def _record_division(source: Source) -> str:
+    """Return how the bytes of a source are divided into records, one of DIVISIONS."""
+    return "line" if source.format == "jsonl" else source.division
 
 
 def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
@@ -137,7 +137,7 @@ def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
     Memory is bounded by twice the longest record. A damaged file gives the records before the
     damage, then its error.
     """
-    division = _division(chunk)
+    division = _record_division(chunk)
     position = chunk.start
     left = chunk.length
     data = bytearray()
@@ -219,10 +219,10 @@ def _count_line_feeds(path: str, stop: int) -> int:
 
 def _documents(block: _Block, chunk: Source, lines: _LineCounter) -> tuple[list, list]:
     """Return (positions, texts) of the documents of a block."""
-    parse = _PARSERS[chunk.documents]
+    parse = _PARSERS[chunk.division]
     if chunk.format == "jsonl":
         parse = functools.partial(_json_text, field=chunk.field)
-    division = _division(chunk)
+    division = _record_division(chunk)
     skip_blank = division in RECORD_END
     skip_blank_lines = division in ("blank-line", "article")
     positions: list[int] = []
