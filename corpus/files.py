@@ -1,4 +1,4 @@
-"""Files of one's own: what --input names, as sources."""
+"""Files: the sources that --input names."""
 
 import glob
 import os
@@ -16,13 +16,14 @@ def find(item: str, division: str = "", text_field: str = "") -> list[Source]:
     """Return the sources that an --input names.
 
     Args:
-        item: a file, a folder, a glob, hf:NAME[/CONFIG], or a described folder DIR[:SUB-CORPUS].
+        item: A file, a folder, a glob, hf:NAME[/CONFIG], or a described folder DIR[:SUB-CORPUS].
         division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
-        text_field: field that holds the text; "" for the one that is described, or "text".
+        text_field: Field that holds the text; "" for the field that the folder's description
+            names, or "text".
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if the item names nothing that can be read.
+        FileNotFoundError: There is no such file or folder, and no match of the glob.
+        ValueError: The item names no file of a format that can be read.
     """
     if item.startswith("hf:"):
         return hugging_face(item[3:], text_field)
@@ -74,7 +75,7 @@ def _find_files(item, division, text_field):
         paths = _expand(f"{glob.escape(item)}/**" if path.is_dir() else item)
     if not paths:
         raise FileNotFoundError(f"{item}: no such file or folder, and no glob that matches one")
-    default = "text" if path.is_file() else None  # a file that was named is read in any case
+    default = "text" if path.is_file() else None  # a file that was named is always read
     sources = []
     for found in paths:
         file_format = FORMAT_OF_SUFFIX.get(_suffix(found), default)
@@ -87,9 +88,9 @@ def _find_files(item, division, text_field):
 
 
 def _expand(pattern) -> list[Path]:
-    """Return the paths that match, without hidden ones, sorted; each file once.
+    """Return the paths that match a glob, sorted and without hidden files.
 
-    Links may lead in a circle, so of several paths of one file the shortest is kept.
+    Links may lead in a circle, so only the shortest of several paths to one file is kept.
     """
     paths = sorted(map(Path, glob.glob(pattern, recursive=True)))
     paths.sort(key=lambda path: -len(path.parts))
@@ -97,4 +98,5 @@ def _expand(pattern) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
+    """Return the suffix of a path without .gz or .zst, in lower case."""
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()

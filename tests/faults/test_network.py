@@ -360,9 +360,9 @@ def test_folder_that_cannot_be_made(server, tmp_path):
 
 def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, capsys):
     """What lies in a corpus's folder is the download, or it is fetched again."""
-    known = inputs.CATALOG["tinyshakespeare"]
-    part = replace(known.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
-    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(known, downloads=(part,)))
+    entry = inputs.CATALOG["tinyshakespeare"]
+    made = replace(entry.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
+    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(entry, downloads=(made,)))
     server.answer = lambda handler, n: reply(handler)
     path = tmp_path / "input.txt"
     path.write_bytes(BODY[::-1])
@@ -370,7 +370,10 @@ def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, 
         inputs.load_corpus("tinyshakespeare", tmp_path)
         assert path.read_bytes() == BODY
     assert len(server.ranges) == 1
-    assert f"{path} is not the known file: it is downloaded again" in capsys.readouterr().out
+    assert (
+        f"{path} differs from the file in the catalog: it is downloaded again"
+        in capsys.readouterr().out
+    )
     path.write_bytes(BODY[::-1])
     server.answer = lambda handler, n: reply(handler, 404)
     with pytest.raises(ConnectionError, match="404"):  # and until then it stays
