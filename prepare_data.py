@@ -40,7 +40,7 @@ class Settings:
     corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of the first --input
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
-    documents: Literal["", "blank-line", "file", "line"] = ""  # what a document of a .txt is
+    documents: Literal["", "blank-line", "file", "line"] = ""  # division of a .txt; "": none
     max_length: int = 0  # tokens kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
     train_split_ratio: float = 0.9  # share for train, if the corpus has no splits

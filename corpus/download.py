@@ -3,11 +3,12 @@
 download(urls, Path("data/tinyshakespeare/input.txt"), size, sha256)
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -73,12 +74,34 @@ def download(
         ConnectionError: No address gives the file.
         OSError: `path` cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one process downloads, and the others wait for it
-    with exclusive_lock(path.with_name(path.name + ".lock"), wait=True):
+    with download_lock(path):
         if path.exists() and sha256 in ("", sha256_of(path)):
             return
         _download(urls, path, size, sha256, pause, tries)
+
+
+@contextlib.contextmanager
+def download_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a download, so that one process downloads `path` and the others wait.
+
+    The lock file is PATH.lock. Folders that were made for it are removed at the end if nothing was
+    downloaded into them.
+
+    Args:
+        path: File to write; its folder need not exist.
+
+    Raises:
+        OSError: The folder or the lock file cannot be written.
+    """
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(path.with_name(path.name + ".lock"), wait=True):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder is not empty
+            for folder in new_folders:
+                folder.rmdir()
 
 
 def _download(urls, path, size, sha256, pause, tries) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.files import atomic_write, exclusive_lock
+from common.files import atomic_write
 from common.settings import near
 from corpus.archives import unpack
 from corpus.catalog import CATALOG, CatalogEntry, DownloadFile
-from corpus.download import download, sha256_of
+from corpus.download import download, download_lock, sha256_of
 from corpus.files import find
 from corpus.sources import Source
 
@@ -145,9 +145,7 @@ def _download_missing(entry: CatalogEntry, folder: Path) -> None:
     pairs = list(zip(entry.downloads, entry.sources))
     if all(_is_downloaded(*pair, folder) for pair in pairs):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    # one process downloads and unpacks, and the others wait for it
-    with exclusive_lock(folder / ".download.lock", wait=True):
+    with download_lock(folder / ".download"):  # also for the time of unpacking
         for download_file, source in pairs:
             if _is_downloaded(download_file, source, folder):
                 continue  # perhaps by the process that this one waited for
