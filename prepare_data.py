@@ -3,10 +3,10 @@
     python prepare_data.py                       # TinyShakespeare, GPT-2's vocabulary
     python prepare_data.py --tokenizer bytes     # the same text, byte by byte
     python prepare_data.py --input my.txt        # a text of your own, into data/my/
-    python prepare_data.py --list                # corpora that are known by name
+    python prepare_data.py --list                # corpora that need no --input
 
-Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/README.md). Run again
-after a stop, it does only what is missing.
+Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/README.md). After an
+interruption, the same command does the remaining work.
 """
 
 import os
@@ -40,28 +40,28 @@ class Settings:
     corpus: str = ""  # name of the corpus; "": TinyShakespeare, or the name of the first --input
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
-    documents: Literal["", "blank-line", "file", "line"] = ""  # what ends a document of a .txt
+    documents: Literal["", "blank-line", "file", "line"] = ""  # division of a .txt; "": none
     max_length: int = 0  # tokens kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
-    train_split_ratio: float = 0.9  # share for training, where the corpus has no splits
+    train_split_ratio: float = 0.9  # share for train, if the corpus has no splits
     seed: int = 0  # decides which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
-    engine: Literal["processes", "ray"] = "processes"  # what runs the tasks: this machine, or Ray
+    engine: Literal["processes", "ray"] = "processes"  # runner of the tasks: this machine, or Ray
     workers: int = 0  # tasks at once, on this machine at most four per core; 0: one per core
     ray_address: str = ""  # HOST:PORT of a Ray cluster, or auto; "": start Ray on this machine
     part: str = ""  # I/N: only every N-th task, from the I-th; the last part joins all tasks
     on_error: Literal["stop", "skip"] = "stop"  # an invalid document: stop, or skip and list it
-    list: bool = False  # show the corpora that are known by name, and do nothing else
+    list: bool = False  # list the corpora that need no --input, and do nothing else
     describe: str = ""  # write a description into this folder of raw text, and do nothing else
-    description: str = ""  # what the text is, for --describe
-    source: str = ""  # where the text came from, for --describe
+    description: str = ""  # description of the text, for --describe
+    source: str = ""  # origin of the text, for --describe
     sub_corpora: str = ""  # folders of --describe, separated by commas; -: none
     prefetch: str = ""  # download corpus and vocabulary into this folder, and do nothing else
     verify: str = ""  # check this prepared corpus against checksums and source, and nothing else
 
 
 RANGES = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
-MODES = {  # flags that do nothing else -> the flags that they take
+MODES = {  # flags that do nothing else -> flags that may be combined with them
     "list": (),
     "describe": ("corpus", "text_field", "description", "source", "sub_corpora"),
     "prefetch": ("corpus", "input", "text_field", "documents", "tokenizer"),
@@ -73,7 +73,7 @@ REQUIRES["ray_address"] = "engine ray"
 
 
 def main() -> None:
-    """Prepare a corpus, or do what another flag asks for."""
+    """Prepare a corpus, or run --list, --describe, --prefetch or --verify."""
     settings = parse_settings(Settings, __doc__)
     check_ranges(settings, RANGES)
     check_conflicts(settings, EXCLUDES, REQUIRES)
@@ -92,15 +92,23 @@ def main() -> None:
 
 
 def prepare_corpus(settings: Settings) -> None:
-    """Download what is missing, and tokenize the corpus."""
+    """Download missing files, and tokenize the corpus.
+
+    Without a network, the built-in corpus is prepared if no corpus and no tokenizer was named.
+
+    Raises:
+        ConnectionError: A file cannot be downloaded, and a corpus or tokenizer was named.
+        ValueError: A setting or a document is invalid.
+        OSError: A file cannot be read or written.
+    """
     data_dir = Path(settings.data_dir)
     vocabularies_beside(data_dir)
     print_settings(settings)
     try:
         corpus, tokenizer = load(settings, data_dir)
     except ConnectionError as error:
-        if settings.corpus or settings.input or settings.tokenizer:  # no substitute for a name
-            raise
+        if settings.corpus or settings.input or settings.tokenizer:
+            raise  # a corpus or tokenizer that was named is never replaced
         print(
             f"No network: {error}.\nPreparing the built-in corpus instead: Python's own "
             f"documentation, byte by byte. Run this again, online, for TinyShakespeare."
@@ -122,7 +130,11 @@ def prepare_corpus(settings: Settings) -> None:
 
 
 def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
-    """Return the corpus and the tokenizer asked for, downloaded if necessary.
+    """Return the corpus and the tokenizer that the settings name, downloaded if necessary.
+
+    Args:
+        settings: Settings of the script.
+        data_dir: Folder of prepared corpora.
 
     Raises:
         ValueError: A name is unknown, or a flag has no effect on this corpus.
@@ -135,11 +147,11 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
     vocabulary = settings.tokenizer or "gpt2"
     missing_files(vocabulary)  # an unknown name is refused before anything is downloaded
     corpus = load_corpus(name, folder, settings.input, settings.documents, settings.text_field)
-    if settings.max_length and not corpus.documents:
+    if settings.max_length and not corpus.has_documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
         )
-    if settings.documents and all(s.documents != settings.documents for s in corpus.sources):
+    if settings.documents and all(s.division != settings.documents for s in corpus.sources):
         raise ValueError(f"--documents has no effect on {name}: it is for .txt files of yours")
     fields = {s.field for s in corpus.sources if s.format != "text"}
     if settings.text_field and settings.text_field not in fields:
@@ -149,10 +161,16 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
 
 
 def prefetch(settings: Settings) -> None:
-    """Download corpus and vocabulary into a folder, for a machine without a network."""
+    """Download corpus and vocabulary into a folder, for a machine without a network.
+
+    Raises:
+        ConnectionError: A file cannot be downloaded.
+        ValueError: A setting is invalid.
+        OSError: A file cannot be read or written.
+    """
     data_dir = Path(settings.prefetch)
     vocabulary = (data_dir / "tokenizers").resolve()
-    copy_vocabulary(settings.tokenizer or "gpt2", vocabulary)  # what is on this machine already
+    copy_vocabulary(settings.tokenizer or "gpt2", vocabulary)  # the files that this machine has
     os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
     print_settings(settings)
     try:
@@ -170,7 +188,12 @@ def prefetch(settings: Settings) -> None:
 
 
 def describe_folder(settings: Settings) -> None:
-    """Write a description into a folder of raw text; ask for values that no flag gives."""
+    """Write a description into a folder of raw text, and ask for values that no flag gives.
+
+    Raises:
+        ValueError: The folder or a sub-corpus does not exist, or standard input ends early.
+        FileExistsError: The folder has a description.
+    """
     answers = {
         "name": settings.corpus,
         "download_source": settings.source,
@@ -182,7 +205,11 @@ def describe_folder(settings: Settings) -> None:
 
 
 def check_part(part: str) -> None:
-    """Raise ValueError unless `part` is "" or I/N with 0 <= I < N."""
+    """Check the value of --part.
+
+    Raises:
+        ValueError: The value is neither "" nor I/N with 0 <= I < N.
+    """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
     if part and not (match and int(match[1]) < int(match[2])):
         raise ValueError(f"--part is I/N with I from 0 to N - 1, not {part!r}")
@@ -191,7 +218,8 @@ def check_part(part: str) -> None:
 def name_of(inputs: tuple[str, ...]) -> str:
     """Return the name that a corpus gets from its first input.
 
-    my.jsonl.gz gives my, raw/*.txt gives raw, DIR:a gives DIR-a, hf:NAME/CONFIG gives NAME-CONFIG.
+    Example: my.jsonl.gz gives my, raw/*.txt gives raw, DIR:a gives DIR-a, and hf:NAME/CONFIG gives
+    NAME-CONFIG.
     """
     name = inputs[0].removeprefix("hf:")
     if name != inputs[0] and not Path(name).exists():

@@ -109,11 +109,11 @@ class StreamingTextDataset(IterableDataset):
         if paths is not None:
             self.sources = [file for path in paths for file in find(path, documents, text_field)]
             for source_file in self.sources:
-                if source_file.format == "text" and not source_file.documents:
+                if source_file.format == "text" and not source_file.division:
                     refuse_long_text(source_file, tokenizer)
             if not tokenizer.divisible:  # a running text has to be tokenized at once
-                self.sources = [replace(s, documents=s.documents or "file") for s in self.sources]
-            self.has_documents = bool(Corpus("", {}, self.sources).documents)
+                self.sources = [replace(s, division=s.division or "file") for s in self.sources]
+            self.has_documents = bool(Corpus("", {}, self.sources).has_documents)
         self._iterator_used = False
         self._loaded_state: dict[str, Any] | None = None
         self._state: dict[str, Any] = {}

@@ -2,10 +2,10 @@
 
 In the order of a corpus's way:
 
-1. inputs.py: what a corpus is made of. catalog.py: corpora known by name; download.py,
-   archives.py: their files; files.py, hub.py, descriptions.py: what --input names.
-2. sources.py: an input file, or a chunk of it. boundaries.py: where a text may be divided;
-   reader.py, tables.py: chunks to documents.
+1. inputs.py: a corpus as a list of sources. catalog.py: corpora that can be downloaded;
+   download.py, archives.py: their files; files.py, hub.py, descriptions.py: values of --input.
+2. sources.py: an input file, or a chunk of it. boundaries.py: places at which a text may be
+   divided; reader.py, tables.py: chunks to documents.
 3. tokenizer.py: text to token ids and back.
 4. pipeline.py: all steps, in order. planning.py: chunks to tasks; tasks.py: what one worker does;
    engines.py: processes or Ray; shards.py: the files of all tasks to shards.

@@ -1,4 +1,4 @@
-"""Archives: members of a zip or tar file become the files of a corpus."""
+"""Archives: members of a zip or tar archive become the sources of a corpus."""
 
 import contextlib
 import errno
@@ -14,28 +14,28 @@ from pathlib import Path
 from common.files import atomic_write
 from corpus.sources import BLOCK, damage
 
-GROWTH = 100  # times its size that an archive may grow to
+MAX_GROWTH = 100  # most uncompressed bytes per byte of an archive
 
 
 def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
     """Write members of a zip or tar archive into a folder.
 
-    No name in the archive is used as a path, and links and devices are not files.
+    No name in the archive is used as a path. Links and devices are left out.
 
     Args:
-        archive: path of the archive.
-        folder: folder to write to.
-        members: pattern of member names -> name of the file that they are written to. If it is a
-            .jsonl file, each member becomes a line of it.
+        archive: Path of the archive.
+        folder: Folder to write to.
+        members: Pattern of member names -> name of the file that the members are written to. In a
+            .jsonl file, each member becomes one line.
 
     Raises:
-        ValueError: if the archive is damaged, grows to more than GROWTH times its size, or has no
+        ValueError: The archive is damaged, grows to more than MAX_GROWTH times its size, or has no
             member for a pattern.
-        OSError: if a file cannot be read or written.
+        OSError: A file cannot be read or written.
     """
     with _open_archive(archive) as (sizes, open_member):
-        if sum(sizes.values()) > GROWTH * archive.stat().st_size:
-            raise _grows(archive)
+        if sum(sizes.values()) > MAX_GROWTH * archive.stat().st_size:
+            raise _grown_archive(archive)
         for pattern, target in members.items():
             chosen = [name for name in sizes if re.fullmatch(pattern, name)]
             if not chosen:
@@ -52,21 +52,21 @@ def unpack(archive: Path, folder: Path, members: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _open_archive(path):
-    """(name -> size of each file in an archive, in order; a function that opens one)."""
+    """Yield (name -> size of each member in order, function that opens a member by its name)."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 yield {info.filename: info.file_size for info in archive.infolist()}, archive.open
             return
         with gzip.open(path) as unpacked:
-            most = GROWTH * path.stat().st_size
-            if unpacked.seek(most + 1) > most:  # before a header says how much to read at once
-                raise _grows(path)
+            max_bytes = MAX_GROWTH * path.stat().st_size
+            if unpacked.seek(max_bytes + 1) > max_bytes:  # checked before tarfile trusts a header
+                raise _grown_archive(path)
             unpacked.seek(0)
             with tarfile.open(fileobj=unpacked) as archive:
-                files = {member.name: member for member in archive if member.isfile()}
-                sizes = {name: member.size for name, member in files.items()}
-                yield sizes, lambda name: archive.extractfile(files[name])
+                members = {member.name: member for member in archive if member.isfile()}
+                sizes = {name: member.size for name, member in members.items()}
+                yield sizes, lambda name: archive.extractfile(members[name])
     except (
         zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, UnicodeDecodeError, RuntimeError,
         OSError, *damage(""),
@@ -76,5 +76,6 @@ def _open_archive(path):
         raise ValueError(f"{path} is a damaged archive: {' '.join(str(error).split())}") from None
 
 
-def _grows(path) -> ValueError:
-    return ValueError(f"{path} grows to more than {GROWTH} times its size: it is not unpacked")
+def _grown_archive(path) -> ValueError:
+    """Return the error for an archive that grows to more than MAX_GROWTH times its size."""
+    return ValueError(f"{path} grows to more than {MAX_GROWTH} times its size: it is not unpacked")

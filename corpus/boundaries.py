@@ -1,19 +1,19 @@
-r"""Boundaries: where a text ends one document and begins the next, or may be divided.
+r"""Boundaries: the places at which a document ends, or a running text may be divided.
 
     record_ends(b"one\ntwo\nthr", "line")      # [4, 8]
 
-The documents of a text end at line feeds, blank lines or titles. A running text has no documents,
-but it may be divided where no token can lie on both sides, so that the token ids of the parts are
-the token ids of the whole.
+A record is the bytes of one document. It ends at a line feed, a blank line, or before a title. A
+running text has no documents, but it may be divided at every place that no token can span: then
+both sides, tokenized separately, give the token ids of the whole text.
 """
 
 import codecs
 import re
 from typing import BinaryIO
 
-TAIL = 1 << 12  # bytes in which almost every text has a boundary
+TAIL = 1 << 12  # bytes; almost every text has a boundary in so many
 WINDOW = 1 << 16  # bytes searched at once
-OVERLAP = 16  # bytes: more than the three characters that tell a boundary
+OVERLAP = 16  # bytes: more than the three characters that decide whether there is a boundary
 
 RECORD_END = {  # a document ends after each match
     "line": re.compile(rb"\n"),
@@ -21,13 +21,13 @@ RECORD_END = {  # a document ends after each match
     "article": re.compile(rb"\n[ \t\r\f\v]*\n(?= = [^=\s][^\n]* = \r?\n)"),  # WikiText's title
 }
 
-# tiktoken's patterns (GPT-2, cl100k, o200k) match a text from left to right and look back at
-# nothing. A part that begins where a match ends therefore gives the matches that follow there in
-# the whole. So a place is a boundary if, in every pattern,
-#   - no match reaches over it, and
-#   - the part before it gives the same matches without the characters after it.
-# The sets below are explicit, because Python and tiktoken may know different versions of Unicode.
-# They need not be complete: a place that is left out is not used.
+# tiktoken's patterns (GPT-2, cl100k, o200k) match a text from left to right and never look back.
+# Text from the end of a match on therefore gives the same matches alone as in the whole text.
+# So a place is a boundary if, in every pattern,
+#   - no match spans the place, and
+#   - the text before the place gives the same matches without the characters after the place.
+# The sets below are explicit, because Python and tiktoken may have different versions of Unicode.
+# The sets need not be complete: a place that they leave out is not used.
 _SPACES = (  # white space to Python or to tiktoken
     " \t\n\v\f\r\x1c-\x1f\x85\xa0\u1680\u180e\u2000-\u200b\u2028\u2029\u202f\u205f\u3000"
 )
@@ -53,7 +53,7 @@ BOUNDARY = re.compile(
     # another character, except that cl100k and o200k let line breaks follow punctuation.
     rf"(?<=[^{_SPACES}])(?=[ \t\xa0\u3000])"
     # A letter, then a line break, a digit or punctuation; a digit, then one of those or a letter.
-    # Not the apostrophe, with which o200k continues a word (don't). Chinese has these places only.
+    # Not the apostrophe, with which o200k continues a word (don't). Chinese has only these places.
     rf"|(?<=[{_LETTERS}])(?=[\r\n0-9{_PUNCTUATION}])"
     rf"|(?<=[0-9])(?=[\r\n{_LETTERS}{_PUNCTUATION}])"
     # A lone line feed between non-spaces, after it; o200k lets "/" follow a line break.
@@ -61,36 +61,39 @@ BOUNDARY = re.compile(
 )
 
 
-def record_ends(data: bytes, documents: str) -> list[int]:
-    """Return the ends of the records in the first bytes of a text.
+def record_ends(data: bytes, division: str) -> list[int]:
+    """Return the ends of the complete records in some bytes of a text.
 
-    A running text is one record, up to the last place where it may be divided.
+    A running text gives one record, which ends at the last boundary.
 
     Args:
-        data: UTF-8 bytes that begin where a record begins; the last record may be incomplete.
-        documents: as in Source.
+        data: UTF-8 bytes from the beginning of a record on; the last record may be incomplete.
+        division: How the text is divided into records, one of DIVISIONS in sources.py.
 
     Returns:
-        Offsets in ascending order; none if no record is known to be complete.
+        Offsets in ascending order; none if `data` may hold no complete record.
     """
-    if documents in RECORD_END:
-        return [match.end() for match in RECORD_END[documents].finditer(data)]
-    if documents == "":
+    if division in RECORD_END:
+        return [match.end() for match in RECORD_END[division].finditer(data)]
+    if division == "":
         end = _last_boundary(data)
         return [end] if end else []
     return []
 
 
 def next_boundary(file: BinaryIO, start: int, stop: int) -> int:
-    """Return the first place after byte `start` where a running text may be divided.
+    """Return the first boundary of a running text after byte `start`.
 
     Args:
-        file: a seekable binary file.
-        start: byte to search from; a place beside the character there may be left out.
-        stop: end of the text, in bytes.
+        file: A seekable binary file.
+        start: Byte to search from; boundaries beside the character at `start` may be left out.
+        stop: End of the text, in bytes.
 
     Returns:
-        The offset in bytes, or `stop` if there is no such place before it.
+        The offset of the boundary in bytes, or `stop` if there is no boundary before `stop`.
+
+    Raises:
+        OSError: The file cannot be read.
     """
     position = start
     while position < stop:
@@ -106,7 +109,7 @@ def next_boundary(file: BinaryIO, start: int, stop: int) -> int:
 
 
 def _last_boundary(data: bytes) -> int:
-    """Return the last place in `data` where a running text may be divided, or 0."""
+    """Return the offset of the last boundary in `data`, or 0 if there is none."""
     for size in (TAIL, len(data)):
         start = max(0, len(data) - size)
         text, skipped = _decode(data[start:])
@@ -117,16 +120,17 @@ def _last_boundary(data: bytes) -> int:
 
 
 def _decode(data: bytes) -> tuple[str, int]:
-    """Return the whole characters of `data`, and how many bytes come before the first one.
+    """Return the complete characters of `data`, and the number of bytes before the first one.
 
-    Bytes that are not UTF-8 become lone surrogates: the reader reports them.
+    Bytes that are not UTF-8 become lone surrogates, which the reader reports.
     """
     skipped = 0
     while skipped < min(3, len(data)) and data[skipped] & 0xC0 == 0x80:
-        skipped += 1  # the end of a character
+        skipped += 1  # such a byte continues a character that began before `data`
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     return decoder.decode(data[skipped:]), skipped
 
 
 def _num_bytes(text: str) -> int:
+    """Return the number of bytes that `_decode` made `text` of."""
     return len(text.encode("utf-8", "surrogateescape"))

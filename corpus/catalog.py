@@ -1,4 +1,4 @@
-"""Catalog: the corpora that are known by name, with addresses, sizes, checksums and licences."""
+"""Catalog: corpora that can be downloaded, with addresses, sizes, checksums and licences."""
 
 import re
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ from corpus.sources import Source
 
 
 @dataclass(frozen=True)
-class Download:
+class DownloadFile:
     """A file on the network.
 
     Attributes:
-        urls: its addresses, in the order in which they are tried.
-        size: its size in bytes, if it is known.
-        sha256: its checksum, or "" if the Hugging Face hub names it on downloading.
-        members: of an archive, (pattern of member names, file that they are written to).
+        urls: Addresses of the file, in the order in which they are tried.
+        size: Size in bytes, or None if the catalog does not have it.
+        sha256: Checksum, or "" if the Hugging Face hub names it during the download.
+        members: Pairs (pattern of member names, name of the file that the members are written to);
+            none if the file is not an archive.
     """
 
     urls: tuple[str, ...]
@@ -28,14 +29,14 @@ class CatalogEntry:
     """A corpus on the network.
 
     Attributes:
-        downloads: the files to download.
-        sources: the files of the corpus, with paths relative to its folder.
-        licence: licence of the text.
-        home: page that describes the corpus.
-        size: size of all downloads for people, if the catalog does not have their sizes in bytes.
+        downloads: Files to download.
+        sources: Sources of the corpus, with paths relative to the folder of the corpus.
+        licence: Licence of the text.
+        home: Address of the page that describes the corpus.
+        size: Size of all downloads as text, where `downloads` lacks the sizes in bytes.
     """
 
-    downloads: tuple[Download, ...]
+    downloads: tuple[DownloadFile, ...]
     sources: tuple[Source, ...]
     licence: str
     home: str
@@ -48,17 +49,18 @@ def _hub(path: str) -> tuple[str, str]:
 
 
 def _wikitext(name, size, sha256, mirror) -> CatalogEntry:
-    files = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
+    """Return the entry of a WikiText corpus, a .zip file with one member per split."""
+    names = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
     return CatalogEntry(
         (
-            Download(
+            DownloadFile(
                 (f"https://wikitext.smerity.com/{name}-raw-v1.zip", *_hub(mirror)),
                 size,
                 sha256,
-                tuple((rf"{name}-raw/{re.escape(file)}", file) for file in files.values()),
+                tuple((rf"{name}-raw/{re.escape(member)}", member) for member in names.values()),
             ),
         ),
-        tuple(Source(file, documents="article", split=split) for split, file in files.items()),
+        tuple(Source(path, division="article", split=split) for split, path in names.items()),
         "CC BY-SA 3.0",
         "https://huggingface.co/datasets/Salesforce/wikitext",
     )
@@ -69,7 +71,7 @@ _FINEWEB = "datasets/HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d0
 CATALOG = {
     "tinyshakespeare": CatalogEntry(
         (
-            Download(
+            DownloadFile(
                 (
                     f"https://raw.githubusercontent.com/karpathy/char-rnn/{_REVISION}/data/tinyshakespeare/input.txt",
                     f"https://cdn.jsdelivr.net/gh/karpathy/char-rnn@{_REVISION}/data/tinyshakespeare/input.txt",
@@ -97,7 +99,7 @@ CATALOG = {
     ),
     "imdb": CatalogEntry(
         (
-            Download(
+            DownloadFile(
                 (
                     "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
                     "https://dataset.bj.bcebos.com/imdb/aclImdb_v1.tar.gz",
@@ -120,7 +122,9 @@ CATALOG = {
         "https://ai.stanford.edu/~amaas/data/sentiment/",
     ),
     "fineweb-edu-10BT": CatalogEntry(
-        tuple(Download(_hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet")) for i in range(14)),
+        tuple(
+            DownloadFile(_hub(f"{_FINEWEB}/sample/10BT/{i:03}_00000.parquet")) for i in range(14)
+        ),
         tuple(Source(f"{i:03}_00000.parquet", "parquet") for i in range(14)),
         "ODC-By 1.0",
         "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu",

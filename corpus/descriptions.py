@@ -1,4 +1,4 @@
-"""Described data: a folder with a metadata.json or metadata.yaml that has tatm's fields.
+"""Descriptions: a metadata.json or metadata.yaml with tatm's fields, in a folder of raw text.
 
     python prepare_data.py --describe raw/pile      # asks, and writes raw/pile/metadata.json
 
@@ -19,14 +19,14 @@ DEEPEST_YAML = 20  # nested collections that a metadata.yaml may have
 
 @dataclass(frozen=True)
 class Description:
-    """What the metadata.json or metadata.yaml of a folder says.
+    """The description of a folder, from its metadata.json or metadata.yaml.
 
     Attributes:
-        root: folder of the data.
-        field: field that holds the text.
-        corpora: names of the sub-corpora; none if the folder is one corpus.
-        parent: folder of the sub-corpora's folders, relative to `root`.
-        configs: whether the sub-corpora are configs of a `datasets` folder, not folders.
+        root: Folder of the data.
+        field: Name of the field that holds the text.
+        corpora: Names of the sub-corpora; none if the folder is one corpus.
+        parent: Folder of the sub-corpora's folders, relative to `root`.
+        configs: Whether the sub-corpora are configs of a `datasets` folder, not folders.
     """
 
     root: Path
@@ -39,7 +39,7 @@ class Description:
         """Return the folder of a sub-corpus.
 
         Raises:
-            ValueError: if there is no such folder inside the described one.
+            ValueError: The described folder has no folder of this name.
         """
         path = self.root / self.parent / corpus
         if not path.is_dir() or self.root.resolve() not in path.resolve().parents:
@@ -48,19 +48,20 @@ class Description:
 
 
 def describe(folder: Path, answers: dict[str, str]) -> Path:
-    """Write the description of a folder, and ask on standard input for what is missing.
+    """Write the description of a folder, and ask on standard input for missing answers.
 
     Args:
-        folder: folder of raw text.
-        answers: answers known beforehand, by field: name, download_source, description,
+        folder: Folder of raw text.
+        answers: Answers that are given already, by field: name, download_source, description,
             content_field, corpuses (separated by commas).
 
     Returns:
         Path of the metadata.json.
 
     Raises:
-        ValueError: if `folder` or a sub-corpus is not a folder, or standard input ends early.
-        FileExistsError: if the folder has a description.
+        ValueError: `folder` or a sub-corpus is not a folder, or standard input ends early.
+        FileExistsError: The folder has a description.
+        OSError: The description cannot be written.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: --describe takes one that holds raw text")
@@ -71,8 +72,8 @@ def describe(folder: Path, answers: dict[str, str]) -> Path:
     questions = {
         "corpuses": ("sub-corpora, separated by commas; - for none", ",".join(folders) or "-"),
         "name": ("name", folder.resolve().name),
-        "download_source": ("where it came from", ""),
-        "description": ("what it is", ""),
+        "download_source": ("origin of the text, for example an address", ""),
+        "description": ("description of the text", ""),
         "content_field": ("field that holds the text", "text"),
     }
     answers = {field: answer for field, answer in answers.items() if answer}
@@ -83,7 +84,7 @@ def describe(folder: Path, answers: dict[str, str]) -> Path:
             answers[field] = _ask(question, default) or default
         if field == "corpuses":  # checked before anything else is asked
             corpora = _sub_corpora(answers[field], folder, folders)
-    text = {
+    fields = {
         "name": answers["name"],
         "dataset_path": ".",
         "description": answers["description"],
@@ -96,11 +97,12 @@ def describe(folder: Path, answers: dict[str, str]) -> Path:
         "corpus_data_dir_parent": None,
     }
     with atomic_write(folder / "metadata.json") as f:
-        f.write(json.dumps(text, indent=2).encode() + b"\n")
+        f.write(json.dumps(fields, indent=2).encode() + b"\n")
     return folder / "metadata.json"
 
 
 def _ask(question, default) -> str:
+    """Return the answer to a question on standard input."""
     try:
         return input(f"{question} [{default}]: ").strip()
     except EOFError:
@@ -108,7 +110,11 @@ def _ask(question, default) -> str:
 
 
 def _sub_corpora(answer, folder, folders) -> list[str]:
-    """Return the names in an answer, each of which must be one of `folders`."""
+    """Return the sub-corpora in an answer.
+
+    Raises:
+        ValueError: A name is not one of `folders`.
+    """
     names = [name.strip() for name in answer.split(",")]
     corpora = [name for name in names if name.strip("-")]
     for name in corpora:
@@ -121,7 +127,8 @@ def read_description(folder: Path) -> Description | None:
     """Return the description of a folder, or None if it has none.
 
     Raises:
-        ValueError: if the description is damaged, is not of text, or leads out of the folder.
+        ValueError: The description is damaged, describes data other than text, or names a path
+            outside the folder.
     """
     paths = [folder / "metadata.json", folder / "metadata.yaml"]
     path = next((path for path in paths if path.is_file()), None)
@@ -156,17 +163,21 @@ def read_description(folder: Path) -> Description | None:
 
 
 def _read_yaml(path):
-    """Return what a YAML file holds, or raise ValueError."""
+    """Return the value that a YAML file holds.
+
+    Raises:
+        ValueError: The file is damaged, has an alias, or nests too deeply.
+    """
     yaml = optional("yaml", str(path), "pyyaml")
     data = path.read_bytes()
     try:
         depth = 0
         for token in yaml.scan(data):
-            kind = type(token).__name__
-            depth += kind.endswith("StartToken")
-            depth -= kind.endswith("EndToken")
+            token_type = type(token).__name__
+            depth += token_type.endswith("StartToken")
+            depth -= token_type.endswith("EndToken")
             # ten aliases of ten aliases of ten ... take a few bytes to write and all memory to read
-            if depth > DEEPEST_YAML or kind == "AliasToken":
+            if depth > DEEPEST_YAML or token_type == "AliasToken":
                 raise ValueError("it has an alias (*), or nests too deeply")
         return yaml.safe_load(data)
     except Exception as error:  # the value of a tag such as !!bool may raise anything

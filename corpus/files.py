@@ -1,4 +1,4 @@
-"""Files of one's own: what --input names, as sources."""
+"""Files: the sources that --input names."""
 
 import glob
 import os
@@ -8,37 +8,38 @@ from corpus.descriptions import read_description
 from corpus.hub import hugging_face
 from corpus.sources import Source
 
-FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-NOT_TEXT = (".json", ".csv", ".tsv")  # a named file with any other suffix is taken for text
+FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+TABLE_SUFFIXES = (".json", ".csv", ".tsv")  # a named file with any other suffix is taken for text
 
 
-def find(item: str, documents: str = "", text_field: str = "") -> list[Source]:
+def find(item: str, division: str = "", text_field: str = "") -> list[Source]:
     """Return the sources that an --input names.
 
     Args:
-        item: a file, a folder, a glob, hf:NAME[/CONFIG], or a described folder DIR[:SUB-CORPUS].
-        documents: how a .txt is divided into documents, as in Source.
-        text_field: field that holds the text; "" for the one that is described, or "text".
+        item: A file, a folder, a glob, hf:NAME[/CONFIG], or a described folder DIR[:SUB-CORPUS].
+        division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
+        text_field: Field that holds the text; "" for the field that the folder's description
+            names, or "text".
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if the item names nothing that can be read.
+        FileNotFoundError: There is no such file or folder, and no match of the glob.
+        ValueError: The item names no file of a format that can be read.
     """
     if item.startswith("hf:"):
         return hugging_face(item[3:], text_field)
     folder, _, corpus = item.rpartition(":") if not Path(item).exists() else (item, "", "")
     description = read_description(Path(folder)) if folder else None
     if description:
-        return _find_described(folder, description, corpus, documents, text_field)
+        return _find_described(folder, description, corpus, division, text_field)
     if corpus and folder and Path(folder).is_dir():
         raise ValueError(
             f"{folder} has no description, so it has no sub-corpus {corpus!r}: write one with "
             f"python prepare_data.py --describe {folder}"
         )
-    return _find_files(item, documents, text_field)
+    return _find_files(item, division, text_field)
 
 
-def _find_described(folder, description, corpus, documents, text_field):
+def _find_described(folder, description, corpus, division, text_field):
     """Return the sources of a described folder, or of one of its sub-corpora."""
     text_field = text_field or description.field
     if corpus and corpus not in description.corpora:
@@ -50,7 +51,7 @@ def _find_described(folder, description, corpus, documents, text_field):
         found = [hugging_face(root, text_field, config) for config in corpora or [None]]
         return [source for sources in found for source in sources]
     folders = [description.folder_of(name) for name in corpora] or [description.root]
-    found = [_find_files(str(path), documents, text_field) for path in folders]
+    found = [_find_files(str(path), division, text_field) for path in folders]
     sources = [source for sources in found for source in sources]
     for source in sources:
         if not Path(source.path).resolve().is_relative_to(Path(folder).resolve()):
@@ -58,14 +59,14 @@ def _find_described(folder, description, corpus, documents, text_field):
     return sources
 
 
-def _find_files(item, documents, text_field):
+def _find_files(item, division, text_field):
     """Return the sources that a file, a folder or a glob names."""
     if not item:
         raise ValueError("--input is empty: name a file, a folder or a glob")
     path = Path(item)
     if path.is_file():
         paths = [path]
-        if _suffix(path) in NOT_TEXT:
+        if _suffix(path) in TABLE_SUFFIXES:
             raise ValueError(
                 f"{item} is a table, not plain text: convert it to .jsonl, one object per line, or "
                 f"to .parquet"
@@ -74,22 +75,22 @@ def _find_files(item, documents, text_field):
         paths = _expand(f"{glob.escape(item)}/**" if path.is_dir() else item)
     if not paths:
         raise FileNotFoundError(f"{item}: no such file or folder, and no glob that matches one")
-    default = "text" if path.is_file() else None  # a file that was named is read in any case
+    default = "text" if path.is_file() else None  # a file that was named is always read
     sources = []
     for found in paths:
-        kind = FORMATS.get(_suffix(found), default)
-        if kind and found.is_file():
-            division = documents if kind == "text" else ""
-            sources.append(Source(str(found), kind, division, text_field or "text"))
+        file_format = FORMAT_OF_SUFFIX.get(_suffix(found), default)
+        if file_format and found.is_file():
+            file_division = division if file_format == "text" else ""
+            sources.append(Source(str(found), file_format, file_division, text_field or "text"))
     if not sources:
         raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (also .gz, .zst)")
     return sources
 
 
 def _expand(pattern) -> list[Path]:
-    """Return the paths that match, without hidden ones, sorted; each file once.
+    """Return the paths that match a glob, sorted and without hidden files.
 
-    Links may lead in a circle, so of several paths of one file the shortest is kept.
+    Links may lead in a circle, so only the shortest of several paths to one file is kept.
     """
     paths = sorted(map(Path, glob.glob(pattern, recursive=True)))
     paths.sort(key=lambda path: -len(path.parts))
@@ -97,4 +98,5 @@ def _expand(pattern) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
+    """Return the suffix of a path without .gz or .zst, in lower case."""
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()

@@ -1,10 +1,12 @@
-"""Inputs: where the text of a corpus comes from.
+"""Inputs: a corpus as a list of sources on this machine.
 
     corpus = load_corpus("wikitext-2", folder=Path("data/wikitext-2"))
     corpus.sources    # files, and how to read them (sources.py)
 
-A corpus is downloaded if the catalog knows it (catalog.py, download.py, archives.py), or it is made
-of files that --input names (files.py, hub.py, descriptions.py), or of Python's own documentation.
+A corpus is one of the following:
+- a corpus of the catalog, which is downloaded (catalog.py, download.py, archives.py);
+- the files that --input names (files.py, hub.py, descriptions.py);
+- Python's own documentation.
 """
 
 import json
@@ -16,8 +18,8 @@ from pathlib import Path
 from common.files import atomic_write
 from common.settings import near
 from corpus.archives import unpack
-from corpus.catalog import CATALOG, CatalogEntry
-from corpus.download import download, sha256_of
+from corpus.catalog import CATALOG, CatalogEntry, DownloadFile
+from corpus.download import download, download_lock, sha256_of
 from corpus.files import find
 from corpus.sources import Source
 
@@ -29,9 +31,9 @@ class Corpus:
     """A named text collection.
 
     Attributes:
-        name: its name, which is the name of its folder.
-        origin: where it came from, for metadata.json.
-        sources: its files, in order.
+        name: Name of the corpus and of its folder.
+        origin: Addresses and licence of the text, for metadata.json.
+        sources: Sources of the corpus, in order.
     """
 
     name: str
@@ -39,13 +41,13 @@ class Corpus:
     sources: list[Source]
 
     @property
-    def documents(self) -> bool:
+    def has_documents(self) -> bool:
         """Whether the corpus has documents; otherwise it is one running text.
 
         Raises:
-            ValueError: if some files have documents and others do not.
+            ValueError: Some files have documents and others do not.
         """
-        running = [s for s in self.sources if s.format == "text" and not s.documents]
+        running = [s for s in self.sources if s.format == "text" and not s.division]
         if running and len(running) < len(self.sources):
             raise ValueError(
                 f"{running[0].path} is one running text beside files of documents: "
@@ -55,10 +57,11 @@ class Corpus:
 
 
 def list_corpora() -> str:
-    """Return a table of the corpora that are known by name: size to download, licence, source."""
-    rows = [("name", "download", "licence", "source")]
+    """Return a table of the corpora that need no --input: download size, licence, home page."""
+    rows = [("name", "download", "licence", "home")]
     for name, entry in CATALOG.items():
-        size = entry.size or f"{sum(part.size or 0 for part in entry.downloads) / 1e6:.1f} MB"
+        num_bytes = sum(download_file.size or 0 for download_file in entry.downloads)
+        size = entry.size or f"{num_bytes / 1e6:.1f} MB"
         rows.append((name, size, entry.licence, entry.home))
     rows.append((BUILT_IN, "nothing", "PSF-2.0", "Python's own documentation, in every Python"))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -70,28 +73,28 @@ def load_corpus(
     name: str,
     folder: Path,
     inputs: Sequence[str] = (),
-    documents: str = "",
+    division: str = "",
     text_field: str = "",
 ) -> Corpus:
     """Return a corpus whose files are on this machine, downloaded into `folder` if necessary.
 
     Args:
-        name: name of the corpus.
-        folder: folder for downloads.
-        inputs: what --input names; none for a corpus that is known by name.
-        documents: how a .txt is divided into documents, as in Source.
-        text_field: field that holds the text in the other formats; "" for "text".
+        name: Name of the corpus.
+        folder: Folder for downloads.
+        inputs: Values of --input; none for a corpus of the catalog.
+        division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
+        text_field: Field that holds the text in the other formats; "" for "text".
 
     Raises:
-        ValueError: for an unknown name, or a file that is not what it should be.
-        ConnectionError: if a file cannot be downloaded.
-        OSError: if a file cannot be read or written.
+        ValueError: The name is unknown, or a file is damaged or of another kind.
+        ConnectionError: A file cannot be downloaded.
+        OSError: A file cannot be read or written.
     """
     entry = CATALOG.get(name)
     if inputs:
         if entry and len(entry.downloads) == 1 and not entry.downloads[0].members:
-            return _copy_of_known(name, entry, inputs)
-        sources = [source for item in inputs for source in find(item, documents, text_field)]
+            return _copy_of_download(name, entry, inputs)
+        sources = [source for item in inputs for source in find(item, division, text_field)]
         return Corpus(name, {}, _numbered(sources))
     if name == BUILT_IN:
         return python_documentation(folder)
@@ -102,63 +105,79 @@ def load_corpus(
             f"yours with --input" + near(name, names)
         )
     try:
-        _fetch(entry, folder)
+        _download_missing(entry, folder)
     except ConnectionError as error:
         raise ConnectionError(
             f"{error}; try again later, or download it on another machine (--prefetch DIR, and "
             f"--data_dir DIR on this one), or add --input FILE"
         ) from None
     sources = [replace(source, path=str(folder / source.path)) for source in entry.sources]
-    origin = {"url": [part.urls[0] for part in entry.downloads], "licence": entry.licence}
+    urls = [download_file.urls[0] for download_file in entry.downloads]
+    origin = {"url": urls, "licence": entry.licence}
     return Corpus(name, origin, _numbered(sources))
 
 
 def _numbered(sources) -> list[Source]:
+    """Return the sources with numbers from 0."""
     return [replace(source, number=i) for i, source in enumerate(sources)]
 
 
-def _copy_of_known(name, entry, inputs) -> Corpus:
-    """Return a known corpus of one file, made of a copy of the file."""
-    (part,) = entry.downloads
+def _copy_of_download(name, entry, inputs) -> Corpus:
+    """Return a corpus of the catalog that is made of a copy of its only file."""
+    (download_file,) = entry.downloads
     (source,) = entry.sources
     path = Path(inputs[0])
     if len(inputs) > 1:
         raise ValueError(f"{name} is one file: to use several, choose another --corpus NAME")
     found = sha256_of(path)
-    if found != part.sha256:
+    expected = download_file.sha256
+    if found != expected:
         raise ValueError(
-            f"{path} is not {name}: its sha256 is {found[:16]}..., not {part.sha256[:16]}...; "
+            f"{path} is not {name}: its sha256 is {found[:16]}..., not {expected[:16]}...; "
             f"for a text of your own choose another --corpus NAME"
         )
-    origin = {"url": [part.urls[0]], "licence": entry.licence, "sha256": found}
+    origin = {"url": [download_file.urls[0]], "licence": entry.licence, "sha256": found}
     return Corpus(name, origin, [replace(source, path=str(path))])
 
 
-def _fetch(entry: CatalogEntry, folder: Path) -> None:
-    """Download and unpack what is not in `folder`."""
-    for part, source in zip(entry.downloads, entry.sources):
-        targets = [name for _, name in part.members] or [source.path]
-        if part.members and all((folder / name).exists() for name in targets):
-            continue  # they were written whole, from a checked archive
-        name = part.urls[0].rsplit("/", 1)[1] if part.members else source.path
-        path = folder / name
-        right = path.exists() and part.sha256 in ("", sha256_of(path))
-        if path.exists() and not right:
-            print(f"{path} is not the known file: it is downloaded again")
-        if not right:
-            download(part.urls, path, part.size, part.sha256)
-        if part.members:
-            unpack(path, folder, dict(part.members))
-            path.unlink()
+def _download_missing(entry: CatalogEntry, folder: Path) -> None:
+    """Download and unpack the files of a corpus that are not in `folder`."""
+    pairs = list(zip(entry.downloads, entry.sources))
+    if all(_is_downloaded(*pair, folder) for pair in pairs):
+        return
+    with download_lock(folder / ".download"):  # also for the time of unpacking
+        for download_file, source in pairs:
+            if _is_downloaded(download_file, source, folder):
+                continue  # perhaps by the process that this one waited for
+            sha256 = download_file.sha256
+            archive_name = download_file.urls[0].rsplit("/", 1)[1]
+            path = folder / (archive_name if download_file.members else source.path)
+            if path.exists() and sha256 not in ("", sha256_of(path)):
+                print(f"{path} differs from the file in the catalog: it is downloaded again")
+            download(download_file.urls, path, download_file.size, sha256)
+            if download_file.members:
+                unpack(path, folder, dict(download_file.members))
+                path.unlink()
+
+
+def _is_downloaded(download_file: DownloadFile, source: Source, folder: Path) -> bool:
+    """Whether the files that a download gives are in `folder`."""
+    if download_file.members:  # their files were written whole, from a checked archive
+        return all((folder / name).exists() for _, name in download_file.members)
+    path = folder / source.path
+    return path.exists() and download_file.sha256 in ("", sha256_of(path))
 
 
 def python_documentation(folder: Path) -> Corpus:
-    """Return the language reference that help() shows, as a corpus.
+    """Return the texts that Python's help() shows about the language, as a corpus.
 
-    It has 79 documents and half a megabyte, in every CPython.
+    Every CPython has these 79 documents of half a megabyte.
 
     Args:
-        folder: folder for the .jsonl file.
+        folder: Folder for the .jsonl file.
+
+    Raises:
+        OSError: The .jsonl file cannot be written.
     """
     from pydoc_data.topics import topics  # not above: half a megabyte
 

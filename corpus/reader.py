@@ -1,11 +1,11 @@
-"""Files to documents: .txt, .jsonl and .parquet files, also as .gz or .zst, read in chunks.
+"""Readers: chunks of .txt, .jsonl and .parquet files, also as .gz or .zst, to documents.
 
     chunks = divide(Source("corpus.jsonl", "jsonl"), chunk_bytes=1 << 23)
     for positions, texts in read(chunks[0][0]): ...
 
-A chunk is part of one file and holds whole documents: the chunks of a file, one after another, give
-the documents of the file, wherever it is divided. A running text comes in parts whose token ids,
-one after another, are the token ids of the whole text (boundaries.py).
+A chunk is a range of one file and holds whole documents. All chunks of a file, one after another,
+give the documents of the file, wherever the file is divided. A running text is read as several
+texts, whose token ids, one after another, are the token ids of the running text (boundaries.py).
 """
 
 import functools
@@ -40,16 +40,16 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
     """Divide a source into chunks that can be read independently.
 
     Args:
-        source: a file, or a range of one. A compressed text is never divided.
-        chunk_bytes: least size of a chunk but the last; a chunk ends at the next place where the
-            source may be divided.
+        source: A file, or a range of a file. A compressed text is never divided.
+        chunk_bytes: Least size of a chunk, except for the last one. A chunk ends at the next place
+            at which the source may be divided.
 
     Returns:
-        (chunk, size of the chunk in bytes) in order; none for an empty file.
+        Pairs (chunk, size of the chunk in bytes), in order; none for an empty file.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if a table is damaged, or the package that reads it is missing.
+        OSError: The file cannot be read.
+        ValueError: A table is damaged, or the package that reads tables is missing.
     """
     if source.is_table:
         return divide_table(source, chunk_bytes)
@@ -59,7 +59,7 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
     if file_bytes == 0:
         return []
     stop = file_bytes if source.stop is None else source.stop
-    if source.documents == "file" and source.format == "text":
+    if source.division == "file" and source.format == "text":
         return [(source, stop - source.start)]
     chunks = []
     start = source.start
@@ -74,36 +74,36 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
 
 
 def _next_end(file, source: Source, start: int, stop: int) -> int:
-    """Return the first byte at or after `start` where `source` may be divided, at most `stop`."""
+    """Return the first place from `start` on at which `source` may be divided, or `stop`."""
     if start >= stop:
         return stop
-    kind = _division(source)
-    if kind == "":
+    division = _record_division(source)
+    if division == "":
         return next_boundary(file, start, stop)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        match = RECORD_END[kind].search(data, start, stop)
+        match = RECORD_END[division].search(data, start, stop)
         return match.end() if match else stop
 
 
-def _division(source: Source) -> str:
-    """Return how the bytes of a text are divided, as in Source.documents."""
-    return "line" if source.format == "jsonl" else source.documents
+def _record_division(source: Source) -> str:
+    """Return how the bytes of a source are divided into records, one of DIVISIONS."""
+    return "line" if source.format == "jsonl" else source.division
 
 
 def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
-    """Yield the documents of a chunk, a list of some of them at a time.
+    """Yield the documents of a chunk in lists.
 
     Args:
-        chunk: a source, or a chunk of one.
+        chunk: A source, or a chunk of a source.
 
     Yields:
-        (positions, texts), two sequences of one length. A position is the document's first byte in
-        the uncompressed file, or its row, so it depends on nothing but the file. A text is a str,
-        or an InvalidDocument.
+        Pairs (positions, texts) of two equally long sequences. A position is the first byte of the
+        document in the uncompressed file, or the row of the document in a table. It depends on
+        nothing but the file. A text is a str, or an InvalidDocument.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if a table is damaged, or a package is missing.
+        OSError: The file cannot be read.
+        ValueError: A table is damaged, or a package is missing.
     """
     if chunk.is_table:
         yield from read_table(chunk)
@@ -112,9 +112,9 @@ def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocum
     try:
         with open_file(chunk.path) as file:
             file.seek(chunk.start)
-            for block in _blocks(file, chunk):
-                positions, texts = _documents(block, chunk, lines)
-                lines.finish(block)
+            for records in _read_records(file, chunk):
+                positions, texts = _parse_records(records, chunk, lines)
+                lines.finish(records)
                 if texts:
                     yield positions, texts
     except damage(chunk.path) as error:
@@ -123,21 +123,27 @@ def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocum
 
 
 @dataclass
-class _Block:
-    """Whole records of a file, which end at `ends`; the first begins at byte `position`."""
+class _Records:
+    """Some whole records of a file, one after another.
+
+    Attributes:
+        position: Position of the first record in the uncompressed file, in bytes.
+        data: Bytes of all records.
+        ends: End of each record in `data`.
+    """
 
     position: int
     data: bytes
     ends: list[int]
 
 
-def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
-    """Yield the records of a chunk in blocks of about BLOCK bytes, or of one longer record.
+def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
+    """Yield the records of a chunk: as many as fit into about BLOCK bytes, or one longer record.
 
-    Memory is bounded by twice the longest record. A damaged file gives the records before the
-    damage, then its error.
+    Memory is bounded by twice the longest record. A damaged compressed file gives the records
+    before the damage, then raises one of the exceptions of sources.damage.
     """
-    division = _division(chunk)
+    division = _record_division(chunk)
     position = chunk.start
     left = chunk.length
     data = bytearray()
@@ -145,20 +151,20 @@ def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
     error = None
     while left > 0 and error is None:
         try:
-            part = file.read1(int(min(wanted, left)))
+            new_bytes = file.read1(int(min(wanted, left)))
         except damage(chunk.path) as damaged:
             error = damaged
-            part = b""
-        left = left - len(part) if part else 0
-        data += part
-        wanted -= len(part)
+            new_bytes = b""
+        left = left - len(new_bytes) if new_bytes else 0
+        data += new_bytes
+        wanted -= len(new_bytes)
         if wanted > 0 and left > 0:
             continue
         ends = record_ends(bytes(data), division)
         if left == 0 and error is None and len(data) > (ends[-1] if ends else 0):
             ends.append(len(data))
         if ends:
-            yield _Block(position, bytes(data[: ends[-1]]), ends)
+            yield _Records(position, bytes(data[: ends[-1]]), ends)
             position += ends[-1]
             del data[: ends[-1]]
         wanted = max(BLOCK, len(data))
@@ -167,47 +173,63 @@ def _blocks(file: BufferedIOBase, chunk: Source) -> Iterator[_Block]:
 
 
 class _LineCounter:
-    """Gives places in a chunk their line numbers, which ascend: each byte is counted once."""
+    """Returns the line numbers of ascending positions in a chunk, and counts each byte once.
+
+    Attributes:
+        chunk: Chunk that is read.
+        position: End of the bytes that have been counted, in the uncompressed file.
+        line_feeds: Number of line feeds in the chunk before `position`.
+        line_feeds_before: Number of line feeds before the chunk; None until a place is asked for.
+    """
 
     def __init__(self, chunk: Source):
         self.chunk = chunk
-        self.position = chunk.start  # of the bytes counted
-        self.line_feeds = 0  # of the chunk before `position`
-        self.line_feeds_before: int | None = (
-            None  # the chunk, counted if the chunk has an invalid document
-        )
+        self.position = chunk.start
+        self.line_feeds = 0
+        self.line_feeds_before: int | None = None
 
-    def finish(self, block: _Block) -> None:
-        """Count the rest of a block."""
-        self._count(block, len(block.data))
+    def finish(self, records: _Records) -> None:
+        """Count the line feeds in the rest of the records."""
+        self._count(records, len(records.data))
 
-    def place_in(self, block: _Block, offset: int) -> str:
-        """Return file and line of a byte of the block at hand."""
-        self._count(block, offset)
+    def place_in(self, records: _Records, offset: int) -> str:
+        """Return file and line of the byte at `offset` in the data of the records."""
+        self._count(records, offset)
         return self.place()
 
     def place(self) -> str:
-        """Return file and line of the first byte that is not counted."""
+        """Return file and line of the byte at `self.position`."""
         if self.line_feeds_before is None:
             self.line_feeds_before = _count_line_feeds(self.chunk.path, self.chunk.start)
         line = 1 + self.line_feeds_before + self.line_feeds
         return f"{self.chunk.path}, line {line}"
 
-    def _count(self, block, offset):
-        start = self.position - block.position
-        self.line_feeds += block.data.count(b"\n", start, offset)
-        self.position = block.position + offset
+    def _count(self, records, offset):
+        """Count the line feeds up to `offset` in the data of the records."""
+        start = self.position - records.position
+        self.line_feeds += records.data.count(b"\n", start, offset)
+        self.position = records.position + offset
 
 
 def place_of(source: Source, position: int) -> str:
-    """Return file and line, or file and row, of a document; reads the file up to there."""
+    """Return file and line, or file and row, of a document.
+
+    A text file is read up to the document, to count its lines.
+
+    Args:
+        source: Source of the document, or a chunk of it.
+        position: Position of the document, as `read` yields it.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     if source.is_table:
         return f"{source.path}, row {position}"
     return f"{source.path}, line {1 + _count_line_feeds(source.path, position)}"
 
 
 def _count_line_feeds(path: str, stop: int) -> int:
-    """Return how many line feeds the first `stop` bytes of a file hold."""
+    """Return the number of line feeds in the first `stop` bytes of a file."""
     count = 0
     left = stop
     with open_file(path) as file:
@@ -217,39 +239,46 @@ def _count_line_feeds(path: str, stop: int) -> int:
     return count
 
 
-def _documents(block: _Block, chunk: Source, lines: _LineCounter) -> tuple[list, list]:
-    """Return (positions, texts) of the documents of a block."""
-    parse = _PARSERS[chunk.documents]
+def _parse_records(
+    records: _Records, chunk: Source, lines: _LineCounter
+) -> tuple[list[int], list[str | InvalidDocument]]:
+    """Return (positions, texts) of the documents in some records."""
+    parse = _PARSERS[chunk.division]
     if chunk.format == "jsonl":
         parse = functools.partial(_json_text, field=chunk.field)
-    division = _division(chunk)
+    division = _record_division(chunk)
     skip_blank = division in RECORD_END
     skip_blank_lines = division in ("blank-line", "article")
     positions: list[int] = []
     texts: list[str | InvalidDocument] = []
-    for start, end in itertools.pairwise([0, *block.ends]):
-        record = block.data[start:end]
+    for start, end in itertools.pairwise([0, *records.ends]):
+        record = records.data[start:end]
         if skip_blank and record.isspace():
             continue
         if skip_blank_lines:
-            start = _skip_blank_lines(block.data, start, end)
-            record = block.data[start:end]
+            start = _skip_blank_lines(records.data, start, end)
+            record = records.data[start:end]
         try:
             texts.append(parse(record))
         except InvalidText as error:
-            place = lines.place_in(block, start + error.offset)
+            place = lines.place_in(records, start + error.offset)
             texts.append(InvalidDocument(str(error), place))
-        positions.append(block.position + start)
+        positions.append(records.position + start)
     return positions, texts
 
 
 def _skip_blank_lines(data: bytes, start: int, end: int) -> int:
+    """Return the offset of the first line from `start` on that is not blank, at most `end`."""
     match = BLANK_LINES.match(data, start, end)
     return match.end() if match else start
 
 
 def _decode(record: bytes) -> str:
-    """Return the text of a record."""
+    """Return the text of a record.
+
+    Raises:
+        InvalidText: The record is not UTF-8.
+    """
     try:
         return record.decode()
     except UnicodeDecodeError as error:
@@ -262,6 +291,7 @@ def _decode(record: bytes) -> str:
 
 
 def _decode_stripped(record: bytes) -> str:
+    """Return the text of a record without white space at both ends."""
     return _decode(record).strip()
 
 
@@ -275,14 +305,18 @@ _PARSERS = {
 
 
 def _json_text(record: bytes, field: str) -> str:
-    """Return the text that a line of a .jsonl file holds."""
+    """Return the text in a line of a .jsonl file.
+
+    Raises:
+        InvalidText: The line is not UTF-8, not JSON, or has no text in `field`.
+    """
     try:
         text = record.strip(JSON_SPACE).decode()
-        row, end = _SCAN(text, 0)  # half the time of json.loads
+        row, end = _SCAN(text, 0)  # in half the time of json.loads
         if end == len(text) and type(row[field]) is str:
             return row[field]
     except (StopIteration, ValueError, LookupError, TypeError, RecursionError):
-        pass  # the slow way finds out what is wrong
+        pass  # the slow way below finds the fault
     text = _decode(record.removesuffix(b"\n").removeprefix(BYTE_ORDER_MARK))
     try:
         row = json.loads(text)

@@ -1,44 +1,56 @@
-"""Sources: an input file or a chunk of it, how it is opened, and what makes a document invalid."""
+"""Sources: input files and chunks of them, opening a file, and invalid documents."""
 
 import gzip
 import math
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BufferedIOBase, BufferedReader, FileIO
 from types import ModuleType
 from typing import Any
 
 from common.packages import optional
 
+FORMATS = ("text", "jsonl", "parquet", "arrow")  # of a Source
+DIVISIONS = ("", "line", "blank-line", "file", "article")  # of a Source
 BLOCK = 1 << 20  # bytes read at once
 LONGEST_WINDOW = 31  # log2 of the bytes that a .zst file may refer back to (zstd --long=31)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or a chunk of it: the part from `start` to `stop`.
+    """One input file, or a chunk of it: the bytes or rows from `start` to `stop`.
 
     Attributes:
-        path: path of the file.
-        format: "text", "jsonl", "parquet", or "arrow" (a file of the `datasets` library).
-        documents: how a text is divided into documents: "line", "blank-line", "file", "article"
-            (WikiText), or "" for a running text, which is not divided.
-        field: name of the field or column that holds the text, in the other formats.
+        path: Path of the file.
+        format: One of FORMATS. "arrow" is a file of the `datasets` library.
+        division: How a text is divided into documents, one of DIVISIONS. "article" is WikiText's
+            division, and "" means a running text, which is not divided.
+        field: Name of the field or column that holds the text, in the other formats.
         split: "train", "val" or "test", or "" to assign each document by a hash.
-        number: number of the file in its corpus, from 0.
-        start: first byte of the uncompressed text, or first row of the table.
-        stop: end of the byte or row range; None means the end of the file.
+        number: Number of the file in its corpus, from 0.
+        start: First byte of the uncompressed text, or first row of the table.
+        stop: End of the byte or row range; None means the end of the file.
     """
 
     path: str
     format: str = "text"
-    documents: str = ""
+    division: str = ""
     field: str = "text"
     split: str = ""
     number: int = 0
     start: int = 0
     stop: int | None = None
+
+    def metadata_fields(self) -> dict:
+        """Return the fields under their names in metadata.json, which calls `division` documents.
+
+        Example: Source("a.txt", division="line") gives {"path": "a.txt", "documents": "line", ...}.
+        """
+        return {
+            "documents" if name == "division" else name: value
+            for name, value in asdict(self).items()
+        }
 
     @property
     def length(self) -> float:
@@ -58,11 +70,11 @@ class Source:
 
 @dataclass(frozen=True)
 class InvalidDocument:
-    """What a reader yields in place of a text that it cannot read.
+    """The item that a reader yields in place of a text that it cannot read.
 
     Attributes:
-        reason: what is wrong with the document.
-        place: file and line, or file and row.
+        reason: Fault of the document.
+        place: File and line, or file and row.
     """
 
     reason: str
@@ -73,10 +85,10 @@ class InvalidDocument:
 
 
 class InvalidText(Exception):
-    """Raised while one document is read.
+    """The text of one document cannot be read.
 
     Attributes:
-        offset: number of bytes from the start of the document to the fault.
+        offset: Number of bytes from the start of the document to the fault.
     """
 
     def __init__(self, reason: str, offset: int = 0):
@@ -88,8 +100,8 @@ def open_file(path: str) -> BufferedIOBase:
     """Open a file for reading its uncompressed bytes.
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if the package that reads its format is missing.
+        OSError: The file cannot be opened.
+        ValueError: The package that reads the compression format is missing.
     """
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
@@ -101,7 +113,11 @@ def open_file(path: str) -> BufferedIOBase:
 
 
 def damage(path: str) -> tuple[type[Exception], ...]:
-    """Return the exceptions that reading a damaged compressed file raises."""
+    """Return the exceptions that reading a damaged compressed file raises.
+
+    Raises:
+        ValueError: The package that reads the compression format is missing.
+    """
     errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
     if path.endswith(".zst"):
         errors += (zstd(path).ZstdError,)
@@ -109,10 +125,10 @@ def damage(path: str) -> tuple[type[Exception], ...]:
 
 
 def zstd(path: str) -> ModuleType:
-    """Return the module that reads .zst files, which Python itself has since 3.14.
+    """Return the module that reads .zst files, which is part of Python since 3.14.
 
     Raises:
-        ValueError: if the package for an older Python is missing.
+        ValueError: Python is older, and the package `backports.zstd` is missing.
     """
     if sys.version_info >= (3, 14):
         return optional("compression.zstd", path)
@@ -123,7 +139,7 @@ def text_of_row(row: Any, field: str) -> str:
     """Return the text that a row holds in `field`.
 
     Raises:
-        InvalidText: if the row is not an object, or its field is missing or not text.
+        InvalidText: The row is not an object, or the field is missing or not text.
     """
     if isinstance(row, dict) and field in row:
         return checked_text(row[field], field)
@@ -135,7 +151,7 @@ def checked_text(value: Any, field: str) -> str:
     """Return `value` if it is a string.
 
     Raises:
-        InvalidText: if it is not.
+        InvalidText: The value is not a string.
     """
     if isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""Tables to documents: the rows of .parquet files, and of the `datasets` library's .arrow files."""
+"""Tables: rows of .parquet files, and of the `datasets` library's .arrow files, to documents."""
 
 import contextlib
 import itertools
@@ -20,33 +20,59 @@ from corpus.sources import (
     text_of_row,
 )
 
-ROWS = 1024  # most rows read at once; fewer if they are long
+ROWS = 1024  # most rows read at once; fewer if their texts are long
 
 
 def divide_table(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
-    """Divide a table as reader.divide does, between the row groups that it was written in.
+    """Divide a table between row groups, as reader.divide does.
 
     Only the column that holds the text counts for the size of a chunk.
+
+    Args:
+        source: A table.
+        chunk_bytes: Least size of a chunk, except for the last one.
+
+    Returns:
+        Pairs (chunk, size of the chunk in bytes), in order; none for an empty table.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The table is damaged, or the package `pyarrow` is missing.
     """
     with _open(source) as table:
-        groups = _row_groups(table, source)
+        row_groups = _row_groups(table, source)
     chunks = []
-    start = rows = size = 0
-    for i, (group_rows, group_bytes) in enumerate(groups):
-        rows += group_rows
-        size += group_bytes
-        if size >= chunk_bytes or i == len(groups) - 1:
-            if rows:
-                chunks.append((replace(source, start=start, stop=start + rows), size))
-            start += rows
-            rows = size = 0
+    start = 0
+    num_rows = 0
+    num_bytes = 0
+    for i, (group_rows, group_bytes) in enumerate(row_groups):
+        num_rows += group_rows
+        num_bytes += group_bytes
+        if num_bytes >= chunk_bytes or i == len(row_groups) - 1:
+            stop = start + num_rows
+            if num_rows:
+                chunks.append((replace(source, start=start, stop=stop), num_bytes))
+            start = stop
+            num_rows = 0
+            num_bytes = 0
     return chunks
 
 
 def read_table(
     chunk: Source,
 ) -> Iterator[tuple[Sequence[int], list[str | InvalidDocument]]]:
-    """Yield documents as reader.read does; the position of a document is its row."""
+    """Yield the documents of a table, as reader.read does.
+
+    Args:
+        chunk: A table, or a chunk of a table.
+
+    Yields:
+        Pairs (positions, texts); the position of a document is its row in the table.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The table is damaged, or the package `pyarrow` is missing.
+    """
     with _open(chunk) as table:
         schema = table.schema if chunk.format == "arrow" else table.schema_arrow
         if chunk.field not in schema.names:
@@ -55,15 +81,17 @@ def read_table(
         for first, column in _columns(table, chunk):
             values = _values(column)
             positions = range(first, first + len(values))
-            places = zip(positions, values)
-            yield positions, [_text(value, row, chunk) for row, value in places]
+            rows = zip(positions, values)
+            yield positions, [_text(value, row, chunk) for row, value in rows]
 
 
 @contextlib.contextmanager
 def _open(source):
-    """A pyarrow.parquet.ParquetFile or a memory-mapped pyarrow.Table.
+    """Yield a pyarrow.parquet.ParquetFile, or a memory-mapped pyarrow.Table for an .arrow file.
 
-    Raises ValueError for a damaged file.
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The table is damaged, or the package `pyarrow` is missing.
     """
     pyarrow = optional("pyarrow", source.path)
     damaged = (pyarrow.ArrowException, UnicodeDecodeError, *damage(source.path))
@@ -72,12 +100,13 @@ def _open(source):
             yield pyarrow.ipc.open_stream(pyarrow.memory_map(source.path)).read_all()
             return
         with contextlib.ExitStack() as stack:
-            file = source.path
-            if source.compressed:  # a table is read from its end, so it is uncompressed first
-                file = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(stack.enter_context(open_file(source.path)), file, BLOCK)
+            path_or_file = source.path
+            if source.compressed:  # pyarrow reads the end of a table first, so uncompress it all
+                path_or_file = stack.enter_context(tempfile.TemporaryFile())
+                compressed_file = stack.enter_context(open_file(source.path))
+                shutil.copyfileobj(compressed_file, path_or_file, BLOCK)
             parquet = optional("pyarrow.parquet", source.path)
-            yield stack.enter_context(parquet.ParquetFile(file))
+            yield stack.enter_context(parquet.ParquetFile(path_or_file))
     except damaged as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source.path}: a damaged .{source.format} file ({reason})") from None
@@ -88,19 +117,22 @@ def _open(source):
 
 
 def _row_groups(table, source) -> list[tuple[int, int]]:
-    """(rows, bytes of their text) of each row group, or each record batch of an .arrow file."""
+    """Return (number of rows, bytes of their text) of each row group.
+
+    The record batches of an .arrow file count as row groups.
+    """
     if source.format == "arrow":
         batches = table.to_batches()
         if source.field not in table.schema.names:
             return [(batch.num_rows, 0) for batch in batches]
         return [(batch.num_rows, batch.column(source.field).nbytes) for batch in batches]
-    groups = map(table.metadata.row_group, range(table.num_row_groups))
-    return [(group.num_rows, _text_bytes(group, source.field)) for group in groups]
+    row_groups = map(table.metadata.row_group, range(table.num_row_groups))
+    return [(group.num_rows, _text_bytes(group, source.field)) for group in row_groups]
 
 
-def _text_bytes(group, field) -> int:
-    """Uncompressed size of a row group's columns whose name is `field`, or begins with it."""
-    columns = map(group.column, range(group.num_columns))
+def _text_bytes(row_group, field) -> int:
+    """Return the uncompressed size of the column `field` of a row group, with its subcolumns."""
+    columns = map(row_group.column, range(row_group.num_columns))
     return sum(
         column.total_uncompressed_size
         for column in columns
@@ -109,15 +141,15 @@ def _text_bytes(group, field) -> int:
 
 
 def _columns(table, chunk):
-    """Yield (row of the first text, a column of texts) of the rows from chunk.start to chunk.stop.
+    """Yield pairs (row of the first text, column of texts) for the rows of a chunk.
 
-    A column has at most ROWS texts and, unless one is longer, about BLOCK bytes.
+    A column has at most ROWS texts of together about BLOCK bytes, or one longer text.
     """
     stop = math.inf if chunk.stop is None else chunk.stop
-    groups = _row_groups(table, chunk)
-    starts = itertools.accumulate((rows for rows, _ in groups), initial=0)
+    row_groups = _row_groups(table, chunk)
+    starts = itertools.accumulate((rows for rows, _ in row_groups), initial=0)
     batches = table.to_batches() if chunk.format == "arrow" else None
-    for i, (start, (rows, size)) in enumerate(zip(starts, groups)):
+    for i, (start, (rows, size)) in enumerate(zip(starts, row_groups)):
         if start + rows <= chunk.start or start >= stop:
             continue
         step = min(ROWS, max(1, BLOCK * rows // max(size, 1)))
@@ -125,7 +157,7 @@ def _columns(table, chunk):
             whole = batches[i].column(chunk.field)
             columns = (whole.slice(row, step) for row in range(0, rows, step))
         else:
-            # group by group: pyarrow keeps what it has read of all row groups it is asked for
+            # one row group per call, because pyarrow keeps in memory all row groups of a call
             iterator = table.iter_batches(step, row_groups=[i], columns=[chunk.field])
             columns = (batch.column(0) for batch in iterator)
         row = start
@@ -138,7 +170,7 @@ def _columns(table, chunk):
 
 
 def _rows_without_text(table, chunk, names):
-    """Yield every row of a table that lacks the column, as an InvalidDocument."""
+    """Yield an InvalidDocument for every row of a table that lacks the column of the text."""
     try:
         text_of_row(dict.fromkeys(names), chunk.field)
     except InvalidText as error:
@@ -151,22 +183,23 @@ def _rows_without_text(table, chunk, names):
 
 
 def _values(column) -> list:
-    """Return the values of a column; one that Python cannot hold is an InvalidText."""
+    """Return the values of a column, with an InvalidText for a value that Python cannot hold."""
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError):  # one of the values
+    except (ValueError, OverflowError):  # of one of the values
         return [_value(value) for value in column]
 
 
 def _value(value):
+    """Return the Python value of a pyarrow value, or an InvalidText."""
     try:
         return value.as_py()
-    except (ValueError, OverflowError) as error:  # not UTF-8, or a date that Python does not have
+    except (ValueError, OverflowError) as error:  # not UTF-8, or a date outside Python's range
         return InvalidText(f"a {value.type} that cannot be read ({error})")
 
 
 def _text(value, row, chunk):
-    """Return a text, or an InvalidDocument."""
+    """Return the text in a row, or an InvalidDocument."""
     try:
         if isinstance(value, InvalidText):
             raise value
@@ -176,4 +209,5 @@ def _text(value, row, chunk):
 
 
 def _place(chunk, row) -> str:
+    """Return file and row."""
     return f"{chunk.path}, row {row}"

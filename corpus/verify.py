@@ -17,13 +17,11 @@ from corpus.metadata import (
 )
 from corpus.planning import split_text
 from corpus.reader import read
-from corpus.sources import InvalidDocument, Source
+from corpus.sources import DIVISIONS, FORMATS, InvalidDocument, Source
 from corpus.tasks import assign_split
 from corpus.token_files import blocks, open_tokens
 from corpus.tokenizer import Tokenizer, get_tokenizer
 
-FORMATS = ("text", "jsonl", "parquet", "arrow")
-DOCUMENTS = ("", "line", "blank-line", "file", "article")
 NUM_COMPARED = 1000  # documents that are compared with the source, about
 
 
@@ -104,10 +102,11 @@ def _sources(folder: Path, metadata: dict) -> list[Source]:
 
 def _source(folder: Path, file: dict) -> Source:
     """A source that metadata.json lists; TypeError or KeyError if it is invalid."""
-    values = {name: file[name] for name in ("format", "documents", "field", "split")}
+    values = {name: file[name] for name in ("format", "field", "split")}
+    values["division"] = file["documents"]
     sound = (
         values["format"] in FORMATS
-        and values["documents"] in DOCUMENTS
+        and values["division"] in DIVISIONS
         and all(type(value) is str for value in (file["path"], *values.values()))
         and type(file["number"]) is int
         and file["number"] >= 0

@@ -2,6 +2,7 @@
 data, the `datasets` library; and prepare_data.py's --list, --prefetch and --verify."""
 
 import base64
+import concurrent.futures
 import functools
 import gzip
 import hashlib
@@ -43,16 +44,16 @@ def serve(server, monkeypatch):
     monkeypatch.setattr(inputs, "download", fetch)
 
     def serve(name, files):
-        known, parts = CATALOG[name], []
-        for part, (file, data) in zip(known.downloads, files.items(), strict=False):
-            assert part.urls[0].endswith(f"/{file}")  # the name that the real one has
+        entry = CATALOG[name]
+        downloads = []
+        for real, (file, data) in zip(entry.downloads, files.items(), strict=False):
+            assert real.urls[0].endswith(f"/{file}")  # the name that the real one has
             (server.folder / file).write_bytes(data)
             urls = (f"{server.url}/gone/{file}", f"{server.url}/{file}")
             sha256 = hashlib.sha256(data).hexdigest()
-            parts.append(replace(part, urls=urls, size=len(data), sha256=sha256))
-        made = replace(known, downloads=tuple(parts), sources=known.sources[: max(3, len(parts))])
-        if name.startswith("fineweb"):
-            made = replace(made, sources=known.sources[: len(parts)])
+            downloads.append(replace(real, urls=urls, size=len(data), sha256=sha256))
+        count = len(downloads) if name.startswith("fineweb") else max(3, len(downloads))
+        made = replace(entry, downloads=tuple(downloads), sources=entry.sources[:count])
         monkeypatch.setitem(CATALOG, name, made)
 
     return serve
@@ -116,11 +117,26 @@ def test_wikitext_keeps_its_splits_and_an_article_is_a_document(serve, server, t
     names = {"train": ("train", 3), "val": ("valid", 2), "test": ("test", 1)}
     for split, (word, n) in names.items():
         assert found.pop(split) == [ARTICLE.format(f"{word} {i}").strip() for i in range(n)]
-    assert found == {} and corpus.documents
+    assert found == {} and corpus.has_documents
     assert tree(folder) == ["wiki.test.raw", "wiki.train.raw", "wiki.valid.raw"]
     assert server.asked == [f"/gone/{name}-raw-v1.zip", f"/{name}-raw-v1.zip"]
     load_corpus(name, folder)  # again: all is there
     assert len(server.asked) == 2
+
+
+def test_a_corpus_that_several_processes_want_is_downloaded_and_unpacked_once(
+    serve, server, tmp_path
+):
+    """Threads stand in for the processes: each of them has locks of its own."""
+    serve("wikitext-2", {"wikitext-2-raw-v1.zip": wikitext((3000, 200, 100))})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        corpora = list(pool.map(lambda _: load_corpus("wikitext-2", tmp_path / "c"), range(4)))
+    assert len(server.asked) == 2  # of the two mirrors, the first has nothing
+    assert tree(tmp_path / "c") == ["wiki.test.raw", "wiki.train.raw", "wiki.valid.raw"]
+    for corpus in corpora:
+        assert {split: len(texts) for split, texts in documents(corpus.sources).items()} == {
+            "train": 3000, "val": 200, "test": 100
+        }  # fmt: skip
 
 
 def test_wikitext_end_to_end(serve, tmp_path, capsys, monkeypatch):
@@ -249,9 +265,9 @@ def test_an_archive_without_what_is_wanted(tmp_path):
     assert tree(tmp_path) == ["a.zip"]
 
 
-def test_list_shows_size_licence_and_source(capsys, monkeypatch):
+def test_list_shows_size_licence_and_home_page(capsys, monkeypatch):
     head, *lines = main(capsys, monkeypatch, "--list").splitlines()
-    assert head.split() == ["name", "download", "licence", "source"]
+    assert head.split() == ["name", "download", "licence", "home"]
     rows = {line.split()[0]: line for line in lines}
     expected = {
         "tinyshakespeare": ("1.1 MB", "public domain", "https://github.com/karpathy/char-rnn"),
@@ -266,13 +282,13 @@ def test_list_shows_size_licence_and_source(capsys, monkeypatch):
         assert all(word in rows[name] for word in words), rows[name]
 
 
-def test_every_known_download_has_mirrors_and_what_to_check_it_by():
-    for name, known in CATALOG.items():
-        for part in known.downloads:
-            hosts = {url.split("/")[2] for url in part.urls}
-            assert len(hosts) == len(part.urls) >= 2, name
-            if "fineweb" not in name:  # the hub tells these
-                assert part.size and len(part.sha256) == 64
+def test_every_download_of_the_catalog_has_mirrors_size_and_checksum():
+    for name, entry in CATALOG.items():
+        for download_file in entry.downloads:
+            hosts = {url.split("/")[2] for url in download_file.urls}
+            assert len(hosts) == len(download_file.urls) >= 2, name
+            if "fineweb" not in name:  # the hub names these
+                assert download_file.size and len(download_file.sha256) == 64
 
 
 def test_the_built_in_corpus_stays_as_old_as_what_was_made_of_it(tmp_path, capsys, monkeypatch):
@@ -322,9 +338,9 @@ FILES = {
 @pytest.mark.parametrize("file", FILES)
 def test_one_file_of_each_format(tmp_path, file):
     (tmp_path / file).write_bytes(FILES[file]())
-    (source,) = find(str(tmp_path / file), documents="line")
+    (source,) = find(str(tmp_path / file), division="line")
     assert [text for _, text in flat(source)] == [file[0]]
-    kind = source.format, source.documents
+    kind = source.format, source.division
     assert kind == (("text", "line") if ".txt" in file else (file.lower().split(".")[1], ""))
     assert documents(find(str(tmp_path), "line")) == {"": [file[0]]}  # its folder
 
@@ -393,9 +409,9 @@ def test_running_text_beside_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text(row("a"))
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(ValueError, match=r"b\.txt is one running text.*--documents"):
-        _ = load_corpus("x", tmp_path, [str(tmp_path)]).documents
-    assert load_corpus("x", tmp_path, [str(tmp_path)], "file").documents
-    assert not load_corpus("x", tmp_path, [str(tmp_path / "b.txt")]).documents
+        _ = load_corpus("x", tmp_path, [str(tmp_path)]).has_documents
+    assert load_corpus("x", tmp_path, [str(tmp_path)], "file").has_documents
+    assert not load_corpus("x", tmp_path, [str(tmp_path / "b.txt")]).has_documents
 
 
 @pytest.mark.parametrize(
@@ -601,7 +617,7 @@ def test_described_by_standard_input(tmp_path):
     assert_one_line_error(result, "pile/metadata.json exists already: edit it, or remove it")
     (folder / "metadata.json").unlink()
     result = run_script("prepare_data.py", "--describe", folder, cwd=tmp_path, input="\n\n")
-    assert_one_line_error(result, "standard input ended", "where it came from")
+    assert_one_line_error(result, "standard input ended", "origin of the text")
     result = run_script("prepare_data.py", "--describe", "nope", cwd=tmp_path)
     assert_one_line_error(result, "nope is not a folder")
 
@@ -728,7 +744,7 @@ def test_prefetch_takes_a_tokenizer_of_ones_own_along(tmp_path, capsys, monkeypa
 
 def prepare(folder: Path, *inputs, tokenizer="bytes", **options) -> Path:
     """Prepares files in tmp_path/c, in this process."""
-    chosen = {name: options.pop(name) for name in ("documents", "text_field") if name in options}
+    chosen = {name: options.pop(name) for name in ("division", "text_field") if name in options}
     corpus = load_corpus("c", folder, [str(path) for path in inputs], **chosen)
     with open_engine("processes", workers=1) as run:
         pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
@@ -749,9 +765,9 @@ def make_sources(folder: Path) -> dict:
     (folder / "e.jsonl").write_text(bad)
     return {
         "running text": (["a.txt", "b.txt"], {}),
-        "lines": (["a.txt"], {"documents": "line"}),
+        "lines": (["a.txt"], {"division": "line"}),
         "one and a half": (["c.jsonl"], {"max_length": 10}),
-        "several": (["c.jsonl", "d.jsonl.gz", "a.txt"], {"documents": "file"}),
+        "several": (["c.jsonl", "d.jsonl.gz", "a.txt"], {"division": "file"}),
         "skipped": (["e.jsonl"], {"on_error": "skip"}),
     }
 
@@ -851,8 +867,8 @@ def test_verify_without_the_source(tmp_path, capsys):
     assert "train" in (out := capsys.readouterr().out) and "is missing or has changed" in out
 
 
-@pytest.mark.parametrize("documents", ["", "line"])
-def test_a_corpus_by_a_tokenizer_json_is_verified(tmp_path, monkeypatch, capsys, documents):
+@pytest.mark.parametrize("division", ["", "line"])
+def test_a_corpus_by_a_tokenizer_json_is_verified(tmp_path, monkeypatch, capsys, division):
     """One that changes the text: what it gives can't be decoded to the source."""
     tokenizers = pytest.importorskip("tokenizers")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
@@ -862,9 +878,9 @@ def test_a_corpus_by_a_tokenizer_json_is_verified(tmp_path, monkeypatch, capsys,
     (tmp_path / "a.txt").write_text(TEXT)
     folder = tmp_path / "c"
     tokenizer = str(tmp_path / "mine.json")
-    prepare(folder, tmp_path / "a.txt", tokenizer=tokenizer, documents=documents, max_length=0)
+    prepare(folder, tmp_path / "a.txt", tokenizer=tokenizer, division=division, max_length=0)
     verify(folder)
-    words = "500 documents were" if documents else "the whole text was"
+    words = "500 documents were" if division else "the whole text was"
     assert f"{words} compared with the source" in capsys.readouterr().out
     flip(tmp_path / "a.txt", TEXT.index("9"), ord("8"))
     with pytest.raises(ValueError, match="differs from the source"):

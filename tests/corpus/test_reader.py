@@ -53,7 +53,7 @@ def test_jsonl_gives_its_texts_wherever_it_is_divided(tmp_path, size, suffix):
 @pytest.mark.parametrize("kind", ["line", "blank-line", "article", "file", ""])
 @pytest.mark.parametrize("size", [1, 5, 40, 1 << 20])
 def test_plain_text_is_the_same_wherever_it_is_divided(tmp_path, kind, size):
-    source = Source(written(tmp_path / "a.txt", TEXT.encode()), documents=kind)
+    source = Source(written(tmp_path / "a.txt", TEXT.encode()), division=kind)
     texts = [text for _, text in documents(source, size)]
     expected = {
         "line": [line.strip() for line in TEXT.split("\n") if line.strip()],
@@ -208,7 +208,7 @@ def test_a_zst_file_with_a_long_window(tmp_path):
     block = (1 | len(text) << 3).to_bytes(3, "little")  # last, not compressed
     path = tmp_path / "a.txt.zst"
     path.write_bytes(header + block + text)
-    source = Source(str(path), documents="line")
+    source = Source(str(path), division="line")
     assert [text for _, text in flat(source)] == ["the same words again"] * 1000
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -225,7 +226,9 @@ def test_a_server_that_lies_about_the_length(server, tmp_path, length):
         if words:
             refused(server, tmp_path, words, size=size)
         else:
-            assert fetch(server, tmp_path, size=size).read_bytes() == BODY
+            path = fetch(server, tmp_path, size=size)
+            assert path.read_bytes() == BODY
+            path.unlink()
 
 
 def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(server, tmp_path):
@@ -357,9 +360,9 @@ def test_folder_that_cannot_be_made(server, tmp_path):
 
 def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, capsys):
     """What lies in a corpus's folder is the download, or it is fetched again."""
-    known = inputs.CATALOG["tinyshakespeare"]
-    part = replace(known.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
-    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(known, downloads=(part,)))
+    entry = inputs.CATALOG["tinyshakespeare"]
+    made = replace(entry.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
+    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(entry, downloads=(made,)))
     server.answer = lambda handler, n: reply(handler)
     path = tmp_path / "input.txt"
     path.write_bytes(BODY[::-1])
@@ -367,9 +370,94 @@ def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, 
         inputs.load_corpus("tinyshakespeare", tmp_path)
         assert path.read_bytes() == BODY
     assert len(server.ranges) == 1
-    assert f"{path} is not the known file: it is downloaded again" in capsys.readouterr().out
+    assert (
+        f"{path} differs from the file in the catalog: it is downloaded again"
+        in capsys.readouterr().out
+    )
     path.write_bytes(BODY[::-1])
     server.answer = lambda handler, n: reply(handler, 404)
     with pytest.raises(ConnectionError, match="404"):  # and until then it stays
         inputs.load_corpus("tinyshakespeare", tmp_path)
     assert path.read_bytes() == BODY[::-1]
+
+
+def start_download(server, folder) -> subprocess.Popen:
+    """Start a process that downloads folder/input.txt; return it when it is about to begin."""
+    code = (
+        "import pathlib, sys\n"
+        "import requests\n"
+        "from corpus.download import download\n"
+        "print('begins', flush=True)\n"
+        "download([sys.argv[1]], pathlib.Path('input.txt'), sha256=sys.argv[2], pause=0.01)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, server.url, SHA256],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+@pytest.fixture
+def held_back(server):
+    """The server sends half of the file, and the other half when `held_back.release` is set."""
+    server.half_sent = threading.Event()
+    server.release = threading.Event()
+
+    def answer(handler, n):
+        if n > 1:
+            rest(handler)
+            return
+        reply(handler, sent=9 << 14)
+        handler.wfile.flush()
+        server.half_sent.set()
+        server.release.wait(60)
+        with contextlib.suppress(OSError):  # the process may have been killed
+            handler.wfile.write(BODY[9 << 14 :])
+
+    server.answer = answer
+    yield server
+    server.release.set()
+
+
+def test_processes_that_want_one_file_download_it_once(held_back, tmp_path):
+    first = start_download(held_back, tmp_path)
+    assert held_back.half_sent.wait(60)
+    others = [start_download(held_back, tmp_path) for _ in range(2)]
+    with pytest.raises(subprocess.TimeoutExpired):
+        others[0].wait(0.5)  # it waits for the first process
+    held_back.release.set()
+    assert [process.wait(60) for process in (first, *others)] == [0, 0, 0]
+    assert held_back.ranges == [None]
+    assert (tmp_path / "input.txt").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+
+
+def test_a_process_resumes_what_a_killed_one_began(held_back, tmp_path):
+    first = start_download(held_back, tmp_path)
+    assert held_back.half_sent.wait(60)
+    part = tmp_path / "input.txt.part"
+    while not part.exists() or part.stat().st_size < 9 << 14:
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = start_download(held_back, tmp_path)
+    first.kill()
+    assert second.wait(60) == 0
+    assert first.wait(60) != 0
+    assert held_back.ranges == [None, f"bytes={9 << 14}-"]
+    assert (tmp_path / "input.txt").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+
+
+def test_an_interrupted_process_leaves_what_another_one_downloads(held_back, tmp_path):
+    first = start_download(held_back, tmp_path)
+    assert held_back.half_sent.wait(60)
+    second = start_download(held_back, tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(0.5)
+    second.send_signal(signal.SIGINT)
+    assert second.wait(60) != 0
+    held_back.release.set()
+    assert first.wait(60) == 0
+    assert held_back.ranges == [None]
+    assert (tmp_path / "input.txt").read_bytes() == BODY

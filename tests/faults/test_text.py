@@ -191,8 +191,8 @@ def prepared(folder, source, block, piece, on_error="stop"):
     what prepare_data.py prints."""
     reader.BLOCK, pipeline.TASK_BYTES = block, (piece, piece)
     sources = [source]
-    if source.documents or source.format != "text":  # all of it to train
-        end = Source(str(folder / "val.txt"), documents="file", split="val")
+    if source.division or source.format != "text":  # all of it to train
+        end = Source(str(folder / "val.txt"), division="file", split="val")
         sources = [replace(source, split="train"), replace(end, number=1)]
     shutil.rmtree(folder / "out", ignore_errors=True)
     try:
@@ -250,7 +250,7 @@ def test_jsonl(folder, data, suffix, block, piece):
 @given(PLAIN, st.sampled_from(["line", "blank-line", "file"]), SUFFIX, BLOCKS, PIECES)
 @example(b"", "file", ".gz", 64, 64)
 def test_documents_of_plain_text(folder, data, documents, suffix, block, piece):
-    source = Source(write(folder, "a.txt", data, suffix), documents=documents)
+    source = Source(write(folder, "a.txt", data, suffix), division=documents)
     check(folder, source, of_text(data, documents), block, piece)
 
 
