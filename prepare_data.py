@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.files import folder_name
-from common.script import run
+from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
 from corpus.descriptions import describe
 from corpus.engines import open_engine
@@ -206,4 +206,4 @@ def name_of(inputs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.script import run
+from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import (
     HuggingFaceTokenizer,
@@ -179,4 +179,4 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -35,7 +35,7 @@ import train_gpt2
 from bench.report import RESULTS, private_mib, table, write
 from bench.tokenize import make_documents
 from common.packages import optional
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from corpus import pipeline
 from training.checkpoint import load_checkpoint
@@ -279,7 +279,7 @@ def start(script: ModuleType, folder: Path, flags: dict) -> int:
             os.dup2(log, stream)
         arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         sys.argv = [f"{script.__name__}.py", *arguments]
-        run(script.main)
+        run_script(script.main)
     except SystemExit as stop:
         code = stop.code or 0
     finally:
@@ -386,4 +386,4 @@ def open_files(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

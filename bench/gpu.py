@@ -23,7 +23,7 @@ import torch
 
 from bench import train
 from bench.report import RESULTS, ROOT, bars, contest, contest_table, table, whole_process, write
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from training.device import peak_flops
 
@@ -185,4 +185,4 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = MATMUL_
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None]) -> None:
     """Run the `main()` of a script and end the process with its exit code.
 
     A ValueError, OSError or MemoryError is printed as one line: `error: ...`, exit code 1. The

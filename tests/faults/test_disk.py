@@ -324,14 +324,14 @@ def test_a_crash_in_c_tells_where(tmp_path):
     """What is cut in the moment between the look at its length and the read."""
     (tmp_path / "cut.py").write_text(
         "import mmap, os\n"
-        "from common.script import run\n"
+        "from common.script import run_script\n"
         "def main():\n"
         "    with open('file', 'w+b') as f:\n"
         "        f.truncate(100_000)\n"
         "        memory = mmap.mmap(f.fileno(), 0)\n"
         "        f.truncate(0)\n"
         "        memory[50_000]\n"
-        "run(main)\n"
+        "run_script(main)\n"
     )
     result = subprocess.run(
         [sys.executable, "cut.py"], cwd=tmp_path, capture_output=True, text=True,
