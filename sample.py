@@ -21,7 +21,7 @@ from corpus.tokenizer import (
     Tokenizer,
     fetch_vocabulary,
     get_tokenizer,
-    vocabularies_beside,
+    use_prefetched_vocabularies,
 )
 from model import GPT
 from training.checkpoint import best_checkpoint, load_model
@@ -70,7 +70,7 @@ def main() -> None:
     check_conflicts(settings, EXCLUDES)
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
-    vocabularies_beside(settings.data_dir)
+    use_prefetched_vocabularies(settings.data_dir)
     load = load_pretrained if settings.init_from else load_run
     model, tokenizer = load(settings, device)
     if settings.export:

@@ -107,7 +107,7 @@ class StreamingTextDataset(IterableDataset):
                     refuse_long_text(source_file, tokenizer)
             if not tokenizer.divisible:  # a running text has to be tokenized at once
                 self.sources = [replace(s, documents=s.documents or "file") for s in self.sources]
-            self.has_documents = bool(Corpus("", {}, self.sources).documents)
+            self.has_documents = bool(Corpus("", {}, self.sources).has_documents)
         self._iterator_used = False
         self._loaded: dict[str, Any] | None = None
         self._state: dict[str, Any] = {}

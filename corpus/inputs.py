@@ -39,7 +39,7 @@ class Corpus:
     sources: list[Source]
 
     @property
-    def documents(self) -> bool:
+    def has_documents(self) -> bool:
         """Whether the corpus has documents; otherwise it is one running text.
 
         Raises:

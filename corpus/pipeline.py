@@ -84,7 +84,7 @@ def prepare(
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "vocab_size": tokenizer.vocab_size,
         "eot_token": tokenizer.eot_token,
-        "eot_per_document": corpus.documents,
+        "eot_per_document": corpus.has_documents,
         "dtype": tokenizer.dtype.name,
         "train_split_ratio": train_split_ratio,
         "seed": seed,
@@ -103,7 +103,13 @@ def prepare(
     tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
     check_room(folder, tokenizer, tasks)
     job = Job(
-        str(work), tokenizer.name, corpus.documents, max_length, train_split_ratio, seed, on_error
+        str(work),
+        tokenizer.name,
+        corpus.has_documents,
+        max_length,
+        train_split_ratio,
+        seed,
+        on_error,
     )
     preparation = _Preparation(
         corpus=corpus, folder=folder, work=work, header=header, tasks=tasks, job=job, run=run,
@@ -267,7 +273,7 @@ class _Preparation:
         skipped = [place for task_counts in counts for place in task_counts["skipped"]]
         splits = join_shards(self.work, counts, [size for _, size in self.tasks], self.run)
         refuse_empty_splits(self.corpus, splits, skipped)
-        if not self.corpus.documents:
+        if not self.corpus.has_documents:
             for split in splits.values():
                 split["documents"] = 1
         metadata = with_checksum(
@@ -361,11 +367,11 @@ def refuse_empty_splits(corpus: Corpus, splits: dict, skipped: list[str]) -> Non
         if splits.get(name, {}).get("bytes"):
             continue
         count = sum(split["documents"] for split in splits.values())
-        reason = f"{count} documents" if corpus.documents else "running text"
+        reason = f"{count} documents" if corpus.has_documents else "running text"
         if skipped:
             reason += f", {len(skipped):,} skipped, first {skipped[0]}"
         remedy = "add text"
-        if corpus.documents and count > 1:
+        if corpus.has_documents and count > 1:
             remedy += ", or try another --seed or --train_split_ratio"
         raise ValueError(
             f"{corpus.name} has too little text ({reason}): nothing is left for {name}; {remedy}"

@@ -49,7 +49,7 @@ def plan(
     sources = corpus.sources
     total_bytes = sum(os.path.getsize(source.path) for source in sources)
     task_bytes = min(max(total_bytes // MOST_TASKS, least_bytes), most_bytes)
-    if not corpus.documents:
+    if not corpus.has_documents:
         for source in sources:
             refuse_long_text(source, tokenizer)
         sources = split_text(sources, train_split_ratio, tokenizer)

@@ -324,34 +324,47 @@ def vocabulary_folder() -> Path:
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
-def vocabularies_beside(data_dir: str | Path) -> None:
+def use_prefetched_vocabularies(data_dir: str | Path) -> None:
     """Use the vocabularies that were prefetched with the corpora of `data_dir`, if there are any."""
     folder = (Path(data_dir) / "tokenizers").resolve()
     if folder.is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
 
 
-def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """Return (address, path, sha256) of each vocabulary file that is missing or damaged.
+def check_tokenizer_name(name: str) -> None:
+    """Check that a tokenizer of this name exists. Its vocabulary need not be on this machine.
 
     Args:
-        name: as get_tokenizer takes it.
+        name: Name or path that get_tokenizer takes.
 
     Raises:
-        ValueError: for an unknown name.
-        FileNotFoundError: for the path of a file that does not exist.
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
     """
     if _is_file(name):
         if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
             raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
-        return []
-    name = ALIASES.get(name, name)
+        return
     names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
     if name not in names:
         raise ValueError(
             f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
             f"tokenizer.json or a .tiktoken file" + near(name, names)
         )
+
+
+def missing_files(name: str) -> list[tuple[str, Path, str]]:
+    """Return (url, path, sha256) of each vocabulary file that is missing or damaged.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    check_tokenizer_name(name)
+    name = ALIASES.get(name, name)
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         path = vocabulary_folder() / _cache_name(file)

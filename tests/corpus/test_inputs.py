@@ -116,7 +116,7 @@ def test_wikitext_keeps_its_splits_and_an_article_is_a_document(serve, server, t
     names = {"train": ("train", 3), "val": ("valid", 2), "test": ("test", 1)}
     for split, (word, n) in names.items():
         assert found.pop(split) == [ARTICLE.format(f"{word} {i}").strip() for i in range(n)]
-    assert found == {} and corpus.documents
+    assert found == {} and corpus.has_documents
     assert tree(folder) == ["wiki.test.raw", "wiki.train.raw", "wiki.valid.raw"]
     assert server.asked == [f"/gone/{name}-raw-v1.zip", f"/{name}-raw-v1.zip"]
     load_corpus(name, folder)  # again: all is there
@@ -393,9 +393,9 @@ def test_running_text_beside_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text(row("a"))
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(ValueError, match=r"b\.txt is one running text.*--documents"):
-        _ = load_corpus("x", tmp_path, [str(tmp_path)]).documents
-    assert load_corpus("x", tmp_path, [str(tmp_path)], "file").documents
-    assert not load_corpus("x", tmp_path, [str(tmp_path / "b.txt")]).documents
+        _ = load_corpus("x", tmp_path, [str(tmp_path)]).has_documents
+    assert load_corpus("x", tmp_path, [str(tmp_path)], "file").has_documents
+    assert not load_corpus("x", tmp_path, [str(tmp_path / "b.txt")]).has_documents
 
 
 @pytest.mark.parametrize(
