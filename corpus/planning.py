@@ -3,19 +3,16 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from common.grouping import in_groups
 from corpus.inputs import Corpus
 from corpus.reader import divide
 from corpus.sources import BLOCK, Source, damage, open_file
 from corpus.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 MOST_TASKS = 64  # of a corpus whose tasks may have any size: enough for 64 workers
 LONGEST_UNDIVIDED = 8 << 20  # characters that a tokenizer encodes at once: a gigabyte of memory
@@ -58,25 +55,6 @@ def plan(
     for group in in_groups(chunks, task_bytes, lambda chunk: chunk[1]):
         tasks.append(([chunk for chunk, _ in group], sum(size for _, size in group)))
     return tasks
-
-
-def in_groups(items: Iterable[T], most: int, size: Callable[[T], int]) -> list[list[T]]:
-    """Divide items into groups, in order.
-
-    Args:
-        items: the items.
-        most: most total size of a group, unless it has one item only.
-        size: function that gives the size of an item.
-    """
-    groups: list[list[T]] = []
-    filled = 0
-    for item in items:
-        if not groups or filled + size(item) > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(item)
-        filled += size(item)
-    return groups
 
 
 def split_text(

@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 from common.files import atomic_write
-from corpus.planning import in_groups
+from common.grouping import in_groups
 from corpus.sources import BLOCK
-from corpus.tasks import whole_file
 
 SHARD_BYTES = 2 << 30  # of source text per shard; about a gigabyte of tokens
 SPLITS = ("train", "val", "test")
@@ -56,7 +55,7 @@ def join_shards(work: Path, counts: list[dict], task_bytes: list[int], run) -> d
 def join_files(paths: list[str], shard: str) -> str:
     """Write files, one after another, to `shard`; return its sha256."""
     digest = hashlib.sha256()
-    with whole_file(shard) as out:
+    with atomic_write(Path(shard), clean=False) as out:
         for path in paths:
             with open(path, "rb") as f:
                 while block := f.read(BLOCK):

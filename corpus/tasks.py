@@ -10,8 +10,6 @@ number of workers and either engine, and a finished task is never repeated.
 import contextlib
 import itertools
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +115,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                         continue
                     if split not in writers:
                         bin_path = f"{path}.{split}.bin"
-                        file = files.enter_context(whole_file(bin_path))
+                        file = files.enter_context(atomic_write(Path(bin_path), clean=False))
                         writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
                     split_positions = list(itertools.compress(positions, chosen))
                     split_texts = list(itertools.compress(texts, chosen))
@@ -131,7 +129,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
         "skipped": skipped,
         "seconds": time.perf_counter() - began,
     }
-    with whole_file(f"{path}.json") as f:
+    with atomic_write(Path(f"{path}.json"), clean=False) as f:
         f.write(json.dumps(counts).encode())
     return counts
 
@@ -225,12 +223,3 @@ def _skip(job: Job, invalid) -> str:
     if job.documents and job.on_error == "skip":
         return str(invalid)
     raise ValueError(f"{invalid}; --on_error skip leaves it out" if job.documents else str(invalid))
-
-
-def whole_file(path: str) -> contextlib.AbstractContextManager:
-    """Return atomic_write(path) with a temporary name of this process.
-
-    Two processes may do one task: Ray repeats it if it takes a living node for dead, and a worker
-    outlives a killed parent by a moment.
-    """
-    return atomic_write(Path(path), f".{platform.node()}-{os.getpid()}")
