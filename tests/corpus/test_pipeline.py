@@ -25,9 +25,9 @@ def source(tmp_path, monkeypatch):
 
 
 def prepare(folder, *sources, **settings):
-    with open_engine("processes", workers=1) as run:
+    with open_engine("processes", workers=1) as run_tasks:
         corpus = Corpus("my", {}, list(sources))
-        return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run, **settings)
+        return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **settings)
 
 
 def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatch):
@@ -38,7 +38,7 @@ def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatc
     @contextlib.contextmanager
     def lock_after_others(self, wait):
         with lock(self, wait):
-            shutil.rmtree(self.work)
+            shutil.rmtree(self.tasks_dir)
             yield
 
     monkeypatch.setattr(pipeline._Preparation, "lock", lock_after_others)
@@ -145,14 +145,14 @@ def test_a_late_part_leaves_no_folder(tmp_path, source, monkeypatch):
     """Another part may publish between a part's first look and its start."""
     folder = tmp_path / "c"
     prepare(folder, source, part="0/2")
-    work_folder = pipeline._Preparation.make_work_folder
+    make_tasks_dir = pipeline._Preparation.make_tasks_dir
 
     def after_the_other_part(self):
-        monkeypatch.setattr(pipeline._Preparation, "make_work_folder", work_folder)
+        monkeypatch.setattr(pipeline._Preparation, "make_tasks_dir", make_tasks_dir)
         prepare(folder, source, part="1/2")
-        work_folder(self)
+        make_tasks_dir(self)
 
-    monkeypatch.setattr(pipeline._Preparation, "make_work_folder", after_the_other_part)
+    monkeypatch.setattr(pipeline._Preparation, "make_tasks_dir", after_the_other_part)
     assert prepare(folder, source, part="0/2") == read_metadata(folder)
     assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
 
@@ -177,9 +177,9 @@ def test_an_up_to_date_corpus_of_someone_else(tmp_path, monkeypatch, capsys):
     def utime(*args, **options):
         raise PermissionError(1, "Operation not permitted")
 
-    with open_engine("processes", workers=1) as run:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+    with open_engine("processes", workers=1) as run_tasks:
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
         capsys.readouterr()
         monkeypatch.setattr(os, "utime", utime)
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert "is prepared already" in capsys.readouterr().out

@@ -62,8 +62,8 @@ def disk(tmp_path):
 
 def prepare(folder, path, **options):
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(path), "jsonl")])
-    with open_engine("processes", workers=1) as run:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run, **options)
+    with open_engine("processes", workers=1) as run_tasks:
+        pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **options)
 
 
 @pytest.fixture
@@ -345,13 +345,13 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
     """Nothing is made of the half that was there."""
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
 
-    def run(function, tasks):
-        for i, task in enumerate(tasks):
-            yield i, function(*task)
+    def run_tasks(function, calls):
+        for i, call in enumerate(calls):
+            yield i, function(*call)
             lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-9]))
 
     with pytest.raises(ValueError, match="the text of c has changed while it was read"):
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert not (tmp_path / "c").exists()
     prepare(tmp_path / "c", lines)
 
@@ -359,11 +359,11 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
 def test_a_source_that_vanishes_while_it_is_read(tmp_path, lines):
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
 
-    def run(function, tasks):
-        for i, task in enumerate(tasks):
+    def run_tasks(function, calls):
+        for i, call in enumerate(calls):
             lines.unlink(missing_ok=True)
-            yield i, function(*task)
+            yield i, function(*call)
 
     with pytest.raises(OSError) as error:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert sentence(error.value) == f"{lines}: No such file or directory"

@@ -83,8 +83,8 @@ def prepare(tmp_path, monkeypatch):
 
     def prepare(folder, workers=1, seed=1):
         corpus = Corpus("c", {"made": "by a test"}, [Source(str(tmp_path / "c.jsonl"), "jsonl")])
-        with open_engine("processes", workers) as run:
-            pipeline.prepare(corpus, get_tokenizer("bytes"), folder / "c", run, seed=seed)
+        with open_engine("processes", workers) as run_tasks:
+            pipeline.prepare(corpus, get_tokenizer("bytes"), folder / "c", run_tasks, seed=seed)
 
     return prepare
 

@@ -85,8 +85,8 @@ def prepared(tmp_path_factory):
     rows = [json.dumps({"text": f"document {i}, one for sorrow, two for mirth"}) for i in range(30)]
     (folder / "raw" / "a.jsonl").write_text("\n".join(rows))
     corpus = inputs.load_corpus("mine", folder / "data/mine", [f"{folder}/raw/a.jsonl"])
-    with open_engine("processes", workers=1) as run:
-        metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run)
+    with open_engine("processes", workers=1) as run_tasks:
+        metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run_tasks)
     shape = GPTConfig(metadata["vocab_size"], n_positions=16, n_layer=1, n_head=1, n_embd=8)
     checkpoint = {
         "step": 0, "position": 0, "best": {"step": 0, "val_loss": math.inf}, "config": {},
