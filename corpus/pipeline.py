@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.files import exclusive_lock
 from corpus.engines import RunTasks
-from corpus.existing import refuse_other_files, up_to_date
+from corpus.existing import has_unpublished_shards, refuse_other_files, up_to_date
 from corpus.inputs import Corpus
 from corpus.metadata import fingerprint, with_checksum
 from corpus.planning import check_room, plan
@@ -333,9 +333,14 @@ class _Preparation:
         _remove_tasks(self.tasks_dir)
 
     def remove_empty_folders(self) -> None:
-        """Remove the folders .work, data/NAME and data, if they are empty."""
-        with contextlib.suppress(OSError):  # not empty
-            self.tasks_dir.parent.rmdir()
+        """Remove the folders .work, data/NAME and data, if they are empty.
+
+        Beside shards that a killed process left unpublished, .work stays: it tells the shards from
+        files of another program.
+        """
+        if not has_unpublished_shards(self.corpus_dir):
+            with contextlib.suppress(OSError):  # not empty
+                self.tasks_dir.parent.rmdir()
         with contextlib.suppress(OSError):
             self.corpus_dir.rmdir()
             self.corpus_dir.parent.rmdir()

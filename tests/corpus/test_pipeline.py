@@ -183,3 +183,34 @@ def test_an_up_to_date_corpus_of_someone_else(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(os, "utime", utime)
         pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert "is prepared already" in capsys.readouterr().out
+
+
+def test_shards_of_a_killed_publish_are_ours(tmp_path, source, monkeypatch):
+    """While a corpus is replaced, only .work says whose shards lie beside no metadata.json.
+
+    So .work stays while there are such shards, even if other settings fail at once in between.
+    """
+    folder = tmp_path / "c"
+    prepare(folder, source)
+
+    replace = os.replace
+
+    def replace_and_stop(path, target):
+        replace(path, target)
+        if target == folder / "train.bin":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, source, seed=1)
+    assert not (folder / "metadata.json").exists()
+    assert (folder / "train.bin").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenize_task", fail)
+        with pytest.raises(ValueError, match="an invalid document"):
+            prepare(folder, source, seed=2)
+    assert not list(folder.glob(".work/*/*.json"))
+    prepare(folder, source, seed=3)
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
+    assert read_metadata(folder)["seed"] == 3
