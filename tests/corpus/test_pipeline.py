@@ -214,3 +214,36 @@ def test_shards_of_a_killed_publish_are_ours(tmp_path, source, monkeypatch):
     prepare(folder, source, seed=3)
     assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
     assert read_metadata(folder)["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (["splits", "train", "files", 0], "sha256"),
+        (["splits", "val"], "documents"),
+        ([], "max_length"),
+        (["source", "files", 0], "number"),
+        ([], "eot_token"),
+    ],
+)
+@pytest.mark.parametrize("has_fingerprint", [True, False])
+def test_verify_names_the_missing_field(tmp_path, source, path, name, has_fingerprint):
+    """Metadata without their checksum, as other programs or older versions may write them."""
+    folder = tmp_path / "c"
+    prepare(folder, source)
+    metadata = read_metadata(folder)
+    del metadata["sha256"]
+    if not has_fingerprint:
+        del metadata["fingerprint"]
+    entry = metadata
+    for key in path:
+        entry = entry[key]
+    del entry[name]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError) as error:
+        verify.verify(folder)
+    message = str(error.value)
+    assert str(folder / "metadata.json") in message
+    assert f"no {name}" in message
+    assert "run python prepare_data.py again" in message
+    assert "\n" not in message
