@@ -19,7 +19,7 @@ def up_to_date(corpus_dir: Path, fingerprint: str, quiet: bool = False) -> dict 
     """Return the metadata of the prepared corpus if it has this fingerprint, else None.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         fingerprint: Result of metadata.fingerprint for the present sources and settings.
         quiet: Whether to print nothing and to keep the date of metadata.json.
 
@@ -46,7 +46,7 @@ def refuse_other_files(corpus_dir: Path, metadata: dict) -> None:
     """Refuse to overwrite a corpus of other sources, or .bin files of another program.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         metadata: Metadata of the corpus that is to be prepared there; "source" suffices.
 
     Raises:

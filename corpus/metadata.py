@@ -22,7 +22,7 @@ def read_metadata(corpus_dir: str | Path) -> dict:
     """Return the metadata of a prepared corpus.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
 
     Returns:
         The content of metadata.json.
@@ -86,7 +86,7 @@ def require_end_of_text(metadata: dict, corpus_dir: str | Path) -> None:
 
     Args:
         metadata: Metadata of a prepared corpus.
-        corpus_dir: data/NAME, for the error message.
+        corpus_dir: Folder of the corpus, data/NAME, for the error message.
 
     Raises:
         ValueError: A field is missing.
@@ -115,7 +115,7 @@ def fingerprint(metadata: dict, corpus_dir: Path) -> str:
 
     Args:
         metadata: Metadata with at least the fields of FINGERPRINTED.
-        corpus_dir: data/NAME, to which the paths of the sources are relative.
+        corpus_dir: Folder of the corpus, data/NAME, to which the paths of the sources are relative.
 
     Returns:
         A sha256, in hexadecimal.
@@ -135,7 +135,7 @@ def source_path(corpus_dir: Path, file: dict) -> Path:
     """Return the path of a source file.
 
     Args:
-        corpus_dir: data/NAME. The folder need not exist yet.
+        corpus_dir: Folder of the corpus, data/NAME. The folder need not exist yet.
         file: Entry of the file in metadata.json, with a path relative to the folder.
 
     Returns:

@@ -58,7 +58,7 @@ def prepare(
     Args:
         corpus: Corpus with its sources.
         tokenizer: Tokenizer that turns text to ids.
-        corpus_dir: data/NAME; created if it does not exist.
+        corpus_dir: Folder of the corpus, data/NAME; created if it does not exist.
         run_tasks: Function that engines.open_engine yields.
         train_split_ratio: Share for train, where the corpus is not split already.
         seed: Seed of the hash that decides which documents go to train.
@@ -137,13 +137,13 @@ class _Preparation:
 
     Attributes:
         corpus: Corpus with its sources.
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         tasks_dir: Folder of finished tasks, data/NAME/.work/FINGERPRINT.
         initial_metadata: Fields of metadata.json that are decided before the first task.
         tasks: All tasks of the corpus. A task is known by its index.
         job: Settings that all tasks share.
         run_tasks: Function that engines.open_engine yields.
-        began: time.perf_counter() at the start.
+        began: Time of the start, from time.perf_counter().
     """
 
     corpus: Corpus

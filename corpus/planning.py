@@ -152,7 +152,7 @@ def check_room(corpus_dir: Path, tokenizer: Tokenizer, tasks: list[Task]) -> Non
     no more room.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         tokenizer: Tokenizer that will encode the corpus.
         tasks: All tasks of the corpus.
 

@@ -96,7 +96,7 @@ def publish(tasks_dir: Path, corpus_dir: Path, metadata: dict, skipped: list[str
 
     Args:
         tasks_dir: Folder in which join_shards left the shards.
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         metadata: Content of metadata.json.
         skipped: Place and reason of each skipped document, for skipped.txt.
 

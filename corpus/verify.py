@@ -35,7 +35,7 @@ def verify(corpus_dir: Path) -> None:
        compared with the sources.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
 
     Raises:
         ValueError: The corpus differs from its metadata or sources, or a field of metadata.json is
@@ -66,7 +66,7 @@ def _require_fields(corpus_dir: Path, entry: dict, names: Iterable[str], owner: 
     """Raise ValueError if an entry of metadata.json lacks a field.
 
     Args:
-        corpus_dir: data/NAME.
+        corpus_dir: Folder of the corpus, data/NAME.
         entry: The metadata, or a part of them.
         names: Names of the fields.
         owner: Name of the entry in the error message.
