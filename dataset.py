@@ -42,7 +42,7 @@ from batches.packing import PackedDocuments, pack_documents
 from batches.preview import print_counts, print_documents, print_windows
 from batches.streaming import StreamingTextDataset, tokenize
 from batches.tokens import Tokens, check_split_size
-from common.script import run
+from common.script import run_script
 from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
 from corpus.tokenizer import get_tokenizer
@@ -333,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.files import folder_name
-from common.script import run
+from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
 from corpus.descriptions import describe
 from corpus.engines import open_engine
@@ -24,11 +24,11 @@ from corpus.inputs import BUILT_IN, Corpus, list_corpora, load_corpus
 from corpus.pipeline import prepare
 from corpus.tokenizer import (
     Tokenizer,
+    check_tokenizer_name,
     copy_vocabulary,
     fetch_vocabulary,
     get_tokenizer,
-    missing_files,
-    vocabularies_beside,
+    use_prefetched_vocabularies,
 )
 from corpus.verify import verify
 
@@ -85,7 +85,7 @@ def main() -> None:
     elif settings.prefetch:
         prefetch(settings)
     elif settings.verify:
-        vocabularies_beside(settings.data_dir)
+        use_prefetched_vocabularies(settings.data_dir)
         verify(Path(settings.data_dir) / folder_name(settings.verify, "--verify"))
     else:
         prepare_corpus(settings)
@@ -102,7 +102,7 @@ def prepare_corpus(settings: Settings) -> None:
         OSError: A file cannot be read or written.
     """
     data_dir = Path(settings.data_dir)
-    vocabularies_beside(data_dir)
+    use_prefetched_vocabularies(data_dir)
     print_settings(settings)
     try:
         corpus, tokenizer = load(settings, data_dir)
@@ -145,7 +145,7 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
         name = name_of(settings.input)
     folder = data_dir / folder_name(name, "--corpus")
     vocabulary = settings.tokenizer or "gpt2"
-    missing_files(vocabulary)  # an unknown name is refused before anything is downloaded
+    check_tokenizer_name(vocabulary)  # an unknown name is refused before anything is downloaded
     corpus = load_corpus(name, folder, settings.input, settings.documents, settings.text_field)
     if settings.max_length and not corpus.has_documents:
         raise ValueError(
@@ -234,4 +234,4 @@ def name_of(inputs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from common.script import run
+from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import (
     HuggingFaceTokenizer,
     Tokenizer,
     fetch_vocabulary,
     get_tokenizer,
-    vocabularies_beside,
+    use_prefetched_vocabularies,
 )
 from model import GPT
 from training.checkpoint import best_checkpoint, load_model
@@ -70,7 +70,7 @@ def main() -> None:
     check_conflicts(settings, EXCLUDES)
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
-    vocabularies_beside(settings.data_dir)
+    use_prefetched_vocabularies(settings.data_dir)
     load = load_pretrained if settings.init_from else load_run
     model, tokenizer = load(settings, device)
     if settings.export:
@@ -179,4 +179,4 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -23,7 +23,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from batches.block_mask import document_block_mask
-from common.script import run
+from common.script import run_script
 from corpus.metadata import read_metadata, require_end_of_text
 from dataset import create_dataloaders, document_ids, document_mask, document_positions
 from model import GPT2_SIZES
@@ -354,4 +354,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.report import RESULTS, ROOT, check_text, update_page, write
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 
 SCRIPTS = ("tokenize", "loader", "train", "learn", "scale", "faults", "gpu")
@@ -40,12 +40,12 @@ def main() -> None:
     for script in settings.scripts:
         if script not in SCRIPTS:
             raise ValueError(f"--scripts takes {', '.join(SCRIPTS)}, not {script}")
-        run_script(script, settings)
+        run_benchmark(script, settings)
     if settings.scripts == SCRIPTS:
         update_page()
 
 
-def run_script(script: str, settings: Settings) -> None:
+def run_benchmark(script: str, settings: Settings) -> None:
     """Run one benchmark, with the settings that it has, on the CPU and on a GPU."""
     has_gpu = torch.cuda.is_available()
     if script == "gpu" and not has_gpu:
@@ -67,4 +67,4 @@ def run_script(script: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from batches.block_mask import document_block_mask
 from batches.documents import document_ids
 from bench.report import table, write
-from common.script import run
+from common.script import run_script
 from common.settings import check_ranges, parse_settings
 
 EOT_SHARE = 1 / 300  # share of end-of-text tokens: documents have 300 tokens on average
@@ -83,4 +83,4 @@ def milliseconds(function: Callable, device: str) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -35,7 +35,7 @@ import train_gpt2
 from bench.report import RESULTS, as_flags, private_mib, table, write
 from bench.tokenize import make_documents
 from common.packages import optional
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from corpus import pipeline
 from training.checkpoint import load_checkpoint
@@ -281,7 +281,7 @@ def start(script: ModuleType, folder: Path, flags: dict) -> int:
             log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, stream)
         sys.argv = [f"{script.__name__}.py", *as_flags(flags)]
-        run(script.main)
+        run_script(script.main)
     except SystemExit as stop:
         code = stop.code or 0
     finally:
@@ -388,4 +388,4 @@ def open_files(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -35,7 +35,7 @@ from bench.report import (
     whole_process,
     write,
 )
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from training.device import peak_flops
 
@@ -202,4 +202,4 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = MATMUL_
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

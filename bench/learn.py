@@ -25,7 +25,7 @@ import torch
 
 from bench.report import RESULTS, ROOT, check_text, table, whole_process, write
 from bench.train import prepare
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from model import GPT, GPTConfig
 
@@ -245,4 +245,4 @@ def write_recipes(settings: Settings, tokenizer: str, runs: dict[str, list[Run]]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.report import RESULTS, bars, contest, contest_table, private_mib, write
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from dataset import (
     DocumentDataset,
@@ -355,4 +355,4 @@ def _measure(create, folder: Path, checkout: str, seconds: float) -> tuple[float
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.files import atomic_write
-from common.script import run
+from common.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/RESULTS.md"
@@ -342,4 +342,4 @@ def update_page(page: Path = PAGE, results: Path = ROOT / RESULTS) -> None:
 
 
 if __name__ == "__main__":
-    run(update_page)
+    run_script(update_page)

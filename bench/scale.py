@@ -26,7 +26,7 @@ from bench.loader import make_split
 from bench.loader import ours as create_loader
 from bench.report import RESULTS, ROOT, curves, private_mib, table, whole_process, write
 from bench.tokenize import make_documents, prepare_command
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from model import GPT, GPTConfig
 from training.device import choose_compile, choose_device, choose_dtype
@@ -235,4 +235,4 @@ def measure_step(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

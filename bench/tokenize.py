@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.report import RESULTS, ROOT, Row, bars, contest, contest_table, whole_process, write
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 
 EOT = 50256
@@ -194,4 +194,4 @@ def compare(corpus: Path, settings: Settings) -> list[Row]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -36,7 +36,7 @@ from bench.report import (
     whole_process,
     write,
 )
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from model import GPT, GPTConfig
 from training.device import choose_device, peak_flops
@@ -235,4 +235,4 @@ def same_loss(settings, shape: Shape) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,10 +10,10 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
     generators", 2014).
 
     Args:
-        x: array of int64 or uint64, of any shape.
+        x: Array of int64 or uint64, of any shape.
 
     Returns:
-        uint64 array of the same shape.
+        A uint64 array of the same shape.
     """
     x = x.astype(np.uint64)
     x ^= x >> np.uint64(30)

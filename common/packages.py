@@ -9,11 +9,11 @@ def optional(module: str, feature: str, package: str = "") -> ModuleType:
 
     Args:
         module: Name of the module, such as `pyarrow.parquet`.
-        feature: What needs the package. It begins the error message.
-        package: Name for pip, if it differs from the first part of `module`.
+        feature: Name of the feature that needs the package. The error message begins with it.
+        package: Name of the package for pip, if it differs from the first part of `module`.
 
     Returns:
-        The module.
+        The imported module.
 
     Raises:
         ValueError: The package is not installed. The message says how to install it.

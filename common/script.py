@@ -1,4 +1,4 @@
-"""Run a script: exit codes, and errors as one line instead of a traceback."""
+"""Scripts: exit codes, and errors as one line instead of a traceback."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None]) -> None:
     """Run the `main()` of a script and end the process with its exit code.
 
     A ValueError, OSError or MemoryError is printed as one line: `error: ...`, exit code 1. The
@@ -16,12 +16,12 @@ def run(main: Callable[[], int | None]) -> None:
     bug of the project and keeps its traceback.
 
     Args:
-        main: Returns an exit code, or None for 0.
+        main: Function without arguments that returns an exit code, or None for 0.
 
     Raises:
-        SystemExit: Always, unless the process is one of several (WORLD_SIZE above 1), which ends
-            at once. 130 stands for Ctrl-C, and 141 for a reader of the output that is gone, as in
-            a shell.
+        SystemExit: The script has ended. The exit code is 130 after Ctrl-C and 141 after a broken
+            pipe, as in a shell. A process of several (WORLD_SIZE above 1) ends without this
+            exception.
     """
     for name in ("stdin", "stdout", "stderr"):  # None if the stream was closed
         if getattr(sys, name) is None:
@@ -56,7 +56,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _message(error: Exception) -> str:
-    """The error as one line."""
+    """Return an error as one line."""
     if isinstance(error, MemoryError):
         text = f"there is not enough memory: {error}"
     elif isinstance(error, OSError) and error.errno and error.filename:
@@ -67,7 +67,7 @@ def _message(error: Exception) -> str:
 
 
 def _remedy(number: int) -> str:
-    """What to do about an operating system error, as the end of a sentence."""
+    """Return the remedy for an error of the operating system, as the end of a sentence."""
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "; make room there, or choose another folder, and run the command again"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -34,10 +34,10 @@ def parse_settings(cls: type[Settings], doc: str, defaults: Settings | None = No
     A wrong flag or value ends the program with one line on standard error and exit code 2.
 
     Args:
-        cls: A dataclass. Field types are `int`, `float`, `str`, `bool`, `Literal`, tuples of
-            these, and each of them `| None`.
-        doc: The docstring of the script. `--help` prints it above the flags.
-        defaults: An instance of `cls`: the values of the flags that are not given.
+        cls: Class of the settings, a dataclass. Field types are `int`, `float`, `str`, `bool`,
+            `Literal`, tuples of these, and each of them `| None`.
+        doc: Docstring of the script. `--help` prints this text above the flags.
+        defaults: Values of the flags that are not given; None for the defaults of `cls`.
 
     Returns:
         An instance of `cls`. All numbers are finite.
@@ -61,7 +61,7 @@ def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]] | None
     """Check that the numbers in the settings are in their ranges.
 
     Args:
-        settings: A dataclass.
+        settings: Instance of a dataclass.
         ranges: Field name -> (smallest, largest) allowed number. A number without an entry must
             be at least 0, and an integer at most 2**31 - 1.
 
@@ -84,10 +84,10 @@ def check_conflicts(
     excludes: Mapping[str, Collection[str]] | None = None,
     requires: Mapping[str, str] | None = None,
 ) -> None:
-    """Check that no flag is given that has no effect. A field is given if it is not its default.
+    """Check that no flag is given without effect. A field that is not its default counts as given.
 
     Args:
-        settings: A dataclass.
+        settings: Instance of a dataclass.
         excludes: Field name -> fields that have no effect if the first one is given.
         requires: Field name -> the flag without which the field has no effect, such as `describe`
             or, with its value, `engine ray`.
@@ -106,9 +106,17 @@ def check_conflicts(
             raise ValueError(f"--{name} has no effect without --{required}")
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean NAME?" for the name in `known` that is most like `name`, or ""."""
-    matches = difflib.get_close_matches(name, known, 1)
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a suggestion for a misspelt name.
+
+    Args:
+        name: Unknown name.
+        names: Names that exist.
+
+    Returns:
+        "; did you mean NAME?" with the most similar of the names, or "" if none is similar.
+    """
+    matches = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
@@ -141,7 +149,7 @@ def _float_rule(info: tyro.constructors.PrimitiveTypeInfo):
 def _number_spec(
     kind: Callable[[str], Number], description: str
 ) -> tyro.constructors.PrimitiveConstructorSpec[Number]:
-    """How tyro makes an int or a float of a text, with messages for people."""
+    """Return the rule by which tyro parses an int or a float, with clear error messages."""
 
     def parse(texts: list[str]) -> Number:
         try:
@@ -162,9 +170,9 @@ def _number_spec(
 
 
 def _join_tuples(arguments: Sequence[str], tuple_flags: Collection[str]) -> list[str]:
-    """Join the values of tuples that are given twice: -> `--input a b` for `--input a --input b`.
+    """Join the values of a tuple flag that is given twice.
 
-    tyro would keep the last ones only.
+    `--input a --input b` becomes `--input a b`. tyro would keep the last values only.
     """
     scalars: list[str] = []
     tuples: dict[str, list[str]] = {}
@@ -187,7 +195,7 @@ def _join_tuples(arguments: Sequence[str], tuple_flags: Collection[str]) -> list
 
 
 def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
-    """What is wrong with the command line, as one sentence."""
+    """Return the fault of the command line as one sentence."""
     if isinstance(event, tyro._errors.UnrecognizedArgs):
         token = event.tokens[0]
         if not token.startswith("-"):
@@ -205,6 +213,7 @@ def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
 
 
 def _usage_error(reason: str) -> NoReturn:
+    """Print a usage error and end the program with exit code 2."""
     script = sys.argv[0]
     print(f"error: {reason} (python {script} --help lists the flags)", file=sys.stderr)
     sys.exit(2)

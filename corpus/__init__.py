@@ -7,9 +7,11 @@ In the order of a corpus's way:
 2. sources.py: an input file, or a chunk of it. boundaries.py: places at which a text may be
    divided; reader.py, tables.py: chunks to documents.
 3. tokenizer.py: text to token ids and back.
-4. pipeline.py: all steps, in order. planning.py: chunks to tasks; tasks.py: what one worker does;
-   engines.py: processes or Ray; shards.py: the files of all tasks to shards.
-5. metadata.py, token_files.py: what is then in data/NAME/. verify.py: is it as it should be?
+4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py: chunks
+   to tasks; tasks.py: what one worker does; engines.py: processes or Ray; shards.py: the files of
+   all tasks to shards.
+5. metadata.py, token_files.py: what data/NAME/ holds afterwards. verify.py: whether a prepared
+   corpus is as it should be.
 
 Nothing here imports batches/, training/ or a script.
 """

@@ -1,7 +1,7 @@
 """Engines: a map over tasks, by the processes of this machine or by a Ray cluster.
 
-with open_engine("processes", workers=2) as run:
-    for index, result in run(function, [(1, 2), (3, 4)]): ...    # function(1, 2), function(3, 4)
+with open_engine("processes", workers=2) as run_tasks:
+for index, result in run_tasks(pow, [(2, 3), (5, 2)]): ...    # (0, 8) and (1, 25)
 """
 
 import concurrent.futures
@@ -22,58 +22,61 @@ from typing import Any
 
 from common.packages import optional
 
-Run = Callable[[Callable, Sequence[tuple]], Iterator[tuple[int, Any]]]
+# run_tasks(function, calls) yields (index of a call, result) as the calls end
+RunTasks = Callable[[Callable, Sequence[tuple]], Iterator[tuple[int, Any]]]
 RAY_TIMEOUT = 10  # seconds to reach a cluster
-WORKERS_PER_CORE = 4  # at most: more would only take memory
+MAX_WORKERS_PER_CORE = 4  # more would take memory and gain no time
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use (what Slurm gave it, for example)."""
+    """Return the number of cores that this process may use: under Slurm, those of its job."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS, Windows
 
 
 @contextlib.contextmanager
-def open_engine(name: str, workers: int = 0, ray_address: str = "") -> Iterator[Run]:
+def open_engine(name: str, workers: int = 0, ray_address: str = "") -> Iterator[RunTasks]:
     """Start an engine, and stop it at the end of the block.
 
     Args:
         name: "processes" or "ray".
-        workers: Tasks at once; 0: one per core. On this machine at most four per core.
+        workers: Number of tasks at once, on this machine at most four per core; 0 is one per core.
         ray_address: HOST:PORT of a Ray cluster, or "auto"; "" starts Ray on this machine.
 
     Yields:
-        run(function, tasks), which yields (index of a task, function(*task)) in the order in which
-        tasks finish. It raises what a task raises, and OSError if a worker dies.
+        A function run_tasks(function, calls). A call is a tuple of arguments. The function yields
+        (index of the call, function(*call)) in the order in which the calls end. It raises the
+        exception of a call that fails, and OSError if a worker dies.
 
     Raises:
         ConnectionError: No Ray cluster answers.
         ValueError: Ray is not installed.
     """
     if not ray_address:
-        workers = min(workers, WORKERS_PER_CORE * cores())
+        workers = min(workers, MAX_WORKERS_PER_CORE * cores())
     if name == "ray":
         yield from _ray_engine(workers, ray_address)
     else:
         yield from _process_engine(workers or cores())
 
 
-def _process_engine(workers: int) -> Iterator[Run]:
-    # a fork has the vocabulary and the imports already, but one with Arrow's threads may hang
+def _process_engine(workers: int) -> Iterator[RunTasks]:
+    """Yield a run_tasks that uses a pool of processes on this machine."""
+    # a fork has the vocabulary and the imports already, but a fork with Arrow's threads may hang
     fork = sys.platform == "linux" and "pyarrow" not in sys.modules
     context = multiprocessing.get_context("fork" if fork else "spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
     if fork and workers > 1:
         pool.submit(int)  # forks all workers now, before there is a lock or a thread
 
-    def run(function, tasks):
-        if workers == 1 or len(tasks) <= 1:
-            for i, task in enumerate(tasks):
-                yield i, function(*task)
+    def run_tasks(function, calls):
+        if workers == 1 or len(calls) <= 1:
+            for i, call in enumerate(calls):
+                yield i, function(*call)
             return
-        try:  # a worker may die while tasks are still being submitted
-            futures = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
+        try:  # a worker may die while calls are still being submitted
+            futures = {pool.submit(function, *call): i for i, call in enumerate(calls)}
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
@@ -83,8 +86,8 @@ def _process_engine(workers: int) -> Iterator[Run]:
             ) from None
 
     try:
-        yield run
-    except KeyboardInterrupt:  # a second one, while workers finish their tasks, would hang us
+        yield run_tasks
+    except KeyboardInterrupt:  # a second Ctrl-C, while workers finish their tasks, would hang us
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nstopping when the running tasks are finished", file=sys.stderr)
         raise
@@ -104,25 +107,25 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _ray_engine(workers: int, address: str) -> Iterator[Run]:
-    """One Ray task per task; all nodes see the same files."""
+def _ray_engine(workers: int, address: str) -> Iterator[RunTasks]:
+    """Yield a run_tasks that makes a Ray task of each call. All nodes must see the same files."""
     ray = optional("ray", "--engine ray")
     _connect_ray(ray, workers, address)
     try:
-        at_once = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-        folder = os.getcwd()
+        max_running = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+        working_dir = os.getcwd()
 
-        def run(function, tasks):
+        def run_tasks(function, calls):
             @ray.remote(num_cpus=1, max_retries=5)
-            def remote(*task):
-                os.chdir(folder)  # a node may have been started elsewhere
-                return function(*task)
+            def call_on_node(*arguments):
+                os.chdir(working_dir)  # a node may have been started elsewhere
+                return function(*arguments)
 
-            waiting = enumerate(tasks)
+            waiting = enumerate(calls)
             running = {}
             while True:
-                for i, task in itertools.islice(waiting, at_once - len(running)):
-                    running[remote.remote(*task)] = i
+                for i, call in itertools.islice(waiting, max_running - len(running)):
+                    running[call_on_node.remote(*call)] = i
                 if not running:
                     return
                 (future,), _ = ray.wait(list(running))
@@ -133,22 +136,22 @@ def _ray_engine(workers: int, address: str) -> Iterator[Run]:
                 except ray.exceptions.RayError as error:
                     raise OSError(f"Ray lost a task, run this again: {error}") from None
 
-        yield run
+        yield run_tasks
     finally:
         ray.shutdown()
 
 
 def _connect_ray(ray, workers: int, address: str) -> None:
     """Connect to a Ray cluster, or start one on this machine."""
-    host_and_port = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
-    if host_and_port:
+    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if match:
         try:  # Ray itself would try for minutes
-            host, port = host_and_port.groups()
+            host, port = match.groups()
             socket.create_connection((host, int(port)), RAY_TIMEOUT).close()
         except OSError as error:
             raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
-    code = str(Path(__file__).resolve().parent.parent)
-    variables = {"PYTHONPATH": os.pathsep.join([code, os.environ.get("PYTHONPATH", "")])}
+    root = str(Path(__file__).resolve().parent.parent)
+    variables = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     if "TIKTOKEN_CACHE_DIR" in os.environ:
         variables["TIKTOKEN_CACHE_DIR"] = os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -161,5 +164,5 @@ def _connect_ray(ray, workers: int, address: str) -> None:
             log_to_driver=False,
         )
     except (ConnectionError, ValueError) as error:
-        where = f"at {address}" if address else "on this machine"
-        raise ConnectionError(f"no Ray cluster {where}: {error}") from None
+        place = f"at {address}" if address else "on this machine"
+        raise ConnectionError(f"no Ray cluster {place}: {error}") from None

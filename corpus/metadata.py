@@ -1,12 +1,13 @@
-"""metadata.json of a prepared corpus: read, checked, and fingerprinted.
+"""metadata.json of a prepared corpus: reading, checks, checksum and fingerprint.
 
-data/README.md says what it holds.
+data/README.md lists the fields.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from common.files import folder_name, read_json
 from common.settings import near
@@ -20,14 +21,20 @@ FINGERPRINTED = (
 def read_metadata(corpus_dir: str | Path) -> dict:
     """Return the metadata of a prepared corpus.
 
+    Args:
+        corpus_dir: Folder of the corpus, data/NAME.
+
+    Returns:
+        The content of metadata.json.
+
     Raises:
-        FileNotFoundError: There is no prepared corpus; the message names those that there are.
-        ValueError: It is damaged, or of another version.
+        FileNotFoundError: The folder is not a prepared corpus. The message names the prepared ones.
+        ValueError: metadata.json is damaged, or of another version.
     """
     path = Path(corpus_dir) / "metadata.json"
     try:
         metadata = read_json(path)
-        sound = _is_sound(metadata)
+        valid = _is_valid(metadata)
     except FileNotFoundError:
         prepared = sorted(path.parent.parent.glob("*/metadata.json"))
         names = [other.parent.name for other in prepared]
@@ -36,8 +43,8 @@ def read_metadata(corpus_dir: str | Path) -> dict:
             f"another (prepared: {', '.join(names) or 'none'}){near(path.parent.name, names)}"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise ValueError(
             f"{path} is damaged, or of another version: run python prepare_data.py again, with the "
             f"flags it was made with"
@@ -45,13 +52,16 @@ def read_metadata(corpus_dir: str | Path) -> dict:
     return metadata
 
 
-def _is_sound(metadata) -> bool:
-    """Whether the metadata are as prepare_data.py writes them."""
+def _is_valid(metadata: Any) -> bool:
+    """Return whether the metadata are as prepare_data.py writes them.
+
+    For other values this may also raise KeyError, TypeError, AttributeError or ValueError.
+    """
     tokenizer = metadata["tokenizer"]
     splits = list(metadata["splits"].values())
     files = [file for split in splits for file in split["files"]]
     for name in (tokenizer["name"], *(file["name"] for file in files)):
-        folder_name(name, "")  # or it would lead out of its folder
+        folder_name(name, "")  # raises ValueError for a name that leads out of the folder
     vocab_size = metadata["vocab_size"]
     eot_token = metadata.get("eot_token", 0)
     positive = [vocab_size, *(split[name] for split in splits for name in ("tokens", "bytes"))]
@@ -72,7 +82,15 @@ def _is_sound(metadata) -> bool:
 
 
 def require_end_of_text(metadata: dict, corpus_dir: str | Path) -> None:
-    """Raise ValueError if the metadata do not say which token ends a document, and whether."""
+    """Check that the metadata have the fields about the end-of-text token.
+
+    Args:
+        metadata: Metadata of a prepared corpus.
+        corpus_dir: Folder of the corpus, data/NAME, for the error message.
+
+    Raises:
+        ValueError: A field is missing.
+    """
     for name in ("eot_token", "eot_per_document"):
         if name not in metadata:
             raise ValueError(
@@ -82,22 +100,25 @@ def require_end_of_text(metadata: dict, corpus_dir: str | Path) -> None:
 
 
 def with_checksum(metadata: dict) -> dict:
-    """Return the metadata and, last, the sha256 of all other fields, by which damage is found."""
+    """Return the metadata with a last field "sha256", the hash of all other fields."""
     fields = {name: value for name, value in metadata.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return fields | {"sha256": digest}
 
 
-def fingerprint(metadata: dict, folder: Path) -> str:
-    """Return one hash of all that a prepared corpus depends on, as it is now.
+def fingerprint(metadata: dict, corpus_dir: Path) -> str:
+    """Return one hash of the present state of everything that a prepared corpus depends on.
 
-    It covers the sources (relative path, size, time of the last change in nanoseconds, and how they
-    are read), the tokenizer and the settings. A corpus is up to date if this is the fingerprint in
-    its metadata.json.
+    The hash covers the sources (relative path, size, time of the last change in nanoseconds, and
+    how they are read), the tokenizer and the settings. A corpus is up to date if its metadata.json
+    has this fingerprint.
 
     Args:
-        metadata: With the fields of FINGERPRINTED.
-        folder: The corpus's folder, to which the paths of the sources are relative.
+        metadata: Metadata with at least the fields of FINGERPRINTED.
+        corpus_dir: Folder of the corpus, data/NAME, to which the paths of the sources are relative.
+
+    Returns:
+        A sha256, in hexadecimal.
 
     Raises:
         OSError: A source is missing.
@@ -105,24 +126,35 @@ def fingerprint(metadata: dict, folder: Path) -> str:
     fields = {name: metadata[name] for name in FINGERPRINTED}
     states = []
     for file in metadata["source"]["files"]:
-        state = os.stat(source_path(folder, file))
+        state = os.stat(source_path(corpus_dir, file))
         states.append([state.st_size, state.st_mtime_ns])
     return hashlib.sha256(json.dumps([fields, states], sort_keys=True).encode()).hexdigest()
 
 
-def source_path(folder: Path, file: dict) -> Path:
-    """Return the path of a source that metadata.json lists relative to the corpus's folder.
+def source_path(corpus_dir: Path, file: dict) -> Path:
+    """Return the path of a source file.
 
-    The folder need not exist yet.
+    Args:
+        corpus_dir: Folder of the corpus, data/NAME. The folder need not exist yet.
+        file: Entry of the file in metadata.json, with a path relative to the folder.
+
+    Returns:
+        An absolute path.
     """
-    return Path(os.path.normpath(folder.absolute() / file["path"]))
+    return Path(os.path.normpath(corpus_dir.absolute() / file["path"]))
 
 
 def newest_corpus(data_dir: str | Path) -> Path:
-    """Return the folder under `data_dir` that was prepared last.
+    """Return the corpus that was prepared last.
+
+    Args:
+        data_dir: Folder of prepared corpora.
+
+    Returns:
+        Folder of the corpus, DATA_DIR/NAME.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no prepared corpus in `data_dir`.
     """
     prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=os.path.getmtime)
     if not prepared:

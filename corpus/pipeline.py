@@ -1,17 +1,18 @@
 """The pipeline: a corpus to data/NAME/, in steps that can be interrupted anywhere.
 
-    with open_engine("processes") as run:
-        metadata = prepare(corpus, tokenizer, Path("data/mine"), run)
+    with open_engine("processes") as run_tasks:
+        metadata = prepare(corpus, tokenizer, Path("data/mine"), run_tasks)
 
-1. fingerprint: sources, tokenizer and settings, in one hash. A corpus with this hash is up to date.
+1. fingerprint: sources, tokenizer and settings, in one hash. A corpus with this hash is up to date
+   (metadata.py, existing.py).
 2. plan: which chunks of which sources make up each task (planning.py).
 3. tokenize: tasks in any order, by any number of workers (tasks.py). Finished tasks are kept in
    data/NAME/.work/FINGERPRINT/, so that a restart skips them.
 4. join: the files of all tasks to shards (shards.py).
-5. publish: shards, and metadata.json last.
+5. publish: shards, and metadata.json last (shards.py).
 
 One process at a time does this for a corpus: it holds a lock. Parts of one corpus (--part I/N) do
-step 3 without a lock; whoever then finds all tasks finished takes the lock for steps 4 and 5.
+step 3 without a lock; the part that then finds all tasks finished takes the lock for steps 4 and 5.
 """
 
 import contextlib
@@ -26,27 +27,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import exclusive_lock, read_json
-from corpus.engines import Run
+from common.files import exclusive_lock
+from corpus.engines import RunTasks
+from corpus.existing import has_unpublished_shards, refuse_other_files, up_to_date
 from corpus.inputs import Corpus
-from corpus.metadata import fingerprint, read_metadata, with_checksum
+from corpus.metadata import fingerprint, with_checksum
 from corpus.planning import check_room, plan
-from corpus.shards import SHARD_NAME, join_shards, publish
+from corpus.shards import join_shards, publish
 from corpus.sources import Source
-from corpus.tasks import Job, chunk_ids, tokenize_task
-from corpus.token_files import open_tokens
+from corpus.tasks import Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
 
-TASK_BYTES = 1 << 20, 64 << 20  # least and most source text per task
-
-Task = tuple[list[Source], int]  # chunks, and their size in bytes
+TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
 
 
 def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    folder: Path,
-    run,
+    corpus_dir: Path,
+    run_tasks: RunTasks,
     *,
     train_split_ratio: float = 0.9,
     seed: int = 0,
@@ -57,30 +56,29 @@ def prepare(
     """Tokenize a corpus into a folder.
 
     Args:
-        corpus: The sources.
-        tokenizer: Turns text to ids.
-        folder: data/NAME; created if it does not exist.
-        run: Of an engine (engines.open_engine).
+        corpus: Corpus with its sources.
+        tokenizer: Tokenizer that turns text to ids.
+        corpus_dir: Folder of the corpus, data/NAME; created if it does not exist.
+        run_tasks: Function that engines.open_engine yields.
         train_split_ratio: Share for train, where the corpus is not split already.
-        seed: Decides which documents go to train.
+        seed: Seed of the hash that decides which documents go to train.
         max_length: Tokens kept of a document; 0 keeps all.
         on_error: "stop" or "skip", at an invalid document.
-        part: "I/N" does every N-th task only, from the I-th.
+        part: "I/N" does every N-th task only, from the I-th; "" does all tasks.
 
     Returns:
         The metadata, or None if tasks are left to other parts.
 
     Raises:
-        ValueError: A document is invalid, a split would be empty, or a source has changed
-            meanwhile.
+        ValueError: A document is invalid, a split would be empty, or a source changes meanwhile.
         OSError: Another process prepares this corpus, the folder holds other files, or the disk is
             too full.
     """
     began = time.perf_counter()
-    header = {
+    initial_metadata = {
         "format_version": 1,
         "corpus": corpus.name,
-        "source": corpus.origin | {"files": [_listed(source, folder) for source in corpus.sources]},
+        "source": corpus.origin | {"files": [_listed(s, corpus_dir) for s in corpus.sources]},
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "vocab_size": tokenizer.vocab_size,
         "eot_token": tokenizer.eot_token,
@@ -90,302 +88,304 @@ def prepare(
         "seed": seed,
         "max_length": max_length,
     }
-    header["fingerprint"] = fingerprint(header, folder)
-    refuse_other_files(folder, header)
-    work = folder / ".work" / header["fingerprint"][:16]
-    for path in (work.parent, work):
-        if path.is_symlink():  # it is emptied at the end
+    initial_metadata["fingerprint"] = fingerprint(initial_metadata, corpus_dir)
+    refuse_other_files(corpus_dir, initial_metadata)
+    tasks_dir = corpus_dir / ".work" / initial_metadata["fingerprint"][:16]
+    for path in (tasks_dir.parent, tasks_dir):
+        if path.is_symlink():  # the folder is emptied at the end
             raise ValueError(f"{path} is a link: remove it")
-    if not work.exists() and not (folder / ".lock").exists():
-        metadata = up_to_date(folder, header)
+    if not tasks_dir.exists() and not (corpus_dir / ".lock").exists():
+        metadata = up_to_date(corpus_dir, initial_metadata["fingerprint"])
         if metadata:
             return metadata
     tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
-    check_room(folder, tokenizer, tasks)
+    check_room(corpus_dir, tokenizer, tasks)
     job = Job(
-        str(work),
-        tokenizer.name,
-        corpus.has_documents,
-        max_length,
-        train_split_ratio,
-        seed,
-        on_error,
+        tasks_dir=str(tasks_dir),
+        tokenizer=tokenizer.name,
+        has_documents=corpus.has_documents,
+        max_length=max_length,
+        train_split_ratio=train_split_ratio,
+        seed=seed,
+        on_error=on_error,
     )
     preparation = _Preparation(
-        corpus=corpus, folder=folder, work=work, header=header, tasks=tasks, job=job, run=run,
+        corpus=corpus,
+        corpus_dir=corpus_dir,
+        tasks_dir=tasks_dir,
+        initial_metadata=initial_metadata,
+        tasks=tasks,
+        job=job,
+        run_tasks=run_tasks,
         began=began,
-    )  # fmt: skip
+    )
     try:
         return preparation.do_part(part) if part else preparation.do_all()
     finally:
         preparation.remove_empty_folders()
 
 
+def _listed(source: Source, corpus_dir: Path) -> dict:
+    """Return a source as metadata.json lists it: with its size, relative to the corpus's folder."""
+    path = os.path.relpath(source.path, corpus_dir)
+    fields = replace(source, path=path).metadata_fields()
+    return fields | {"bytes": os.path.getsize(source.path)}
+
+
 @dataclass(frozen=True)
 class _Preparation:
-    """One call of prepare: what its steps share."""
+    """One call of prepare: the values that its steps share.
+
+    Attributes:
+        corpus: Corpus with its sources.
+        corpus_dir: Folder of the corpus, data/NAME.
+        tasks_dir: Folder of finished tasks, data/NAME/.work/FINGERPRINT.
+        initial_metadata: Fields of metadata.json that are decided before the first task.
+        tasks: All tasks of the corpus. A task is known by its index.
+        job: Settings that all tasks share.
+        run_tasks: Function that engines.open_engine yields.
+        began: Time of the start, from time.perf_counter().
+    """
 
     corpus: Corpus
-    folder: Path
-    work: Path  # folder of finished tasks
-    header: dict  # the fields of metadata.json that are known before the start
+    corpus_dir: Path
+    tasks_dir: Path
+    initial_metadata: dict
     tasks: list[Task]
     job: Job
-    run: Run
-    began: float  # time.perf_counter()
+    run_tasks: RunTasks
+    began: float
+
+    # the two ways through the steps
 
     def do_all(self) -> dict:
         """Do every task that is not finished, then join and publish."""
         with self.lock(wait=False):
-            self.make_work_folder()
+            self.make_tasks_dir()
             with self.cleaned_up_after_errors():
-                metadata = self.prepared()  # by a process that was killed before it had cleaned up
+                metadata = self.published_by_others()  # by a process killed before its clean-up
                 if metadata:
                     return metadata
-                self.discard_other_work()
+                self.discard_other_tasks()
                 self.tokenize(range(len(self.tasks)))
-                return self.finish()
+                return self.join_and_publish()
 
     def do_part(self, part: str) -> dict | None:
         """Do every N-th task that is not finished; join and publish if no task is left.
 
-        Without the lock a part removes nothing: other parts may be using the folder.
+        Without the lock a part removes nothing, because other parts may be using the folder.
         """
         first, step = map(int, part.split("/"))
-        self.make_work_folder()
-        if not up_to_date(self.folder, self.header, quiet=True):
+        self.make_tasks_dir()
+        if not self.is_up_to_date():
             self.tokenize_part(range(first, len(self.tasks), step))
-            left = len(self.tasks) - len(self.finished())
-            if left and not up_to_date(self.folder, self.header, quiet=True):
-                print(f"part {part} is done; {left:,} tasks are left to other parts")
+            num_left = len(self.tasks) - len(self.finished_counts())
+            if num_left and not self.is_up_to_date():
+                print(f"part {part} is done; {num_left:,} tasks are left to other parts")
                 return None
         with self.lock(wait=True), self.cleaned_up_after_errors():
-            metadata = self.prepared()  # by another part, while this one waited
+            metadata = self.published_by_others()  # by another part, while this one waited
             if metadata:
                 return metadata
-            if len(self.finished()) < len(self.tasks):
+            if len(self.finished_counts()) < len(self.tasks):
                 raise self.removed_by_others()
-            self.discard_other_work()
-            return self.finish()
+            self.discard_other_tasks()
+            return self.join_and_publish()
+
+    # the steps
+
+    def tokenize(self, numbers: range) -> None:
+        """Do the tasks of these numbers that are not finished, and show the progress.
+
+        On a terminal the progress line moves; elsewhere, as in the output of Slurm, there is one
+        line per minute.
+        """
+        finished = self.finished_counts()
+        if finished:
+            print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
+        unfinished = [i for i in numbers if i not in finished]
+        interval = 0.2 if sys.stderr.isatty() else 60  # seconds
+        num_tokens = 0
+        with tqdm(
+            total=sum(self.tasks[i].num_bytes for i in unfinished),
+            unit="B",
+            unit_scale=True,
+            mininterval=interval,
+            delay=interval,
+            leave=False,
+        ) as progress:
+            calls = [(self.job, i, self.tasks[i].chunks) for i in unfinished]
+            for index, counts in self.run_tasks(tokenize_task, calls):
+                num_tokens += sum(split["tokens"] for split in counts["splits"].values())
+                speed = num_tokens / max(1e-9, time.time() - progress.start_t)
+                progress.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                progress.update(self.tasks[unfinished[index]].num_bytes)
+        found = fingerprint(self.initial_metadata, self.corpus_dir)
+        if found != self.initial_metadata["fingerprint"]:
+            raise ValueError(
+                f"the text of {self.corpus.name} has changed while it was read: run this again"
+            )
 
     def tokenize_part(self, numbers: range) -> None:
         """Do the tasks of a part. No error if another process publishes them meanwhile."""
         try:
             self.tokenize(numbers)
         except FileNotFoundError:
-            if up_to_date(self.folder, self.header, quiet=True):
+            if self.is_up_to_date():
                 return
-            if not self.work.exists():
+            if not self.tasks_dir.exists():
                 raise self.removed_by_others() from None
             raise
 
-    def removed_by_others(self) -> OSError:
-        """Return the error of a part whose finished tasks another run has thrown away."""
-        return OSError(
-            f"finished tasks were removed from {self.work} by another run: let it end, then run "
-            f"this again"
+    def join_and_publish(self) -> dict:
+        """Join the files of all tasks to shards, publish the shards, and return the metadata."""
+        finished = self.finished_counts()
+        all_counts = [finished[i] for i in range(len(self.tasks))]
+        skipped = [document for counts in all_counts for document in counts["skipped"]]
+        splits = join_shards(self.tasks_dir, self.tasks, all_counts, self.run_tasks)
+        _refuse_empty_splits(self.corpus, splits, skipped)
+        if not self.corpus.has_documents:
+            for split in splits.values():
+                split["documents"] = 1
+        metadata = with_checksum(
+            self.initial_metadata
+            | {"dropped": sum(counts["dropped"] for counts in all_counts)}
+            | {"skipped": len(skipped), "splits": splits}
         )
+        publish(self.tasks_dir, self.corpus_dir, metadata, skipped)
+        self.clean_up()
+        seconds = time.perf_counter() - self.began
+        core_seconds = sum(counts["seconds"] for counts in all_counts)
+        _print_report(self.corpus_dir, metadata, skipped, seconds, core_seconds)
+        return metadata
 
-    def prepared(self) -> dict | None:
-        """Clean up and return the metadata if the corpus is up to date, else None."""
-        metadata = up_to_date(self.folder, self.header)
+    # what other processes did
+
+    def lock(self, wait: bool) -> contextlib.AbstractContextManager:
+        """Hold the lock of this corpus."""
+        self.corpus_dir.mkdir(parents=True, exist_ok=True)
+        message = (
+            f"{self.corpus_dir} is being prepared by another process: wait for it, or choose "
+            f"another --corpus NAME"
+        )
+        return exclusive_lock(self.corpus_dir / ".lock", message, wait)
+
+    def is_up_to_date(self) -> bool:
+        """Return whether the corpus is published."""
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"], quiet=True)
+        return metadata is not None
+
+    def published_by_others(self) -> dict | None:
+        """Clean up and return the metadata if the corpus is published, else None."""
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"])
         if metadata:
             self.clean_up()
         return metadata
 
-    def make_work_folder(self) -> None:
+    def removed_by_others(self) -> OSError:
+        """Return the error of a part whose finished tasks another process has removed."""
+        return OSError(
+            f"finished tasks were removed from {self.tasks_dir} by another run: let it end, then "
+            f"run this again"
+        )
+
+    # the folder of finished tasks
+
+    def make_tasks_dir(self) -> None:
         """Make the folder of finished tasks."""
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.tasks_dir.mkdir(parents=True, exist_ok=True)
+
+    def finished_counts(self) -> dict[int, dict]:
+        """Return index -> counts of each finished task that these settings can use."""
+        finished = {}
+        for i, task in enumerate(self.tasks):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # unfinished, or damaged
+                counts = json.loads((self.tasks_dir / f"{i:06}.json").read_bytes())
+                usable = self.job.on_error == "skip" or not counts["skipped"]
+                if usable and counts["chunks"] == chunk_ids(task.chunks):
+                    finished[i] = counts
+        return finished
+
+    def discard_other_tasks(self) -> None:
+        """Remove the finished tasks of other sources or settings."""
+        for path in self.tasks_dir.parent.iterdir():
+            if path == self.tasks_dir:
+                continue
+            num_finished = len(list(path.glob("*.json")))
+            if num_finished:
+                print(f"{num_finished:,} finished tasks of other files or flags are thrown away")
+            _remove_tasks(path)
 
     @contextlib.contextmanager
     def cleaned_up_after_errors(self) -> Iterator[None]:
         """Remove the finished tasks after an error, unless a restart can use them."""
         try:
             yield
-        except ValueError:  # of a document, or of the whole: then a restart fails the same way
-            if len(self.finished()) == len(self.tasks):
+        except ValueError:  # if all tasks are finished, a restart would fail in the same way
+            if len(self.finished_counts()) == len(self.tasks):
                 self.clean_up()
             raise
         finally:
-            if not any(self.work.glob("*.json")):
+            if not any(self.tasks_dir.glob("*.json")):
                 self.clean_up()
-
-    def lock(self, wait: bool):
-        """Hold the lock of this corpus."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        message = (
-            f"{self.folder} is being prepared by another process: wait for it, or choose another "
-            f"--corpus NAME"
-        )
-        return exclusive_lock(self.folder / ".lock", message, wait)
-
-    def discard_other_work(self) -> None:
-        """Remove the finished tasks of other sources or settings."""
-        for path in self.work.parent.iterdir():
-            if path == self.work:
-                continue
-            count = len(list(path.glob("*.json")))
-            if count:
-                print(f"{count:,} finished tasks of other files or flags are thrown away")
-            remove_tasks(path)
-
-    def finished(self) -> dict[int, dict]:
-        """Return the counts of finished tasks by number, of those that can be used."""
-        finished = {}
-        for i, (chunks, _) in enumerate(self.tasks):
-            with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
-                counts = json.loads((self.work / f"{i:06}.json").read_bytes())
-                usable = self.job.on_error == "skip" or not counts["skipped"]
-                if usable and counts["chunks"] == chunk_ids(chunks):
-                    finished[i] = counts
-        return finished
-
-    def tokenize(self, numbers: range) -> None:
-        """Do the tasks of these numbers that are not finished, and show how far they are.
-
-        On a terminal the line moves; elsewhere, as in the output of Slurm, there is one a minute.
-        """
-        finished = self.finished()
-        if finished:
-            print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
-        todo = [i for i in numbers if i not in finished]
-        interval = 0.2 if sys.stderr.isatty() else 60  # seconds
-        tokens = 0
-        with tqdm(
-            total=sum(self.tasks[i][1] for i in todo), unit="B", unit_scale=True,
-            mininterval=interval, delay=interval, leave=False,
-        ) as bar:  # fmt: skip
-            calls = [(self.job, i, self.tasks[i][0]) for i in todo]
-            for index, counts in self.run(tokenize_task, calls):
-                tokens += sum(split["tokens"] for split in counts["splits"].values())
-                speed = tokens / max(1e-9, time.time() - bar.start_t)
-                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                bar.update(self.tasks[todo[index]][1])
-        if fingerprint(self.header, self.folder) != self.header["fingerprint"]:
-            raise ValueError(
-                f"the text of {self.corpus.name} has changed while it was read: run this again"
-            )
-
-    def finish(self) -> dict:
-        """Join all tasks to shards and publish them; return the metadata."""
-        finished = self.finished()
-        counts = [finished[i] for i in range(len(self.tasks))]
-        skipped = [place for task_counts in counts for place in task_counts["skipped"]]
-        splits = join_shards(self.work, counts, [size for _, size in self.tasks], self.run)
-        refuse_empty_splits(self.corpus, splits, skipped)
-        if not self.corpus.has_documents:
-            for split in splits.values():
-                split["documents"] = 1
-        metadata = with_checksum(
-            self.header
-            | {"dropped": sum(task_counts["dropped"] for task_counts in counts)}
-            | {"skipped": len(skipped), "splits": splits}
-        )
-        publish(self.work, self.folder, metadata, skipped)
-        self.clean_up()
-        seconds = time.perf_counter() - self.began
-        core_seconds = sum(task_counts["seconds"] for task_counts in counts)
-        print_report(self.folder, metadata, skipped, seconds, core_seconds)
-        return metadata
 
     def clean_up(self) -> None:
         """Remove the finished tasks."""
-        remove_tasks(self.work)
+        _remove_tasks(self.tasks_dir)
 
     def remove_empty_folders(self) -> None:
-        """Remove the folders of work, corpus and data, if they are empty."""
-        with contextlib.suppress(OSError):  # not empty
-            self.work.parent.rmdir()
+        """Remove the folders .work, data/NAME and data, if they are empty.
+
+        Beside shards that a killed process left unpublished, .work stays: it tells the shards from
+        files of another program.
+        """
+        if not has_unpublished_shards(self.corpus_dir):
+            with contextlib.suppress(OSError):  # not empty
+                self.tasks_dir.parent.rmdir()
         with contextlib.suppress(OSError):
-            self.folder.rmdir()
-            self.folder.parent.rmdir()
+            self.corpus_dir.rmdir()
+            self.corpus_dir.parent.rmdir()
 
 
-def remove_tasks(path: Path) -> None:
+def _remove_tasks(path: Path) -> None:
     """Remove a folder of finished tasks.
 
-    The counts go first: a task whose tokens are gone must not count as finished if this is killed.
+    The .json files go first: a task without its tokens must not count as finished if this process
+    is killed.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    for counts in path.glob("*.json"):
-        counts.unlink(missing_ok=True)
+    for counts_path in path.glob("*.json"):
+        counts_path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
-def up_to_date(folder: Path, header: dict, quiet: bool = False) -> dict | None:
-    """Return the metadata of a prepared corpus with this fingerprint, else None."""
-    path = folder / "metadata.json"
-    try:
-        metadata = read_metadata(folder)
-        if metadata.get("fingerprint") != header["fingerprint"]:
-            return None
-        for name in metadata["splits"]:
-            open_tokens(folder / name)  # checks that each file is there, at its full length
-    except (OSError, ValueError):  # there is none, or a damaged one
-        return None
-    if not quiet:
-        with contextlib.suppress(OSError):  # a corpus of someone else
-            os.utime(path)  # train_gpt2.py takes the corpus prepared last
-        print(f"{folder} is prepared already, from the same files in the same way")
-    return metadata
-
-
-def refuse_other_files(folder: Path, header: dict) -> None:
-    """Refuse to overwrite a corpus of other sources, or .bin files of another program.
-
-    Raises:
-        FileExistsError: The folder holds such files.
-    """
-    try:
-        old = read_json(folder / "metadata.json")["source"]
-        old_paths = {file["path"] for file in old["files"]}
-    except FileNotFoundError:
-        foreign = [path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name)]
-        if foreign and not (folder / ".work").exists():
-            raise FileExistsError(
-                f"{min(foreign)} has no metadata.json beside it, so another program may have "
-                f"written it: choose another --corpus NAME, or remove the file"
-            ) from None
-        return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one
-        return
-    new = header["source"]
-    new_paths = {file["path"] for file in new["files"]}
-    same_url = old.get("url") and old["url"] == new.get("url")
-    if old_paths and not (old_paths & new_paths or same_url):
-        raise FileExistsError(
-            f"{folder} was made of other files ({min(old_paths)}): choose another --corpus NAME, "
-            f"or remove {folder}"
-        )
-
-
-def refuse_empty_splits(corpus: Corpus, splits: dict, skipped: list[str]) -> None:
+def _refuse_empty_splits(corpus: Corpus, splits: dict, skipped: list[str]) -> None:
     """Raise ValueError if a split has no text; only test may be missing."""
     for name in dict.fromkeys(("train", "val", *splits)):
         if splits.get(name, {}).get("bytes"):
             continue
-        count = sum(split["documents"] for split in splits.values())
-        reason = f"{count} documents" if corpus.has_documents else "running text"
+        num_documents = sum(split["documents"] for split in splits.values())
+        reason = f"{num_documents} documents" if corpus.has_documents else "running text"
         if skipped:
             reason += f", {len(skipped):,} skipped, first {skipped[0]}"
         remedy = "add text"
-        if corpus.has_documents and count > 1:
+        if corpus.has_documents and num_documents > 1:
             remedy += ", or try another --seed or --train_split_ratio"
         raise ValueError(
             f"{corpus.name} has too little text ({reason}): nothing is left for {name}; {remedy}"
         )
 
 
-def print_report(
-    folder: Path, metadata: dict, skipped: list[str], seconds: float, core_seconds: float
+def _print_report(
+    corpus_dir: Path, metadata: dict, skipped: list[str], seconds: float, core_seconds: float
 ) -> None:
-    """Print what was read, what became of it, and what to do next."""
-    for place in skipped[:10]:
-        print(f"skipped: {place}")
+    """Print the size of each split, the skipped documents, the speed, and the next command."""
+    for document in skipped[:10]:
+        print(f"skipped: {document}")
     if len(skipped) > 10:
-        print(f"skipped: {len(skipped) - 10:,} more, in {folder / 'skipped.txt'}")
+        print(f"skipped: {len(skipped) - 10:,} more, in {corpus_dir / 'skipped.txt'}")
     for name, split in metadata["splits"].items():
         line = f"{name:5} {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes of text"
         if metadata["eot_per_document"]:
@@ -398,15 +398,8 @@ def print_report(
         )
     num_bytes = sum(split["bytes"] for split in metadata["splits"].values())
     speed = num_bytes / 1e6 / max(1e-9, core_seconds)
-    flag = "" if folder.parent == Path("data") else f" --data_dir {folder.parent}"
+    flag = "" if corpus_dir.parent == Path("data") else f" --data_dir {corpus_dir.parent}"
     print(
-        f"{folder}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. "
+        f"{corpus_dir}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. "
         f"Next: python train_gpt2.py{flag}"
     )
-
-
-def _listed(source: Source, folder: Path) -> dict:
-    """A source as metadata.json lists it: relative to the corpus's folder, with its size."""
-    path = os.path.relpath(source.path, folder)
-    fields = replace(source, path=path).metadata_fields()
-    return fields | {"bytes": os.path.getsize(source.path)}

@@ -3,80 +3,61 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from common.grouping import in_groups
 from corpus.inputs import Corpus
 from corpus.reader import divide
 from corpus.sources import BLOCK, Source, damage, open_file
+from corpus.tasks import Task
 from corpus.tokenizer import Tokenizer
 
-T = TypeVar("T")
-
-MOST_TASKS = 64  # of a corpus whose tasks may have any size: enough for 64 workers
-LONGEST_UNDIVIDED = 8 << 20  # characters that a tokenizer encodes at once: a gigabyte of memory
-COMPRESSION = 4  # uncompressed bytes per byte of a compressed text, about
-TOKENS_PER_BYTE = 0.4  # of a vocabulary with more than the 256 bytes, at most, about
+MAX_SMALL_TASKS = 64  # a corpus has more tasks only if they would be too large: 64 workers
+LONGEST_UNDIVIDED = 8 << 20  # characters to encode in one call: about a gigabyte of memory
+COMPRESSION = 4  # estimated bytes of text per byte of a compressed file
+TOKENS_PER_BYTE = 0.4  # high estimate for vocabularies of more than single bytes
 
 
 def plan(
     corpus: Corpus,
     tokenizer: Tokenizer,
     train_split_ratio: float,
-    least_bytes: int,
-    most_bytes: int,
-) -> list[tuple[list[Source], int]]:
+    smallest_bytes: int,
+    largest_bytes: int,
+) -> list[Task]:
     """Divide a corpus into tasks.
 
     Args:
-        corpus: the corpus.
-        tokenizer: the tokenizer that will encode it.
-        train_split_ratio: share of a running text for train.
-        least_bytes: least size of a task, where the sources can be divided.
-        most_bytes: size at which a task is full.
+        corpus: Corpus with its sources.
+        tokenizer: Tokenizer that will encode the corpus.
+        train_split_ratio: Share of a running text for train.
+        smallest_bytes: Smallest size of a task, where the corpus is large enough.
+        largest_bytes: Largest size of a task, where the sources can be divided.
 
     Returns:
-        (chunks, their size in bytes) of each task, in the order of the corpus.
+        The tasks, in the order of the corpus.
 
     Raises:
-        OSError: if a source cannot be read.
-        ValueError: if a table is damaged, or a running text is too long for the tokenizer.
+        OSError: A source cannot be read.
+        ValueError: A table is damaged, or a running text is too long for the tokenizer.
     """
     sources = corpus.sources
     total_bytes = sum(os.path.getsize(source.path) for source in sources)
-    task_bytes = min(max(total_bytes // MOST_TASKS, least_bytes), most_bytes)
+    task_bytes = min(max(total_bytes // MAX_SMALL_TASKS, smallest_bytes), largest_bytes)
     if not corpus.has_documents:
         for source in sources:
             refuse_long_text(source, tokenizer)
         sources = split_text(sources, train_split_ratio, tokenizer)
-    chunks = [chunk for source in sources for chunk in divide(source, task_bytes)]
+    sized_chunks = [sized for source in sources for sized in divide(source, task_bytes)]
     tasks = []
-    for group in in_groups(chunks, task_bytes, lambda chunk: chunk[1]):
-        tasks.append(([chunk for chunk, _ in group], sum(size for _, size in group)))
+    for group in in_groups(sized_chunks, task_bytes, lambda sized: sized[1]):
+        chunks = [chunk for chunk, _ in group]
+        tasks.append(Task(chunks, num_bytes=sum(size for _, size in group)))
     return tasks
-
-
-def in_groups(items: Iterable[T], most: int, size: Callable[[T], int]) -> list[list[T]]:
-    """Divide items into groups, in order.
-
-    Args:
-        items: the items.
-        most: most total size of a group, unless it has one item only.
-        size: function that gives the size of an item.
-    """
-    groups: list[list[T]] = []
-    filled = 0
-    for item in items:
-        if not groups or filled + size(item) > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(item)
-        filled += size(item)
-    return groups
 
 
 def split_text(
@@ -85,42 +66,47 @@ def split_text(
     """Split a running text of n characters: the first int(n * train_split_ratio) are for train.
 
     Args:
-        sources: files of the text, in order.
-        train_split_ratio: share of the characters for train.
-        tokenizer: the tokenizer that will encode the text. If it has to encode a text at once, the
-            sources are marked as such.
+        sources: Files of the text, in order.
+        train_split_ratio: Share of the characters for train.
+        tokenizer: Tokenizer that will encode the text. If the tokenizer is not `divisible`, the
+            sources are marked to be read in one piece.
 
     Returns:
-        The sources with their splits; the one that is divided comes twice.
+        The sources with their splits. A source that holds the end of train comes twice, once for
+        each split.
 
     Raises:
-        OSError: if a source cannot be read.
+        OSError: A source cannot be read.
     """
     counts = [_count_characters(source.path) for source in sources]
     if not tokenizer.divisible:
         sources = [replace(source, division="file") for source in sources]
     left_for_train = int(sum(counts) * train_split_ratio)
-    parts = []
+    split_sources = []
     for source, count in zip(sources, counts):
         if left_for_train >= count:
             if left_for_train > 0:
-                parts.append(replace(source, split="train"))
+                split_sources.append(replace(source, split="train"))
         elif left_for_train <= 0:
-            parts.append(replace(source, split="val"))
+            split_sources.append(replace(source, split="val"))
         else:
-            place = _byte_of_character(source.path, left_for_train)
-            parts.append(replace(source, split="train", stop=place))
-            parts.append(replace(source, split="val", start=place))
+            offset = _byte_of_character(source.path, left_for_train)
+            split_sources.append(replace(source, split="train", stop=offset))
+            split_sources.append(replace(source, split="val", start=offset))
         left_for_train -= count
-    return parts
+    return split_sources
 
 
 def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a running text that would take too much memory to encode.
+    """Refuse a running text that would take too much memory to encode.
 
     Args:
-        source: a running text.
-        tokenizer: the tokenizer that will encode the text, at once unless it is `divisible`.
+        source: Source of a running text.
+        tokenizer: Tokenizer that will encode the text, in one call unless it is `divisible`.
+
+    Raises:
+        ValueError: The text is too long for one call.
+        OSError: The source cannot be read.
     """
     if tokenizer.divisible:
         return
@@ -134,7 +120,7 @@ def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
         )
 
 
-def _character_starts(path):
+def _character_starts(path: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (offset, bool array) for each block of a file: which bytes begin a character."""
     offset = 0
     with contextlib.suppress(*damage(path)), open_file(path) as f:  # the reader reports damage
@@ -143,48 +129,50 @@ def _character_starts(path):
             offset += len(block)
 
 
-def _count_characters(path) -> int:
+def _count_characters(path: str) -> int:
     """Return how many characters a UTF-8 file has."""
     return sum(int(np.count_nonzero(starts)) for _, starts in _character_starts(path))
 
 
-def _byte_of_character(path, number: int) -> int:
-    """Return the offset of a character, counted from 0, in a UTF-8 file."""
+def _byte_of_character(path: str, number: int) -> int:
+    """Return the byte offset of character `number`, counted from 0, in a UTF-8 file."""
     count = 0
     for offset, starts in _character_starts(path):
-        more = int(np.count_nonzero(starts))
-        if count + more > number:
+        num_starts = int(np.count_nonzero(starts))
+        if count + num_starts > number:
             return offset + int(np.flatnonzero(starts)[number - count])
-        count += more
+        count += num_starts
     raise ValueError(f"{path} has changed while it was read: run this again")
 
 
-def check_room(folder: Path, tokenizer: Tokenizer, tasks: list[tuple[list[Source], int]]) -> None:
-    """Check that the disk has room for the files of tasks and for the shards joined from them.
+def check_room(corpus_dir: Path, tokenizer: Tokenizer, tasks: list[Task]) -> None:
+    """Check that the disk has room for the files of all tasks and for the shards.
 
-    The sizes are estimates. Files of finished tasks are there already and count as free.
+    The sizes are estimates. The space of finished tasks counts as free, because these tasks need
+    no more room.
 
     Args:
-        folder: folder of the prepared corpus.
-        tokenizer: the tokenizer.
-        tasks: what `plan` returns.
+        corpus_dir: Folder of the corpus, data/NAME.
+        tokenizer: Tokenizer that will encode the corpus.
+        tasks: All tasks of the corpus.
 
     Raises:
-        OSError: if the disk is too full.
+        OSError: The disk is too full.
     """
     text_bytes = 0
-    for chunks, size in tasks:
-        compressed = any(chunk.compressed and not chunk.is_table for chunk in chunks)
-        text_bytes += size * COMPRESSION if compressed else size
-    per_byte = 1 if tokenizer.vocab_size < 1000 else TOKENS_PER_BYTE
-    needed = int(2 * text_bytes * per_byte * tokenizer.dtype.itemsize)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    with contextlib.suppress(FileNotFoundError):
-        files = (path for path in (folder / ".work").rglob("*") if path.is_file())
-        free += sum(path.stat().st_size for path in files)
+    for task in tasks:
+        compressed = any(chunk.compressed and not chunk.is_table for chunk in task.chunks)
+        text_bytes += task.num_bytes * COMPRESSION if compressed else task.num_bytes
+    tokens_per_byte = 1 if tokenizer.vocab_size < 1000 else TOKENS_PER_BYTE
+    needed = int(2 * text_bytes * tokens_per_byte * tokenizer.dtype.itemsize)
+    folders = (corpus_dir, *corpus_dir.absolute().parents)
+    existing = next(path for path in folders if path.exists())
+    free = shutil.disk_usage(existing).free
+    with contextlib.suppress(FileNotFoundError):  # another process removed a file
+        paths = (path for path in (corpus_dir / ".work").rglob("*") if path.is_file())
+        free += sum(path.stat().st_size for path in paths)
     if free < needed:
         raise OSError(
-            f"{folder} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: make "
-            f"room there, or choose another --data_dir"
+            f"{corpus_dir} needs about {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f} GB free: "
+            f"make room there, or choose another --data_dir"
         )

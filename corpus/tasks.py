@@ -1,7 +1,7 @@
 """Tasks: what one worker does at once, from chunks of sources to token ids on disk.
 
-    with open_engine("processes", workers=2) as run:
-        for index, counts in run(tokenize_task, [(job, 0, chunks), ...]): ...
+    with open_engine("processes", workers=2) as run_tasks:
+        for index, counts in run_tasks(tokenize_task, [(job, 0, task.chunks), ...]): ...
 
 The result of a task depends on nothing but its arguments, so the bytes on disk are the same for any
 number of workers and either engine, and a finished task is never repeated.
@@ -10,12 +10,11 @@ number of workers and either engine, and a finished task is never repeated.
 import contextlib
 import itertools
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,26 +22,39 @@ from common.files import atomic_write
 from common.hashing import splitmix64
 from corpus.reader import place_of, read
 from corpus.sources import BLOCK, InvalidDocument, Source
-from corpus.tokenizer import CannotEncode, encodable, get_tokenizer
+from corpus.tokenizer import CannotEncode, Tokenizer, encodable, get_tokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """Chunks of sources that one worker tokenizes at once.
+
+    Attributes:
+        chunks: Chunks, in the order of the corpus.
+        num_bytes: Size of the chunks in their files.
+    """
+
+    chunks: list[Source]
+    num_bytes: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a corpus have in common.
+    """Settings that all tasks of a corpus share.
 
     Attributes:
-        folder: folder for the files of finished tasks.
-        tokenizer: name of the tokenizer.
-        documents: whether an end-of-text token follows each text.
-        max_length: tokens kept of a document; 0 keeps all.
-        train_split_ratio: share of the documents that train gets, if `assign_split` decides.
-        seed: seed of `assign_split`.
+        tasks_dir: Folder for the files of finished tasks.
+        tokenizer: Name of the tokenizer.
+        has_documents: Whether an end-of-text token follows each text.
+        max_length: Tokens kept of a document; 0 keeps all.
+        train_split_ratio: Share of the documents for train, if `assign_split` decides.
+        seed: Seed of `assign_split`.
         on_error: "stop" or "skip", at an invalid document.
     """
 
-    folder: str
+    tasks_dir: str
     tokenizer: str
-    documents: bool
+    has_documents: bool
     max_length: int
     train_split_ratio: float
     seed: int
@@ -54,18 +66,18 @@ def assign_split(
 ) -> dict[str, np.ndarray]:
     """Assign documents to splits.
 
-    All documents of a source with a split go there. Otherwise a hash of the seed, the number of the
-    source and the position decides, so the result does not depend on order, workers, or the other
-    documents.
+    If the source has a split, all its documents go there. Otherwise a hash of the seed, the number
+    of the source and the position decides, so the result does not depend on order, workers, or the
+    other documents.
 
     Args:
-        source: the source, or a chunk of it.
-        positions: positions of n documents, as reader.read gives them.
-        train_split_ratio: share of the documents for train.
-        seed: seed of the hash.
+        source: Source or chunk that the documents are from.
+        positions: Positions of n documents, as reader.read yields them.
+        train_split_ratio: Share of the documents for train.
+        seed: Seed of the hash.
 
     Returns:
-        Name of a split -> (n,) bool array, true for the documents of the split.
+        Split name -> (n,) bool array, true for the documents of the split.
     """
     if source.split:
         return {source.split: np.ones(len(positions), bool)}
@@ -77,48 +89,50 @@ def assign_split(
 
 
 def chunk_ids(chunks: list[Source]) -> list[list]:
-    """Return plain values by which chunks of one corpus are known again."""
+    """Return plain values that identify chunks of one corpus."""
     return [[chunk.number, chunk.split, chunk.start, chunk.stop] for chunk in chunks]
 
 
 def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
-    """Tokenize chunks into one file per split: job.folder/NUMBER.SPLIT.bin.
+    """Tokenize chunks into one file per split: TASKS_DIR/NUMBER.SPLIT.bin.
+
+    The counts are also written to TASKS_DIR/NUMBER.json, last: a task with this file is finished.
 
     Args:
-        job: what all tasks have in common.
-        number: number of the task, which names its files.
-        chunks: chunks of sources, in order.
+        job: Settings that all tasks share.
+        number: Number of the task, which names its files.
+        chunks: Chunks of sources, in order.
 
     Returns:
-        The counts, which are also written, last, to job.folder/NUMBER.json: "chunks" (by which the
-        task is known again), "splits" (name ->
-        "tokens", "documents" and "bytes" of UTF-8 text), "dropped" (tokens after max_length),
-        "skipped" (place and reason of each invalid document) and "seconds".
+        The counts: "chunks" (identifies the task), "splits" (split name -> "tokens", "documents"
+        and "bytes" of UTF-8 text), "dropped" (tokens beyond max_length), "skipped" (place and
+        reason of each invalid document) and "seconds".
 
     Raises:
-        ValueError: at an invalid document, unless job.on_error is "skip".
-        OSError: if a file cannot be read or written.
+        ValueError: A document is invalid, and job.on_error is "stop".
+        OSError: A file cannot be read or written.
     """
     tokenizer = get_tokenizer(job.tokenizer)
     began = time.perf_counter()
-    path = Path(job.folder) / f"{number:06}"
+    stem = Path(job.tasks_dir) / f"{number:06}"
     skipped = []
     writers = {}
     with contextlib.ExitStack() as files:
         for chunk in chunks:
             for positions, texts in read(chunk):
                 valid = np.array([isinstance(text, str) for text in texts])
-                for i in np.flatnonzero(~valid):
-                    skipped.append(_skip(job, texts[i]))
+                for text in texts:
+                    if isinstance(text, InvalidDocument):
+                        skipped.append(_skip(job, text))
                 masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
                 for split, mask in masks.items():
                     chosen = mask & valid
                     if not chosen.any():
                         continue
                     if split not in writers:
-                        bin_path = f"{path}.{split}.bin"
-                        file = files.enter_context(whole_file(bin_path))
-                        writers[split] = _SplitWriter(job, tokenizer, file, bin_path, skipped)
+                        path = Path(f"{stem}.{split}.bin")
+                        file = files.enter_context(atomic_write(path, clean=False))
+                        writers[split] = _SplitWriter(job, tokenizer, file, path, skipped)
                     split_positions = list(itertools.compress(positions, chosen))
                     split_texts = list(itertools.compress(texts, chosen))
                     writers[split].add(chunk, split_positions, split_texts)
@@ -126,34 +140,37 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
             writer.flush()
     counts = {
         "chunks": chunk_ids(chunks),
-        "splits": {split: writer.counts for split, writer in writers.items()},
+        "splits": {split: writer.split_counts for split, writer in writers.items()},
         "dropped": sum(writer.dropped for writer in writers.values()),
         "skipped": skipped,
         "seconds": time.perf_counter() - began,
     }
-    with whole_file(f"{path}.json") as f:
+    with atomic_write(Path(f"{stem}.json"), clean=False) as f:
         f.write(json.dumps(counts).encode())
     return counts
 
 
 class _SplitWriter:
-    """Tokenizes the texts of one split into a file, about BLOCK characters at once."""
+    """Tokenize the texts of one split into a file, about BLOCK characters at once."""
 
-    def __init__(self, job: Job, tokenizer, file, path: str, skipped: list[str]):
+    def __init__(
+        self, job: Job, tokenizer: Tokenizer, file: BinaryIO, path: Path, skipped: list[str]
+    ):
         self.job = job
         self.tokenizer = tokenizer
         self.file = file
         self.path = path
-        self.skipped = skipped
-        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.skipped = skipped  # shared by the writers of a task
+        self.split_counts = {"tokens": 0, "documents": 0, "bytes": 0}
         self.dropped = 0
         self.waiting: list[tuple[Source, list[int], list]] = []  # (chunk, positions, texts)
-        self.characters = 0
+        self.num_characters = 0  # of the texts that wait
 
     def add(self, chunk: Source, positions: list[int], texts: list) -> None:
+        """Let texts wait until there are enough to be tokenized at once."""
         self.waiting.append((chunk, positions, texts))
-        self.characters += sum(map(len, texts))
-        if self.characters >= BLOCK:
+        self.num_characters += sum(map(len, texts))
+        if self.num_characters >= BLOCK:
             self.flush()
 
     def flush(self) -> None:
@@ -165,9 +182,9 @@ class _SplitWriter:
             texts = self._encodable_texts()
             ids = self._encode(texts)
         self.waiting = []
-        self.characters = 0
-        self.counts["documents"] += len(texts)
-        self.counts["bytes"] += sum(len(encodable(text).encode()) for text in texts)
+        self.num_characters = 0
+        self.split_counts["documents"] += len(texts)
+        self.split_counts["bytes"] += sum(len(encodable(text).encode()) for text in texts)
         if self.job.max_length:
             ids = self._drop_beyond_max_length(ids)
         tokenizer = self.tokenizer
@@ -179,19 +196,19 @@ class _SplitWriter:
         try:
             self.file.write(ids.astype(tokenizer.dtype).tobytes())
         except OSError as error:
-            error.filename = self.path  # a failed write does not know it, and files are many
+            error.filename = str(self.path)  # a failed write does not name its file
             raise
-        self.counts["tokens"] += len(ids)
+        self.split_counts["tokens"] += len(ids)
 
     def _encode(self, texts) -> np.ndarray:
         """Return the ids of texts, with end-of-text tokens after documents."""
-        if self.job.documents:
+        if self.job.has_documents:
             return self.tokenizer.encode_documents(texts)
-        parts = [self.tokenizer.encode(text) for text in texts]
-        return np.concatenate([np.empty(0, np.uint32), *parts])
+        arrays = [self.tokenizer.encode(text) for text in texts]
+        return np.concatenate([np.empty(0, np.uint32), *arrays])
 
     def _encodable_texts(self) -> list[str]:
-        """Return the texts that the tokenizer can encode; the others are invalid documents."""
+        """Return the texts that the tokenizer can encode, and skip or refuse the others."""
         texts = []
         for chunk, positions, waiting_texts in self.waiting:
             for position, text in zip(positions, waiting_texts):
@@ -200,7 +217,7 @@ class _SplitWriter:
                 except CannotEncode as error:
                     # such a text is very long, so reading the file again for its line is cheap
                     offset = len(encodable(text[: error.offset]).encode())
-                    if chunk.is_table or self.job.documents:
+                    if chunk.is_table or self.job.has_documents:
                         offset = 0
                     invalid = InvalidDocument(str(error), place_of(chunk, position + offset))
                     self.skipped.append(_skip(self.job, invalid))
@@ -210,27 +227,19 @@ class _SplitWriter:
 
     def _drop_beyond_max_length(self, ids: np.ndarray) -> np.ndarray:
         """Return the first max_length ids of each document, with its end-of-text token."""
-        ends = ids == self.tokenizer.eot_token
-        last = np.flatnonzero(ends)
-        lengths = np.diff(last, prepend=-1)  # with the end-of-text token
-        place = np.arange(len(ids)) - np.repeat(last - lengths + 1, lengths)
-        keep = (place < self.job.max_length) | ends
-        self.counts["bytes"] -= len(self.tokenizer.decode_bytes(ids[~keep]))
+        is_end = ids == self.tokenizer.eot_token
+        ends = np.flatnonzero(is_end)
+        lengths = np.diff(ends, prepend=-1)  # with the end-of-text token
+        positions = np.arange(len(ids)) - np.repeat(ends - lengths + 1, lengths)
+        keep = (positions < self.job.max_length) | is_end
+        self.split_counts["bytes"] -= len(self.tokenizer.decode_bytes(ids[~keep]))
         self.dropped += int((~keep).sum())
         return ids[keep]
 
 
-def _skip(job: Job, invalid) -> str:
-    """Return place and reason of an InvalidDocument if it may be skipped, else raise them."""
-    if job.documents and job.on_error == "skip":
+def _skip(job: Job, invalid: InvalidDocument) -> str:
+    """Return place and reason of an invalid document, or raise ValueError with them."""
+    if job.has_documents and job.on_error == "skip":
         return str(invalid)
-    raise ValueError(f"{invalid}; --on_error skip leaves it out" if job.documents else str(invalid))
-
-
-def whole_file(path: str) -> contextlib.AbstractContextManager:
-    """Return atomic_write(path) with a temporary name of this process.
-
-    Two processes may do one task: Ray repeats it if it takes a living node for dead, and a worker
-    outlives a killed parent by a moment.
-    """
-    return atomic_write(Path(path), f".{platform.node()}-{os.getpid()}")
+    remedy = "; --on_error skip leaves it out" if job.has_documents else ""
+    raise ValueError(f"{invalid}{remedy}")

@@ -8,8 +8,8 @@ import numpy as np
 
 from corpus.metadata import read_metadata
 
-BLOCK_TOKENS = 1 << 20  # read at once
-LARGE_FILE = 1 << 30  # bytes of a file that may not stay in memory
+BLOCK_TOKENS = 1 << 20  # tokens read at once
+LARGE_FILE = 1 << 30  # bytes; a larger file may not stay in memory
 
 
 def open_tokens(
@@ -18,15 +18,17 @@ def open_tokens(
     """Memory-map the files of a split.
 
     Args:
-        path: A split of a prepared corpus (data/NAME/train), or a bare .bin file with its dtype.
-        dtype: Of a bare file.
+        path: Split of a prepared corpus (data/NAME/train), or a .bin file without metadata.json.
+        dtype: Dtype of the ids, for a file without metadata.json only.
 
     Returns:
-        (shards, metadata): an array of ids per file, in order; metadata is None for a bare file.
+        (shards, metadata): Shards are arrays of ids, one per file, in order. For a file without
+        metadata.json, metadata is None.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file does not have the length that metadata.json says.
+        ValueError: The corpus has no such split, or the length of a file differs from
+            metadata.json.
     """
     if dtype is not None:
         return [_map(path, np.dtype(dtype).newbyteorder("<"))], None
@@ -49,7 +51,7 @@ def split_name(path: str | Path) -> str:
 
 
 def _map(path: Path, dtype: np.dtype, num_tokens: int | None = None) -> np.ndarray:
-    """Memory-map a file that has `num_tokens` ids, if that is known."""
+    """Memory-map a file, and check that it has `num_tokens` ids unless that is None."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run python prepare_data.py as before")
     size = path.stat().st_size
@@ -75,17 +77,21 @@ class _MappedFile(mmap.mmap):
 
 
 def _mapped_file(shard: np.ndarray) -> _MappedFile | None:
+    """Return the mapped file of an array, or None if the array has no file."""
     memory = getattr(shard.base, "obj", None)
     return memory if isinstance(memory, _MappedFile) else None
 
 
 def check_length(shard: np.ndarray) -> None:
-    """Check that a mapped file was not cut, in less than a microsecond.
+    """Check that the file of a shard has not become shorter. This takes less than a microsecond.
 
-    To read after the end of a cut file would end the process (SIGBUS) without a message.
+    Reading beyond the new end of the file would kill the process (SIGBUS) without a message.
+
+    Args:
+        shard: Array of open_tokens.
 
     Raises:
-        ValueError: It was cut.
+        ValueError: The file is shorter than when it was mapped.
     """
     file = _mapped_file(shard)
     if file is not None and file.size() < len(file):
@@ -96,7 +102,17 @@ def check_length(shard: np.ndarray) -> None:
 
 
 def blocks(shards: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield all ids in order, a million at a time."""
+    """Yield all ids in order, a million at a time.
+
+    Args:
+        shards: Arrays of open_tokens.
+
+    Yields:
+        (n,) arrays of ids.
+
+    Raises:
+        ValueError: A file was cut while it was in use.
+    """
     for shard in shards:
         for start in range(0, len(shard), BLOCK_TOKENS):
             check_length(shard)
@@ -104,11 +120,11 @@ def blocks(shards: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def advise_kernel(shards: Iterable[np.ndarray], order: str) -> None:
-    """Tell the kernel how large files will be read.
+    """Tell the kernel in which order large files will be read.
 
     Args:
         shards: Arrays of open_tokens.
-        order: "RANDOM", or it would read megabytes around each window; or "NORMAL".
+        order: "RANDOM", so that the kernel does not read megabytes around each window, or "NORMAL".
     """
     for shard in shards:
         file = _mapped_file(shard)

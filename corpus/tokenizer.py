@@ -28,7 +28,7 @@ from common.settings import near
 from corpus.download import download, sha256_of
 
 _HOST = "https://openaipublic.blob.core.windows.net"
-VOCABULARY_FILES = {  # encoding -> path and sha256 of the files of its vocabulary
+VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabulary
     "gpt2": {
         "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -48,16 +48,16 @@ VOCABULARY_FILES = {  # encoding -> path and sha256 of the files of its vocabula
 }  # fmt: skip
 VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
-ALIASES = {"distilgpt2": "gpt2"}  # names of the same vocabulary
+ALIASES = {"distilgpt2": "gpt2"}  # name -> encoding with the same vocabulary
 LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
 LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
 
 
 class CannotEncode(ValueError):
-    """A text that a tokenizer cannot encode.
+    """Raised for a text that a tokenizer cannot encode.
 
     Attributes:
-        offset: number of characters before the fault, where it is known.
+        offset: Number of characters before the fault, or 0 if the place is unknown.
     """
 
     def __init__(self, reason: str, offset: int = 0):
@@ -69,13 +69,13 @@ class Tokenizer:
     """Base class of all tokenizers.
 
     Attributes:
-        name: as get_tokenizer takes it.
-        vocab_size: number of ids; every id is below it.
-        eot_token: id of the end-of-text token, which no text encodes to.
-        sha256: of the vocabulary, so equal ids in two files mean equal text.
-        divisible: whether a text may be encoded in parts that end at boundaries (boundaries.py).
-        lossless: whether decode_bytes gives the text that was encoded, even in parts.
-        token_bytes: id -> the bytes that it stands for.
+        name: Name that get_tokenizer takes.
+        vocab_size: Number of ids. Every id is below this number.
+        eot_token: Id of the end-of-text token. No text is encoded to this id.
+        sha256: Hash of the vocabulary. With equal hashes, equal ids mean equal text.
+        divisible: Whether a text may be encoded piece by piece, with cuts as in boundaries.py.
+        lossless: Whether decode_bytes returns exactly the encoded text, also for a part of the ids.
+        token_bytes: Id -> bytes that the id stands for.
     """
 
     name: str
@@ -90,18 +90,18 @@ class Tokenizer:
         """Encode a text.
 
         Args:
-            text: any text; "<|endoftext|>" in it is ordinary text.
+            text: Any text. A literal "<|endoftext|>" is ordinary text.
 
         Returns:
             (n,) uint32 array of ids.
 
         Raises:
-            CannotEncode: if the tokenizer cannot encode the text.
+            CannotEncode: The tokenizer cannot encode the text.
         """
         raise NotImplementedError
 
     def can_encode(self, text: str) -> bool:
-        """Return whether `encode` takes the text."""
+        """Return whether `encode` can encode the text."""
         try:
             self.encode(text)
         except CannotEncode:
@@ -117,19 +117,19 @@ class Tokenizer:
         """Encode texts, each followed by the end-of-text token.
 
         Args:
-            texts: an iterable of strings.
+            texts: Texts, one per document.
 
         Returns:
             (n,) uint32 array of ids.
 
         Raises:
-            CannotEncode: if the tokenizer cannot encode one of the texts.
+            CannotEncode: The tokenizer cannot encode one of the texts.
         """
         end = np.array([self.eot_token], np.uint32)
-        parts = [np.empty(0, np.uint32)]
+        arrays = [np.empty(0, np.uint32)]
         for text in texts:
-            parts += [self.encode(text), end]
-        return np.concatenate(parts)
+            arrays += [self.encode(text), end]
+        return np.concatenate(arrays)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of ids, which may begin or end inside a character.
@@ -168,11 +168,11 @@ class BytesTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding of tiktoken, under its own or another name.
+    """An encoding of tiktoken.
 
     Args:
-        name: name that get_tokenizer takes.
-        encoding: the encoding.
+        name: Name that get_tokenizer takes.
+        encoding: Encoding that tiktoken returned.
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
@@ -188,37 +188,44 @@ class TiktokenTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return (n,) uint32 ids; raise CannotEncode for a very long run of white space."""
+        """Encode a text.
+
+        Returns:
+            (n,) uint32 array of ids.
+
+        Raises:
+            CannotEncode: The text has a million white-space characters in a row.
+        """
         return self._encode(text, set())
 
     def can_encode(self, text: str) -> bool:
-        """Return whether `encode` takes the text, at once if it is short."""
+        """Return whether `encode` can encode the text. A short text is not tried."""
         return len(text) < LONGEST_SPACE or super().can_encode(text)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode many texts in one call: its fixed cost is that of encoding ten short documents."""
-        parts = [np.empty(0, np.uint32)]
+        """Encode many texts in one call, because a call costs as much as ten short documents."""
+        arrays = [np.empty(0, np.uint32)]
         for has_eot, group in itertools.groupby(texts, key=lambda text: self.eot_text in text):
-            if has_eot:  # its literal text must not end a document, so one call for each
-                parts.append(super().encode_documents(group))
+            if has_eot:  # the literal end-of-text must not end a document, so one call per text
+                arrays.append(super().encode_documents(group))
             else:
                 joined = self.eot_text.join([*group, ""])
-                parts.append(self._encode(joined, {self.eot_text}))
-        return np.concatenate(parts)
+                arrays.append(self._encode(joined, {self.eot_text}))
+        return np.concatenate(arrays)
 
-    def _encode(self, text, allowed_special):
+    def _encode(self, text: str, allowed_special: set[str]) -> np.ndarray:
         text = encodable(text)
         try:
             return self.encoding.encode_to_numpy(
                 text, allowed_special=allowed_special, disallowed_special=()
             )
-        except ValueError as error:  # of the regular expression
-            run = LONG_SPACE.search(text)
-            if run is None:
+        except ValueError as error:  # from tiktoken's regular expression
+            long_space = LONG_SPACE.search(text)
+            if long_space is None:
                 raise CannotEncode(f"{self.name} cannot encode it: {error}") from None
             raise CannotEncode(
-                f"{self.name} cannot encode a run of {len(run[0]):,} white-space characters",
-                run.start(),
+                f"{self.name} cannot encode a run of {len(long_space[0]):,} white-space characters",
+                long_space.start(),
             ) from None
 
 
@@ -226,15 +233,15 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, which the `tokenizers` package reads.
 
     Args:
-        name: name that get_tokenizer takes.
-        path: path of the file.
+        name: Name that get_tokenizer takes.
+        path: Path of the file.
 
     Raises:
-        ValueError: if the file is damaged or has no end-of-text token.
+        ValueError: The file is damaged or has no end-of-text token, or the package is missing.
     """
 
     lossless = False
-    ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+    EOT_TEXTS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
     def __init__(self, name: str, path: Path):
         tokenizers = optional("tokenizers", str(path))
@@ -247,24 +254,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.name = name
         self.sha256 = sha256_of(path)
-        self.divisible = _has_pattern_of_gpt2(json.loads(self.tokenizer.to_str()))
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=0) + 1
         if self.vocab_size > 2 * len(ids) + 1:
             raise ValueError(f"{path} is not a vocabulary: most of its ids stand for nothing")
-        end = next((end for end in self.ENDS if end in ids), None)
-        if end is None:
+        self.divisible = _has_pattern_of_gpt2(json.loads(self.tokenizer.to_str()))
+        eot_text = next((text for text in self.EOT_TEXTS if text in ids), None)
+        if eot_text is None:
             raise ValueError(
-                f"{path} has no end-of-text token: it needs one of {', '.join(self.ENDS)}"
+                f"{path} has no end-of-text token: it needs one of {', '.join(self.EOT_TEXTS)}"
             )
-        self.eot_token = ids[end]
-        if self.eot_token in self.encode(end):
+        self.eot_token = ids[eot_text]
+        if self.eot_token in self.encode(eot_text):
             raise ValueError(
-                f"{path}: {end} is not a special token there, so any text may hold it; mark it as "
-                f"special"
+                f"{path}: {eot_text} is not a special token there, so any text may hold it; mark "
+                f"it as special"
             )
 
-    def _encode(self, texts):
+    def _encode(self, texts: Iterable[str]) -> list:
         try:
             texts = [encodable(text) for text in texts]
             return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -272,7 +279,14 @@ class HuggingFaceTokenizer(Tokenizer):
             raise CannotEncode(f"{self.name} cannot encode every text: {error}") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """Return (n,) uint32 ids; raise CannotEncode if the package fails."""
+        """Encode a text.
+
+        Returns:
+            (n,) uint32 array of ids.
+
+        Raises:
+            CannotEncode: The package cannot encode the text.
+        """
         return np.array(self._encode([text])[0].ids, np.uint32)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
@@ -294,7 +308,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _has_pattern_of_gpt2(settings: dict) -> bool:
-    """Whether a tokenizer.json divides text as GPT-2 does, before anything else happens to it."""
+    """Return whether a tokenizer.json only divides text as GPT-2 does, and changes nothing before."""
     pattern = settings["pre_tokenizer"] or {}
     return (
         pattern.get("type") == "ByteLevel"
@@ -307,7 +321,7 @@ def _has_pattern_of_gpt2(settings: dict) -> bool:
 
 
 def encodable(text: str) -> str:
-    """Return the text as tiktoken takes it: pairs of surrogates joined, others as U+FFFD."""
+    """Return the text in valid UTF-8: pairs of surrogates are joined, others become U+FFFD."""
     try:
         text.encode()
         return text
@@ -318,40 +332,53 @@ def encodable(text: str) -> str:
 def vocabulary_folder() -> Path:
     """Return the folder of vocabulary files: $TIKTOKEN_CACHE_DIR, or data/tokenizers.
 
-    tiktoken itself would take the temporary folder, which is emptied now and then.
+    tiktoken's own default is the system's temporary folder, which many systems empty at times.
     """
     default = Path(__file__).resolve().parent.parent / "data" / "tokenizers"
     return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
 
 
-def vocabularies_beside(data_dir: str | Path) -> None:
-    """Use the vocabularies that were prefetched with the corpora of `data_dir`, if there are any."""
+def use_prefetched_vocabularies(data_dir: str | Path) -> None:
+    """Use the vocabularies in DATA_DIR/tokenizers, where --prefetch stores them, if there are any."""
     folder = (Path(data_dir) / "tokenizers").resolve()
     if folder.is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
 
 
-def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """Return (address, path, sha256) of each vocabulary file that is missing or damaged.
+def check_tokenizer_name(name: str) -> None:
+    """Check that a tokenizer of this name exists. Its vocabulary need not be on this machine.
 
     Args:
-        name: as get_tokenizer takes it.
+        name: Name or path that get_tokenizer takes.
 
     Raises:
-        ValueError: for an unknown name.
-        FileNotFoundError: for the path of a file that does not exist.
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
     """
     if _is_file(name):
         if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
             raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
-        return []
-    name = ALIASES.get(name, name)
+        return
     names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
     if name not in names:
         raise ValueError(
             f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
             f"tokenizer.json or a .tiktoken file" + near(name, names)
         )
+
+
+def missing_files(name: str) -> list[tuple[str, Path, str]]:
+    """Return (url, path, sha256) of each vocabulary file that is missing or damaged.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    check_tokenizer_name(name)
+    name = ALIASES.get(name, name)
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         path = vocabulary_folder() / _cache_name(file)
@@ -369,12 +396,12 @@ def fetch_vocabulary(name: str) -> None:
     """Download the vocabulary files that are missing.
 
     Args:
-        name: as get_tokenizer takes it.
+        name: Name or path that get_tokenizer takes.
 
     Raises:
-        ConnectionError: if a file cannot be downloaded.
-        ValueError: for an unknown name.
-        FileNotFoundError: for the path of a file that does not exist.
+        ConnectionError: A file cannot be downloaded.
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
     """
     for url, path, sha256 in missing_files(name):
         try:
@@ -390,12 +417,12 @@ def copy_vocabulary(name: str, folder: Path) -> None:
     """Copy the vocabulary files that are neither missing nor damaged.
 
     Args:
-        name: as get_tokenizer takes it.
-        folder: folder to copy to.
+        name: Name or path that get_tokenizer takes.
+        folder: Folder to copy the files to.
 
     Raises:
-        ValueError: for an unknown name.
-        FileNotFoundError: for the path of a file that does not exist.
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
     """
     missing = {path for _, path, _ in missing_files(name)}
     files = VOCABULARY_FILES.get(ALIASES.get(name, name), {})
@@ -416,10 +443,13 @@ def get_tokenizer(name: str) -> Tokenizer:
         name: "bytes", "gpt2" or another encoding of tiktoken, "distilgpt2", or the path of a
             Hugging Face tokenizer.json or of a .tiktoken file.
 
+    Returns:
+        The tokenizer. Its name may differ from the argument.
+
     Raises:
-        ValueError: for an unknown name or a damaged file.
-        FileNotFoundError: if the vocabulary is not on this machine; `python prepare_data.py`
-            downloads it.
+        ValueError: The name is unknown, or the file is damaged.
+        FileNotFoundError: The vocabulary is not on this machine. `python prepare_data.py`
+            downloads the vocabulary.
     """
     if _is_file(name) and Path(name).is_file():
         name = _keep_copy(Path(name))
@@ -435,7 +465,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     return _load(name, vocabulary_folder())
 
 
-@functools.lru_cache(1)  # a fork of this process has it, too
+@functools.lru_cache(1)  # forks of this process share the loaded tokenizer
 def _load(name: str, folder: Path) -> Tokenizer:
     if _is_file(name):
         return _read_file(name, folder / name)
@@ -454,9 +484,10 @@ def _read_file(name: str, path: Path) -> Tokenizer:
 
 
 def _keep_copy(path: Path) -> str:
-    """Copy a tokenizer's file to the vocabulary folder, and return the name to find it by.
+    """Copy a tokenizer's file to the vocabulary folder, and return the name of the copy.
 
-    A corpus can then be read without the original. A file of a known encoding gets its name.
+    A corpus can then be read without the original file. A copy of a file of OpenAI's gets the name
+    of its encoding.
     """
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
@@ -467,20 +498,21 @@ def _keep_copy(path: Path) -> str:
             name = encoding
             cache_name = _cache_name(*files)
             break
-    kept = vocabulary_folder() / cache_name
-    if not kept.exists() or kept.read_bytes() != data:
+    copy = vocabulary_folder() / cache_name
+    if not copy.exists() or copy.read_bytes() != data:
         if not name:
             _read_file(cache_name, path)  # a damaged file is not kept
         vocabulary_folder().mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as f:
+        with atomic_write(copy) as f:
             f.write(data)
     return name or cache_name
 
 
 def _read_ranks(path: Path) -> tiktoken.Encoding:
-    """Read a .tiktoken file that is none of OpenAI's.
+    """Return the encoding of a .tiktoken file that is not one of OpenAI's.
 
-    It gets GPT-2's pattern, and an end-of-text token as its last id.
+    The file has neither a pattern nor special tokens. The encoding uses GPT-2's pattern, and its
+    last id is the end-of-text token.
     """
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):

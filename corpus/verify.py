@@ -1,9 +1,9 @@
-"""Verifies a prepared corpus: python prepare_data.py --verify CORPUS."""
+"""Verify a prepared corpus: python prepare_data.py --verify CORPUS."""
 
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,49 +22,79 @@ from corpus.tasks import assign_split
 from corpus.token_files import blocks, open_tokens
 from corpus.tokenizer import Tokenizer, get_tokenizer
 
-NUM_COMPARED = 1000  # documents that are compared with the source, about
+NUM_COMPARED = 1000  # about the number of documents that are compared with the sources
 
 
-def verify(folder: Path) -> None:
-    """Check that a prepared corpus is what its metadata say, and print what was checked.
+def verify(corpus_dir: Path) -> None:
+    """Check that a prepared corpus is as its metadata say, and print what was checked.
 
-    1. Every file: checksum, ids, number of end-of-text tokens.
-    2. If the sources are as they were: a sample of the documents, or the whole running text, is
-       compared with them.
+    1. Every shard: checksum, ids, number of end-of-text tokens.
+    2. If the sources are unchanged: a sample of the documents, or the whole running text, is
+       compared with the sources.
+
+    Args:
+        corpus_dir: Folder of the corpus, data/NAME.
 
     Raises:
-        ValueError: Something differs; the message names the file and what to do.
+        ValueError: The corpus differs from its metadata or sources, or a field of metadata.json is
+            missing. The message names the file and the remedy.
         OSError: A file cannot be read.
     """
-    metadata = read_metadata(folder)
-    require_end_of_text(metadata, folder)
+    metadata = read_metadata(corpus_dir)
+    require_end_of_text(metadata, corpus_dir)
     tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(
-            f"{folder} was made with another vocabulary of the name {tokenizer.name}: "
+            f"{corpus_dir} was made with another vocabulary of the name {tokenizer.name}: "
             f"run python prepare_data.py again, with the same flags"
         )
-    for name in metadata["splits"]:
-        _verify_split(folder, name, metadata)
-    sources = _sources(folder, metadata)
-    if not sources or not _is_unchanged(folder, metadata, sources):
+    for split in metadata["splits"]:
+        _verify_split(corpus_dir, split, metadata)
+    sources = _read_sources(corpus_dir, metadata)
+    if not sources or not _is_unchanged(corpus_dir, metadata, sources):
         print("the source is missing or has changed since: nothing was compared with it")
         return
+    _require_fields(corpus_dir, metadata, ("train_split_ratio", "seed", "max_length"))
     compare = _compare_documents if metadata["eot_per_document"] else _compare_text
-    compared = compare(folder, metadata, tokenizer, sources)
+    compared = compare(corpus_dir, metadata, tokenizer, sources)
     print(f"{compared} compared with the source: the same")
+
+
+def _require_fields(corpus_dir: Path, entry: dict, names: Iterable[str], owner: str = "it") -> None:
+    """Raise ValueError if an entry of metadata.json lacks a field.
+
+    Args:
+        corpus_dir: Folder of the corpus, data/NAME.
+        entry: The metadata, or a part of them.
+        names: Names of the fields.
+        owner: Name of the entry in the error message.
+    """
+    for name in names:
+        if name not in entry:
+            raise _damaged(corpus_dir, f"{owner} has no {name}")
+
+
+def _damaged(corpus_dir: Path, reason: str) -> ValueError:
+    """Return the error of a damaged metadata.json."""
+    return ValueError(
+        f"{corpus_dir / 'metadata.json'} is damaged: {reason}; run python prepare_data.py again, "
+        f"with the flags it was made with"
+    )
 
 
 def _remedy(path: Path) -> str:
     return f"remove {path} and run python prepare_data.py again, with the same flags"
 
 
-def _verify_split(folder: Path, name: str, metadata: dict) -> None:
-    split = metadata["splits"][name]
-    shards, _ = open_tokens(folder / name)
+def _verify_split(corpus_dir: Path, split: str, metadata: dict) -> None:
+    """Check the shards of a split."""
+    entry = metadata["splits"][split]
+    _require_fields(corpus_dir, entry, ["documents"], f"split {split}")
+    shards, _ = open_tokens(corpus_dir / split)
     num_ends = 0
-    for file, ids in zip(split["files"], shards):
-        path = folder / file["name"]
+    for file, ids in zip(entry["files"], shards):
+        _require_fields(corpus_dir, file, ["sha256"], file["name"])
+        path = corpus_dir / file["name"]
         digest = hashlib.sha256()
         largest = 0
         for block in blocks([ids]):
@@ -78,127 +108,136 @@ def _verify_split(folder: Path, name: str, metadata: dict) -> None:
                 f"{path}: id {largest} is outside the vocabulary of {metadata['vocab_size']:,}: "
                 f"{_remedy(path)}"
             )
-    if num_ends != split["documents"] * metadata["eot_per_document"]:
+    if num_ends != entry["documents"] * metadata["eot_per_document"]:
         raise ValueError(
-            f"{folder} {name}: {num_ends:,} end-of-text tokens for {split['documents']:,} "
-            f"documents: {_remedy(folder / split['files'][0]['name'])}"
+            f"{corpus_dir} {split}: {num_ends:,} end-of-text tokens for {entry['documents']:,} "
+            f"documents: {_remedy(corpus_dir / entry['files'][0]['name'])}"
         )
-    print(f"{name:5} {split['tokens']:>14,} tokens: checksums and ids are right")
+    print(f"{split:5} {entry['tokens']:>14,} tokens: checksums and ids are right")
 
 
-def _sources(folder: Path, metadata: dict) -> list[Source]:
+def _read_sources(corpus_dir: Path, metadata: dict) -> list[Source]:
     """Return the sources that metadata.json lists."""
+    required = FINGERPRINTED if "fingerprint" in metadata else ("source",)
+    _require_fields(corpus_dir, metadata, required)
     try:
-        needed = FINGERPRINTED if "fingerprint" in metadata else ("source",)
-        if all(name in metadata for name in needed):
-            return [_source(folder, file) for file in metadata["source"].get("files", [])]
-    except (KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(
-        f"{folder / 'metadata.json'} is damaged: run python prepare_data.py again, with the flags "
-        f"it was made with"
-    )
+        return [_read_source(corpus_dir, file) for file in metadata["source"].get("files", [])]
+    except (TypeError, AttributeError):
+        raise _damaged(corpus_dir, "its list of source files is invalid") from None
 
 
-def _source(folder: Path, file: dict) -> Source:
-    """A source that metadata.json lists; TypeError or KeyError if it is invalid."""
+def _read_source(corpus_dir: Path, file: dict) -> Source:
+    """Return a source that metadata.json lists, or raise TypeError if its entry is invalid."""
+    names = ("path", "format", "documents", "field", "split", "number")
+    _require_fields(corpus_dir, file, names, "a source file")
     values = {name: file[name] for name in ("format", "field", "split")}
     values["division"] = file["documents"]
-    sound = (
+    valid = (
         values["format"] in FORMATS
         and values["division"] in DIVISIONS
         and all(type(value) is str for value in (file["path"], *values.values()))
         and type(file["number"]) is int
         and file["number"] >= 0
     )
-    if not sound:
+    if not valid:
         raise TypeError(f"not a source: {file}")
-    return Source(str(source_path(folder, file)), **values, number=file["number"])
+    return Source(str(source_path(corpus_dir, file)), **values, number=file["number"])
 
 
-def _is_unchanged(folder: Path, metadata: dict, sources: list[Source]) -> bool:
-    """Whether the sources are as they were when the corpus was prepared."""
+def _is_unchanged(corpus_dir: Path, metadata: dict, sources: list[Source]) -> bool:
+    """Return whether the sources are as they were when the corpus was prepared."""
     try:
         if "fingerprint" in metadata:
-            return fingerprint(metadata, folder) == metadata["fingerprint"]
-        # an older corpus: the sizes are all that is known
-        files = metadata["source"]["files"]
-        paths = [Path(source.path) for source in sources]
-        return all(p.is_file() and p.stat().st_size == f["bytes"] for p, f in zip(paths, files))
+            return fingerprint(metadata, corpus_dir) == metadata["fingerprint"]
+        # metadata of an older version have the sizes of the files only
+        for source, file in zip(sources, metadata["source"]["files"]):
+            _require_fields(corpus_dir, file, ["bytes"], "a source file")
+            path = Path(source.path)
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                return False
+        return True
     except OSError:
         return False
 
 
-def _difference(folder: Path, what: str, place: str) -> ValueError:
+def _difference(corpus_dir: Path, subject: str, place: str) -> ValueError:
+    """Return the error of a corpus that differs from its sources."""
     return ValueError(
-        f"{folder}: {what} differs from the source, {place}: one of them was changed; run python "
-        f"prepare_data.py again"
+        f"{corpus_dir}: {subject} differs from the source, {place}: one of them was changed; run "
+        f"python prepare_data.py again"
     )
 
 
-def _compare_text(folder, metadata, tokenizer: Tokenizer, sources) -> str:
-    """Compare a running text, as bytes; as ids if the tokenizer may change the text."""
+def _compare_text(
+    corpus_dir: Path, metadata: dict, tokenizer: Tokenizer, sources: list[Source]
+) -> str:
+    """Compare a running text: as bytes, or as ids if the tokenizer may change the text."""
     decode = tokenizer.lossless
     expected = hashlib.sha256()
     for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
         for text in itertools.chain.from_iterable(texts for _, texts in read(source)):
             if isinstance(text, InvalidDocument):
-                raise _difference(folder, "the text", text.place)
+                raise _difference(corpus_dir, "the text", text.place)
             expected.update(text.encode() if decode else tokenizer.encode(text).tobytes())
     found = hashlib.sha256()
-    for name in metadata["splits"]:
-        for ids in blocks(open_tokens(folder / name)[0]):
+    for split in metadata["splits"]:
+        for ids in blocks(open_tokens(corpus_dir / split)[0]):
             found.update(tokenizer.decode_bytes(ids) if decode else ids.astype(np.uint32).tobytes())
     if found.digest() != expected.digest():
-        raise _difference(folder, "the text", ", ".join(source.path for source in sources))
+        raise _difference(corpus_dir, "the text", ", ".join(source.path for source in sources))
     return "the whole text was decoded and" if decode else "the whole text was"
 
 
-def _compare_documents(folder, metadata, tokenizer: Tokenizer, sources) -> str:
-    """Compare every n-th document of each split, and their numbers."""
+def _compare_documents(
+    corpus_dir: Path, metadata: dict, tokenizer: Tokenizer, sources: list[Source]
+) -> str:
+    """Compare every n-th document of each split, and the number of documents."""
     splits = metadata["splits"]
-    num_documents = sum(split["documents"] for split in splits.values())
+    num_documents = sum(entry["documents"] for entry in splits.values())
     step = max(1, num_documents // NUM_COMPARED)
     prepared = {
-        name: _documents(open_tokens(folder / name)[0], metadata["eot_token"]) for name in splits
+        split: _ids_of_documents(open_tokens(corpus_dir / split)[0], metadata["eot_token"])
+        for split in splits
     }
-    seen: Counter[str] = Counter()
-    compared = 0
+    num_seen: Counter[str] = Counter()
+    num_compared = 0
     for source in sources:
-        for text, name in _texts_with_splits(metadata, source):
+        for text, split in _texts_with_splits(metadata, source):
             if isinstance(text, InvalidDocument):
                 continue  # it was skipped
             if metadata.get("skipped") and not tokenizer.can_encode(text):
                 continue
-            ids = next(prepared.get(name, iter(())), None)
-            seen[name] += 1
-            if ids is not None and seen[name] % step:
+            ids = next(prepared.get(split, iter(())), None)
+            num_seen[split] += 1
+            if ids is not None and num_seen[split] % step:
                 continue
-            compared += 1
+            num_compared += 1
             expected = tokenizer.encode(text)[: metadata["max_length"] or None]
             if ids is None or not np.array_equal(ids, expected):
-                raise _difference(folder, f"document {seen[name]} of {name}", source.path)
-    for name, rest in prepared.items():
-        if next(rest, None) is not None:
-            raise _difference(folder, f"the number of documents of {name}", sources[0].path)
-    return f"{compared:,} of {sum(seen.values()):,} documents were"
+                raise _difference(corpus_dir, f"document {num_seen[split]} of {split}", source.path)
+    for split, unseen in prepared.items():
+        if next(unseen, None) is not None:
+            raise _difference(corpus_dir, f"the number of documents of {split}", sources[0].path)
+    return f"{num_compared:,} of {sum(num_seen.values()):,} documents were"
 
 
-def _texts_with_splits(metadata, source: Source) -> Iterator[tuple]:
+def _texts_with_splits(
+    metadata: dict, source: Source
+) -> Iterator[tuple[str | InvalidDocument, str]]:
     """Yield (text, name of its split) of every document of a source."""
     for positions, texts in read(source):
         masks = assign_split(source, positions, metadata["train_split_ratio"], metadata["seed"])
-        for name, mask in masks.items():
+        for split, mask in masks.items():
             for text in itertools.compress(texts, mask):
-                yield text, name
+                yield text, split
 
 
-def _documents(shards, eot_token: int) -> Iterator[np.ndarray]:
+def _ids_of_documents(shards: Iterable[np.ndarray], eot_token: int) -> Iterator[np.ndarray]:
     """Yield the ids of one document after another, without end-of-text tokens."""
-    rest = np.empty(0, np.uint32)
+    incomplete = np.empty(0, np.uint32)  # ids of a document that ends in the next block
     for block in blocks(shards):
-        block = np.concatenate([rest, block])
+        block = np.concatenate([incomplete, block])
         ends = np.flatnonzero(block == eot_token) + 1
         for document in np.split(block, ends)[:-1]:
             yield document[:-1]
-        rest = block[ends[-1] :] if len(ends) else block
+        incomplete = block[ends[-1] :] if len(ends) else block

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from common.script import run
+from common.script import run_script
 from common.settings import parse_settings
 from corpus.engines import open_engine
 from corpus.inputs import load_corpus
@@ -243,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

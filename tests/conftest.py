@@ -143,8 +143,8 @@ def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **optio
     path.write_bytes("".join(lines).encode())
     source = Source(str(path), "jsonl" if documents else "text")
     corpus = Corpus(folder.name, {"made": "by a test"}, [source])
-    with open_engine("processes", workers=1) as run:
-        return pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
+    with open_engine("processes", workers=1) as run_tasks:
+        return pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run_tasks, **options)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from common.files import folder_name
 from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus
-from corpus.tokenizer import vocabularies_beside
+from corpus.tokenizer import use_prefetched_vocabularies
 from training.checkpoint import SHAPE_SETTINGS, last_checkpoint
 from training.device import (
     Choice,
@@ -97,7 +97,7 @@ def load_settings(cls, doc: str, sizes: dict):
         settings.out_dir, settings.run_name = str(folder.parent), folder.name
         settings.resume = str(folder)
     settings.corpus = settings.corpus or newest_corpus(settings.data_dir).name
-    vocabularies_beside(settings.data_dir)
+    use_prefetched_vocabularies(settings.data_dir)
     return settings, checkpoint
 
 

@@ -1,14 +1,17 @@
-"""Locks among processes, with the real filelock above a fake system call."""
+"""Files written by several processes at once, and locks among processes."""
 
 import errno
 import fcntl
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from common.files import exclusive_lock
+from common.files import ABANDONED_SECONDS, atomic_write, exclusive_lock
 
 
 def hold(path, ready):
@@ -53,3 +56,84 @@ def test_other_errors_name_the_file(tmp_path):
     with pytest.raises(OSError) as error, exclusive_lock(tmp_path / "file" / ".lock"):
         pass
     assert error.value.filename == str(tmp_path / "file" / ".lock")
+
+
+def test_two_interleaved_writers(tmp_path):
+    """Each writes a temporary file of its own; the last one to finish wins."""
+    path = tmp_path / "vocabulary"
+    with atomic_write(path) as first:
+        first.write(b"first, ")
+        with atomic_write(path) as second:
+            second.write(b"second")
+            first.write(b"whole")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first, whole"
+    assert os.listdir(tmp_path) == ["vocabulary"]
+
+
+def write_slowly(path, value, writing, go_on):
+    with atomic_write(path) as f:
+        f.write(value)
+        f.flush()
+        writing.set()
+        assert go_on.wait(60)
+        f.write(value)
+
+
+def test_two_processes_write_one_file(tmp_path):
+    path = tmp_path / "vocabulary"
+    context = multiprocessing.get_context("spawn")
+    go_on = context.Event()
+    processes = []
+    for value in (b"a", b"b"):
+        writing = context.Event()
+        process = context.Process(target=write_slowly, args=(path, value, writing, go_on))
+        process.start()
+        processes.append(process)
+        assert writing.wait(60)
+    assert len(os.listdir(tmp_path)) == 2
+    go_on.set()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert path.read_bytes() in (b"aa", b"bb")
+    assert os.listdir(tmp_path) == ["vocabulary"]
+
+
+KILLED_WRITER = """
+import os, signal
+from pathlib import Path
+from common.files import atomic_write
+with atomic_write(Path("{path}")) as f:
+    f.write(b"half")
+    f.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "a[1].json"  # the name is not a pattern
+    script = KILLED_WRITER.format(path=path)
+    subprocess.run([sys.executable, "-c", script], check=False)
+    (leftover,) = os.listdir(tmp_path)
+    assert leftover.startswith("a[1].json.")
+    assert leftover.endswith(".tmp")
+    (tmp_path / "other.json.tmp").touch()
+    with atomic_write(path) as f:
+        f.write(b"whole")
+    assert sorted(os.listdir(tmp_path)) == ["a[1].json", "other.json.tmp"]
+
+
+def test_leftovers_of_another_machine_go_after_a_day(tmp_path):
+    """Nobody can see from here whether the other machine's writer is alive."""
+    path = tmp_path / "a.json"
+    leftover = tmp_path / f"a.json.not-{platform.node()}-1-0.tmp"
+    leftover.touch()
+    with atomic_write(path):
+        pass
+    assert leftover.exists()
+    past = leftover.stat().st_mtime - ABANDONED_SECONDS - 60
+    os.utime(leftover, (past, past))
+    with atomic_write(path):
+        pass
+    assert os.listdir(tmp_path) == ["a.json"]

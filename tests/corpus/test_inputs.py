@@ -746,8 +746,8 @@ def prepare(folder: Path, *inputs, tokenizer="bytes", **options) -> Path:
     """Prepares files in tmp_path/c, in this process."""
     chosen = {name: options.pop(name) for name in ("division", "text_field") if name in options}
     corpus = load_corpus("c", folder, [str(path) for path in inputs], **chosen)
-    with open_engine("processes", workers=1) as run:
-        pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run, **options)
+    with open_engine("processes", workers=1) as run_tasks:
+        pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run_tasks, **options)
     return folder
 
 

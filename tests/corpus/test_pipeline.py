@@ -25,9 +25,9 @@ def source(tmp_path, monkeypatch):
 
 
 def prepare(folder, *sources, **settings):
-    with open_engine("processes", workers=1) as run:
+    with open_engine("processes", workers=1) as run_tasks:
         corpus = Corpus("my", {}, list(sources))
-        return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run, **settings)
+        return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **settings)
 
 
 def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatch):
@@ -38,7 +38,7 @@ def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatc
     @contextlib.contextmanager
     def lock_after_others(self, wait):
         with lock(self, wait):
-            shutil.rmtree(self.work)
+            shutil.rmtree(self.tasks_dir)
             yield
 
     monkeypatch.setattr(pipeline._Preparation, "lock", lock_after_others)
@@ -145,14 +145,14 @@ def test_a_late_part_leaves_no_folder(tmp_path, source, monkeypatch):
     """Another part may publish between a part's first look and its start."""
     folder = tmp_path / "c"
     prepare(folder, source, part="0/2")
-    work_folder = pipeline._Preparation.make_work_folder
+    make_tasks_dir = pipeline._Preparation.make_tasks_dir
 
     def after_the_other_part(self):
-        monkeypatch.setattr(pipeline._Preparation, "make_work_folder", work_folder)
+        monkeypatch.setattr(pipeline._Preparation, "make_tasks_dir", make_tasks_dir)
         prepare(folder, source, part="1/2")
-        work_folder(self)
+        make_tasks_dir(self)
 
-    monkeypatch.setattr(pipeline._Preparation, "make_work_folder", after_the_other_part)
+    monkeypatch.setattr(pipeline._Preparation, "make_tasks_dir", after_the_other_part)
     assert prepare(folder, source, part="0/2") == read_metadata(folder)
     assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
 
@@ -177,9 +177,73 @@ def test_an_up_to_date_corpus_of_someone_else(tmp_path, monkeypatch, capsys):
     def utime(*args, **options):
         raise PermissionError(1, "Operation not permitted")
 
-    with open_engine("processes", workers=1) as run:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+    with open_engine("processes", workers=1) as run_tasks:
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
         capsys.readouterr()
         monkeypatch.setattr(os, "utime", utime)
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert "is prepared already" in capsys.readouterr().out
+
+
+def test_shards_of_a_killed_publish_are_ours(tmp_path, source, monkeypatch):
+    """While a corpus is replaced, only .work says whose shards lie beside no metadata.json.
+
+    So .work stays while there are such shards, even if other settings fail at once in between.
+    """
+    folder = tmp_path / "c"
+    prepare(folder, source)
+
+    replace = os.replace
+
+    def replace_and_stop(path, target):
+        replace(path, target)
+        if target == folder / "train.bin":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, source, seed=1)
+    assert not (folder / "metadata.json").exists()
+    assert (folder / "train.bin").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenize_task", fail)
+        with pytest.raises(ValueError, match="an invalid document"):
+            prepare(folder, source, seed=2)
+    assert not list(folder.glob(".work/*/*.json"))
+    prepare(folder, source, seed=3)
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
+    assert read_metadata(folder)["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (["splits", "train", "files", 0], "sha256"),
+        (["splits", "val"], "documents"),
+        ([], "max_length"),
+        (["source", "files", 0], "number"),
+        ([], "eot_token"),
+    ],
+)
+@pytest.mark.parametrize("has_fingerprint", [True, False])
+def test_verify_names_the_missing_field(tmp_path, source, path, name, has_fingerprint):
+    """Metadata without their checksum, as other programs or older versions may write them."""
+    folder = tmp_path / "c"
+    prepare(folder, source)
+    metadata = read_metadata(folder)
+    del metadata["sha256"]
+    if not has_fingerprint:
+        del metadata["fingerprint"]
+    entry = metadata
+    for key in path:
+        entry = entry[key]
+    del entry[name]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError) as error:
+        verify.verify(folder)
+    message = str(error.value)
+    assert str(folder / "metadata.json") in message
+    assert f"no {name}" in message
+    assert "run python prepare_data.py again" in message
+    assert "\n" not in message

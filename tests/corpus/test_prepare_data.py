@@ -282,8 +282,8 @@ def test_one_definition_of_the_same_source(tmp_path, capsys):
 
 def prepare_again(folder, source):
     corpus = Corpus(folder.name, {"made": "by a test"}, [Source(str(source))])
-    with open_engine("processes", workers=1) as run:
-        prepare(corpus, get_tokenizer("bytes"), folder, run)
+    with open_engine("processes", workers=1) as run_tasks:
+        prepare(corpus, get_tokenizer("bytes"), folder, run_tasks)
 
 
 def test_a_split_of_empty_documents_is_refused(tmp_path):

@@ -97,9 +97,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, documents):
 def test_no_more_workers_than_the_machine_can_use(monkeypatch):
     monkeypatch.setattr(engines, "cores", lambda: 1)
     monkeypatch.delitem(sys.modules, "pyarrow", raising=False)  # then they would be spawned
-    with open_engine("processes", workers=1000) as run:
+    with open_engine("processes", workers=1000) as run_tasks:
         assert len(multiprocessing.active_children()) == 4
-        assert sorted(run(abs, [(-1,), (-2,)])) == [(0, 1), (1, 2)]
+        assert sorted(run_tasks(abs, [(-1,), (-2,)])) == [(0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("piece", [10_000, 70_000, 1 << 30])
@@ -293,8 +293,10 @@ def test_pieces_that_were_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypat
     corpus = Corpus("my", {}, [Source(str(tmp_path / "my.jsonl"), "jsonl")])
     for folder, part, size in ("c", "0/2", 2000), ("c", "", 3000), ("d", "", 3000):
         monkeypatch.setattr(pipeline, "TASK_BYTES", (size, size))
-        with open_engine("processes", workers=1) as run:
-            pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / folder, run, part=part)
+        with open_engine("processes", workers=1) as run_tasks:
+            pipeline.prepare(
+                corpus, get_tokenizer("bytes"), tmp_path / folder, run_tasks, part=part
+            )
     assert output(tmp_path / "c") == output(tmp_path / "d")
 
 
@@ -325,7 +327,15 @@ def test_a_failed_write_names_the_file_of_its_split(tmp_path):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    job = tasks.Job(str(tmp_path), "bytes", True, 0, 0.5, 0, "stop")
+    job = tasks.Job(
+        tasks_dir=str(tmp_path),
+        tokenizer="bytes",
+        has_documents=True,
+        max_length=0,
+        train_split_ratio=0.5,
+        seed=0,
+        on_error="stop",
+    )
     writer = tasks._SplitWriter(job, get_tokenizer("bytes"), Full(), "000001.val.bin", [])
     writer.add(Source("a.jsonl", "jsonl"), [0], ["text"])
     with pytest.raises(OSError, match=r"No space left on device: '000001\.val\.bin'"):

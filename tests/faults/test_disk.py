@@ -62,8 +62,8 @@ def disk(tmp_path):
 
 def prepare(folder, path, **options):
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(path), "jsonl")])
-    with open_engine("processes", workers=1) as run:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run, **options)
+    with open_engine("processes", workers=1) as run_tasks:
+        pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **options)
 
 
 @pytest.fixture
@@ -324,14 +324,14 @@ def test_a_crash_in_c_tells_where(tmp_path):
     """What is cut in the moment between the look at its length and the read."""
     (tmp_path / "cut.py").write_text(
         "import mmap, os\n"
-        "from common.script import run\n"
+        "from common.script import run_script\n"
         "def main():\n"
         "    with open('file', 'w+b') as f:\n"
         "        f.truncate(100_000)\n"
         "        memory = mmap.mmap(f.fileno(), 0)\n"
         "        f.truncate(0)\n"
         "        memory[50_000]\n"
-        "run(main)\n"
+        "run_script(main)\n"
     )
     result = subprocess.run(
         [sys.executable, "cut.py"], cwd=tmp_path, capture_output=True, text=True,
@@ -345,13 +345,13 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
     """Nothing is made of the half that was there."""
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
 
-    def run(function, tasks):
-        for i, task in enumerate(tasks):
-            yield i, function(*task)
+    def run_tasks(function, calls):
+        for i, call in enumerate(calls):
+            yield i, function(*call)
             lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-9]))
 
     with pytest.raises(ValueError, match="the text of c has changed while it was read"):
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert not (tmp_path / "c").exists()
     prepare(tmp_path / "c", lines)
 
@@ -359,11 +359,11 @@ def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
 def test_a_source_that_vanishes_while_it_is_read(tmp_path, lines):
     corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
 
-    def run(function, tasks):
-        for i, task in enumerate(tasks):
+    def run_tasks(function, calls):
+        for i, call in enumerate(calls):
             lines.unlink(missing_ok=True)
-            yield i, function(*task)
+            yield i, function(*call)
 
     with pytest.raises(OSError) as error:
-        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run)
+        pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert sentence(error.value) == f"{lines}: No such file or directory"

@@ -83,8 +83,8 @@ def prepare(tmp_path, monkeypatch):
 
     def prepare(folder, workers=1, seed=1):
         corpus = Corpus("c", {"made": "by a test"}, [Source(str(tmp_path / "c.jsonl"), "jsonl")])
-        with open_engine("processes", workers) as run:
-            pipeline.prepare(corpus, get_tokenizer("bytes"), folder / "c", run, seed=seed)
+        with open_engine("processes", workers) as run_tasks:
+            pipeline.prepare(corpus, get_tokenizer("bytes"), folder / "c", run_tasks, seed=seed)
 
     return prepare
 
@@ -164,9 +164,9 @@ def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
 def test_two_that_do_one_piece_at_the_same_time(tmp_path):
     """As a worker does that outlives its parent, or a node that Ray takes for dead."""
     path = tmp_path / "000000.train.bin"
-    with atomic_write(path, ".a-1") as one:
+    with atomic_write(path) as one:
         one.write(b"the same")
-        with atomic_write(path, ".b-1") as other:
+        with atomic_write(path) as other:
             other.write(b"the same bytes")
         assert path.read_bytes() == b"the same bytes"
         one.write(b" bytes")

@@ -321,10 +321,10 @@ def run_download(server, tmp_path, **options):
     """What a script's user sees: (exit code, error), and that no file is left."""
     code = (
         "import sys, pathlib\n"
-        "from common.script import run\n"
+        "from common.script import run_script\n"
         "from corpus.download import download\n"
         "path = pathlib.Path('input.txt')\n"
-        "run(lambda: download([sys.argv[1]], path, pause=0.01))"
+        "run_script(lambda: download([sys.argv[1]], path, pause=0.01))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, server.url],

@@ -196,9 +196,9 @@ def prepared(folder, source, block, piece, on_error="stop"):
         sources = [replace(source, split="train"), replace(end, number=1)]
     shutil.rmtree(folder / "out", ignore_errors=True)
     try:
-        with open_engine("processes", 1) as run, contextlib.redirect_stdout(io.StringIO()):
+        with open_engine("processes", 1) as run_tasks, contextlib.redirect_stdout(io.StringIO()):
             corpus, tokenizer = Corpus("fuzz", {}, sources), get_tokenizer("bytes")
-            pipeline.prepare(corpus, tokenizer, folder / "out", run, on_error=on_error)
+            pipeline.prepare(corpus, tokenizer, folder / "out", run_tasks, on_error=on_error)
     except BaseException:
         assert not (folder / "out" / "metadata.json").exists()  # there is no corpus
         raise

@@ -24,7 +24,7 @@ import dataset
 import prepare_data
 import sample
 import train_gpt2
-from common.script import run
+from common.script import run_script
 from corpus import inputs
 from corpus.engines import open_engine
 from corpus.hub import hugging_face
@@ -85,8 +85,8 @@ def prepared(tmp_path_factory):
     rows = [json.dumps({"text": f"document {i}, one for sorrow, two for mirth"}) for i in range(30)]
     (folder / "raw" / "a.jsonl").write_text("\n".join(rows))
     corpus = inputs.load_corpus("mine", folder / "data/mine", [f"{folder}/raw/a.jsonl"])
-    with open_engine("processes", workers=1) as run:
-        metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run)
+    with open_engine("processes", workers=1) as run_tasks:
+        metadata = prepare(corpus, get_tokenizer("bytes"), folder / "data/mine", run_tasks)
     shape = GPTConfig(metadata["vocab_size"], n_positions=16, n_layer=1, n_head=1, n_embd=8)
     checkpoint = {
         "step": 0, "position": 0, "best": {"step": 0, "val_loss": math.inf}, "config": {},
@@ -113,7 +113,7 @@ def call(prepared, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         with pytest.raises(SystemExit) as stop:
-            run(SCRIPTS[script][0].main)
+            run_script(SCRIPTS[script][0].main)
         return stop.value.code, capsys.readouterr().err
 
     return call
@@ -258,7 +258,7 @@ def test_out_of_memory_is_told(monkeypatch, capsys):
     with pytest.raises(ValueError, match="out of memory: lower --this"):
         device.memory_errors("--this")(lambda: torch.empty(1 << 60))()
     with pytest.raises(SystemExit) as stop:
-        run(lambda: np.empty(1 << 60, np.uint8))
+        run_script(lambda: np.empty(1 << 60, np.uint8))
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: there is not enough memory: Unable to alloc")
 
@@ -270,13 +270,13 @@ def test_output_that_nobody_takes(monkeypatch, capfd):
     for file, code in (open("/dev/full", "w"), 1), (os.fdopen(writer, "w"), 128 + 13):
         monkeypatch.setattr(sys, "stdout", file)
         with pytest.raises(SystemExit) as stop:
-            run(lambda: print("text"))
+            run_script(lambda: print("text"))
         file.close()  # as Python does at its end: what was left went nowhere
         assert stop.value.code == code
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as stop:
-        run(lambda: print(sys.stdin.read(), file=sys.stderr))
+        run_script(lambda: print(sys.stdin.read(), file=sys.stderr))
     assert stop.value.code == 0
     assert capfd.readouterr().err == "error: [Errno 28] No space left on device\n"
 
