@@ -12,7 +12,7 @@ the names of OpenAI's release, so that weights can be copied key by key.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from corpus.tokenizer import Tokenizer
 from training.huggingface import EMBEDDING, read_shape, read_weights, write_model
+
+Mask = torch.Tensor | BlockMask  # which tokens see which
 
 GPT2_SIZES = {  # the four released models, as arguments of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -30,7 +33,6 @@ GPT2_SIZES = {  # the four released models, as arguments of GPTConfig
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-CHUNK_LOGITS = 6_500_000  # logits per chunk of the loss on a CPU: 26 MB
 
 
 @dataclass
@@ -38,7 +40,7 @@ class GPTConfig:
     """The shape of a GPT-2. Names follow Hugging Face's GPT2Config.
 
     Raises:
-        ValueError: A shape that cannot be built.
+        ValueError: A value is out of range, or n_embd is not a multiple of n_head.
     """
 
     vocab_size: int = 50257  # token ids
@@ -49,11 +51,11 @@ class GPTConfig:
     dropout: float = 0.0  # probability, 0 <= p < 1
     vocab_multiple: int = 1  # the output layer has rows up to a multiple of this, for speed alone
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "vocab_multiple"):
             value = getattr(self, name)
             limit = 1000 if name == "n_layer" else 1 << 20
-            if type(value) is not int or not 1 <= value <= limit:  # it may come from a file
+            if type(value) is not int or not 1 <= value <= limit:  # the value may be a file's
                 raise ValueError(f"{name} must be a number from 1 to {limit:,}, not {value!r:.60}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
@@ -71,20 +73,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, mask=None, cache=None):
-        """Return (B, T, C); for mask and cache, one layer's, see GPT.forward."""
+    def forward(
+        self, x: torch.Tensor, mask: Mask | None = None, cache: list | None = None
+    ) -> torch.Tensor:
+        """Return (B, T, C) of x (B, T, C); GPT.forward explains mask and this layer's cache."""
         B, T, C = x.shape
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x).split(C, dim=2)
+            projected.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for projected in self.c_attn(x).split(C, dim=2)
         )  # (B, n_head, T, C / n_head)
         causal = mask is None
-        if cache is not None:  # a list that is empty or holds the keys and values so far
+        if cache is not None:  # a list that is empty, or has keys and values so far
             if cache:
                 assert T == 1, "with keys and values in the cache, one token at a time"
                 k = torch.cat((cache[0], k), dim=2)
@@ -94,7 +98,7 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             # within a compiled model, flex_attention is compiled with everything else
             compiling = torch.compiler.is_compiling()
-            attend = flex_attention if compiling else compiled_flex_attention()
+            attend: Any = flex_attention if compiling else compiled_flex_attention()
             y = attend(q, k, v, block_mask=mask)
         else:
             dropout = self.dropout if self.training else 0.0
@@ -104,7 +108,7 @@ class Attention(nn.Module):
 
 
 @functools.cache
-def compiled_flex_attention():
+def compiled_flex_attention() -> Callable:
     """Return flex_attention, compiled: uncompiled it makes (B, n_head, T, T) weights at once."""
     return torch.compile(flex_attention)
 
@@ -118,8 +122,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
-    def forward(self, x):
-        """Return (B, T, C)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, T, C) of x (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate="tanh")  # as in GPT-2 (Hendrycks and Gimpel 2016)
         x = self.c_proj(x)
         return F.dropout(x, self.dropout, self.training)
@@ -135,8 +139,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        """Return (B, T, C); for mask and cache, one layer's, see GPT.forward."""
+    def forward(
+        self, x: torch.Tensor, mask: Mask | None = None, cache: list | None = None
+    ) -> torch.Tensor:
+        """Return (B, T, C) of x (B, T, C); GPT.forward explains mask and this layer's cache."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -156,7 +162,7 @@ class GPT(nn.Module):
             )
         )
         for name, p in self.named_parameters():  # GPT-2's initialization
-            if name.endswith("c_proj.weight"):  # each block adds to the residual stream twice
+            if name.endswith("c_proj.weight"):  # two per block add to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -164,19 +170,19 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def num_parameters(self) -> int:
-        """Return the number of parameters; the output layer shares the token embedding's."""
+        """Return the number of parameters, without rows of the embedding for speed alone."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
-    def save_pretrained(self, folder: str | Path, tokenizer=None) -> None:
+    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
-        GPT2LMHeadModel.from_pretrained(folder) then gives the same logits. Rows of the output layer
-        that are there for speed alone are cut off.
+        GPT2LMHeadModel.from_pretrained(folder) then gives the same logits. Rows that the output
+        layer has for speed alone are cut off.
 
         Args:
-            folder: Where to write; created if it does not exist.
-            tokenizer: Of corpus.tokenizer; its files are written, too.
+            folder: Folder to write; created if it does not exist.
+            tokenizer: Tokenizer to write, too.
 
         Raises:
             OSError: The folder cannot be written.
@@ -209,18 +215,18 @@ class GPT(nn.Module):
         """Load a GPT-2 in the Hugging Face layout: config.json and model.safetensors.
 
         Args:
-            folder: Written by transformers, by save_pretrained, or downloaded from the hub.
+            folder: Folder written by transformers or save_pretrained, or downloaded from the hub.
             dropout: Probability for further training.
-            vocab_multiple: See GPTConfig; rows that this adds are zero.
+            vocab_multiple: See GPTConfig; the rows that are added are zero.
 
         Raises:
             FileNotFoundError: The folder lacks a file.
-            ValueError: Another kind of model, or a damaged file.
+            ValueError: The folder has another kind of model, or a damaged file.
         """
         config = GPTConfig(
             **read_shape(Path(folder)), dropout=dropout, vocab_multiple=vocab_multiple
         )
-        with torch.device("meta"):  # neither memory nor time for weights that are about to come
+        with torch.device("meta"):  # neither memory nor time for weights that are replaced below
             model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         shapes[EMBEDDING] = (config.vocab_size, config.n_embd)
@@ -240,28 +246,34 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * sequence_length
 
     def forward(
-        self, idx, targets=None, reduction: str = "mean", positions=None, mask=None, cache=None
-    ):
-        """Compute logits, or the loss if there are targets.
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        positions: torch.Tensor | None = None,
+        mask: Mask | None = None,
+        cache: list[list] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return logits, or the loss if there are targets.
 
-        Without positions and mask, a row is one text, read from its start.
+        Without positions and mask, a row is the beginning of one text.
 
         Args:
             idx: (B, T) token ids, T <= n_positions.
             targets: (B, T) token ids, -100 where there is no target.
             reduction: "mean" or "sum" of the loss over the targets.
             positions: (B, T), from 0 in each document.
-            mask: (B, T, T) bool, true where the second axis sees the third; or a BlockMask of
+            mask: (B, T, T) bool, True at [b, i, j] if token i sees token j; or a BlockMask of
                 flex_attention.
             cache: n_layer lists, empty at first. The first call fills them with keys and values;
-                later calls take one token.
+                later calls take one token each.
 
         Returns:
             (logits, None) with logits (B, T, vocab_size); or, with targets, (None, loss), the
             cross-entropy in nats.
 
         Raises:
-            ValueError: More tokens than n_positions.
+            ValueError: The sequence is longer than n_positions.
         """
         T = idx.shape[1]
         start = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -283,42 +295,38 @@ class GPT(nn.Module):
             return self.logits(x)[..., : self.config.vocab_size], None
         return None, self.loss(x.flatten(0, 1), targets.flatten(), reduction)
 
-    def logits(self, x):
-        """(..., C) -> (..., padded_vocab_size); -inf for ids beyond the vocabulary."""
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., padded_vocab_size) of x (..., C); -inf for ids beyond the vocabulary."""
         logits = F.linear(x, self.transformer.wte.weight)
         if self.config.padded_vocab_size > self.config.vocab_size:
             logits[..., self.config.vocab_size :] = -math.inf
         return logits
 
-    def loss(self, x, targets, reduction: str):
-        """(N, C) and (N,) targets -> cross-entropy in nats, a 0-d tensor."""
-        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
-        padded = self.config.padded_vocab_size > self.config.vocab_size
-        if x.is_cpu and len(x) > rows and not padded and not torch.compiler.is_compiling():
-            # A few rows of logits at a time, in float32: all of them, 150 MB for GPT-2's
-            # vocabulary, would be taken from the kernel page by page again in every step. This
-            # saves 12% to 26% of forward and backward in the default run (python -m bench.train).
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-            head = self.transformer.wte.weight
-            with torch.autocast("cpu", enabled=False):
-                return F.linear_cross_entropy(
-                    x.float(), head, targets, reduction=reduction, options=options
-                )
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Return the cross-entropy in nats, a 0-d tensor, of x (N, C) and targets (N,)."""
+        if saves_time_in_chunks(x, self.config):
+            return chunked_cross_entropy(x, self.transformer.wte.weight, targets, reduction)
         return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
 
     @torch.inference_mode()
     def generate(
-        self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, generator=None
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
         """Continue token ids, one sampled token at a time.
 
         While the sequence fits n_positions, each step runs one token through the model, with a
-        cache of keys and values. Beyond, each step runs the last n_positions tokens again, since
-        every position has moved.
+        cache of keys and values. After that, each step runs the last n_positions tokens again,
+        since every position has moved.
 
         Args:
             idx: (B, T) token ids, T >= 1.
-            max_new_tokens: Steps.
+            max_new_tokens: Number of steps.
             temperature: See next_token_probs.
             top_k: See next_token_probs.
             top_p: See next_token_probs.
@@ -340,8 +348,10 @@ class GPT(nn.Module):
             yield new[:, 0]
 
 
-def next_token_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """Turn logits into the probabilities to sample from.
+def next_token_probs(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Return the probabilities to sample from.
 
     Example: probabilities [0.4, 0.3, 0.2, 0.1] become [4/7, 3/7, 0, 0] with top_k=2.
 
@@ -355,7 +365,7 @@ def next_token_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: fl
         (B, vocab_size) float32.
     """
     logits = logits.float()
-    if temperature < 1e-5:  # greedy; to divide by it would overflow
+    if temperature < 1e-5:  # greedy; a division by the temperature would overflow
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
     if top_k:
@@ -364,7 +374,46 @@ def next_token_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: fl
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, ids = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0)  # the ids before it hold enough
+        sum_of_likelier = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(sum_of_likelier >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(1, ids, ordered)
     return probs / probs.sum(-1, keepdim=True)
+
+
+# ---- for speed alone: the loss in chunks, on a CPU
+#
+# All logits of a batch at once, 103 MB for GPT-2's vocabulary and 8 x 64 tokens, would be taken
+# from the kernel page by page again in every step. Memory for a few rows at a time is used again.
+# Forward and backward on one thread: 223 ms in chunks, 302 ms at once (CHUNK_LOGITS = 10**9), by
+#
+#     python -m timeit -n 1 -r 15 -s "import torch, model; torch.set_num_threads(1);
+#         m = model.GPT(model.GPTConfig(n_positions=64, n_layer=4, n_head=4, n_embd=128));
+#         x = torch.randint(50257, (8, 64))" "m(x, x)[1].backward()"
+
+CHUNK_LOGITS = 6_500_000  # logits per chunk: 26 MB
+
+
+def saves_time_in_chunks(x: torch.Tensor, config: GPTConfig) -> bool:
+    """Return whether the loss of x (N, C) has several chunks, on a device where they are faster."""
+    has_padding = config.padded_vocab_size > config.vocab_size
+    is_large = len(x) * config.vocab_size > CHUNK_LOGITS
+    return x.is_cpu and is_large and not has_padding and not torch.compiler.is_compiling()
+
+
+def chunked_cross_entropy(
+    x: torch.Tensor, embedding: torch.Tensor, targets: torch.Tensor, reduction: str
+) -> torch.Tensor:
+    """Return the cross-entropy in nats, a 0-d tensor, in float32.
+
+    Args:
+        x: (N, C), the output of the last block.
+        embedding: (vocab_size, C), the weights of the output layer.
+        targets: (N,) token ids, -100 where there is no target.
+        reduction: "mean" or "sum".
+    """
+    rows = max(1, CHUNK_LOGITS // len(embedding))
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear_cross_entropy(
+            x.float(), embedding, targets, reduction=reduction, options=options
+        )

@@ -8,7 +8,6 @@ python sample.py --run out/mine --export mine               # for transformers
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from training.checkpoint import best_checkpoint, load_model
 from training.device import choose_device, memory_errors
 from training.huggingface import pretrained_folder
 from training.run_folder import newest_run
+from training.sampling import continue_prompt
 
 
 @dataclass
@@ -84,16 +84,37 @@ def main() -> None:
 
 
 def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Load the best weights of a run, and its tokenizer."""
-    folder = Path(settings.run) if settings.run else newest_run(settings.out_dir)
-    checkpoint = best_checkpoint(folder)
-    print(f"{folder}, step {checkpoint['step']}:", file=sys.stderr)
+    """Return the model with the best weights of a run, and the tokenizer of its corpus.
+
+    Args:
+        settings: Settings without init_from.
+        device: Device of the model.
+
+    Raises:
+        FileNotFoundError: The run has no checkpoint, or the vocabulary is missing.
+        ValueError: The checkpoint is damaged.
+    """
+    run_dir = Path(settings.run) if settings.run else newest_run(settings.out_dir)
+    checkpoint = best_checkpoint(run_dir)
+    print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
     return load_model(checkpoint, device), tokenizer
 
 
 def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Load weights in the Hugging Face layout, and their tokenizer.json or GPT-2's vocabulary."""
+    """Return a model in the Hugging Face layout, and its tokenizer.
+
+    The tokenizer is the folder's tokenizer.json or, if there is none, GPT-2's vocabulary.
+
+    Args:
+        settings: Settings with init_from.
+        device: Device of the model.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ConnectionError: The weights or the vocabulary cannot be downloaded.
+        ValueError: The weights are damaged, or do not fit the tokenizer.
+    """
     folder = pretrained_folder(settings.init_from, settings.data_dir)
     model = GPT.from_pretrained(folder).to(device).eval()
     tokenizer: Tokenizer
@@ -131,33 +152,55 @@ def read_prompt(settings: Settings) -> str:
         raise ValueError(f"{name} is not UTF-8 text: see its byte {error.start:,}") from None
 
 
-def generate(settings, model, tokenizer, generator, prompt: str) -> Iterator[torch.Tensor]:
-    """Yield (num_samples,) token ids, one after another, that continue the prompt."""
-    ids = tokenizer.encode(prompt).astype("int64")
-    if not len(ids):  # begin a document: after the end of another
-        ids = [tokenizer.eot_token]
-    device = model.transformer.wte.weight.device
-    idx = torch.as_tensor(ids, device=device).expand(settings.num_samples, -1)  # (B, T)
-    sampling = (settings.temperature, settings.top_k, settings.top_p, generator)
-    return model.generate(idx, settings.max_new_tokens, *sampling)
+def print_samples(
+    settings: Settings,
+    model: GPT,
+    tokenizer: Tokenizer,
+    generator: torch.Generator,
+    prompt: str,
+) -> None:
+    """Print one sample token by token, or several one after another.
 
-
-def print_samples(settings, model, tokenizer, generator, prompt: str) -> None:
-    """Print one sample token by token, or several one after another."""
-    new = generate(settings, model, tokenizer, generator, prompt)
+    Args:
+        settings: How to sample.
+        model: In evaluation mode.
+        tokenizer: The tokenizer of the model.
+        generator: Random numbers, on the device of the model.
+        prompt: The text to continue.
+    """
+    tokens = continue_prompt(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=settings.max_new_tokens,
+        num_samples=settings.num_samples,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        generator=generator,
+    )
     if settings.num_samples == 1:
         print(prompt, end="", flush=True)
-        for text in tokenizer.decode_stream(token.item() for token in new):
+        for text in tokenizer.decode_stream(int(token) for token in tokens):
             print(text, end="", flush=True)
         print("\n")
         return
-    for sample in torch.stack(list(new), dim=1).tolist():
-        text = "".join(tokenizer.decode_stream(sample))
+    for ids in torch.stack(list(tokens), dim=1).tolist():
+        text = "".join(tokenizer.decode_stream(ids))
         print(f"{prompt}{text}\n---")
 
 
-def answer_prompts(settings, model, tokenizer, generator) -> None:
-    """Ask for prompts on standard input and continue each, until it ends."""
+def answer_prompts(
+    settings: Settings, model: GPT, tokenizer: Tokenizer, generator: torch.Generator
+) -> None:
+    """Ask for prompts on standard input and continue each, until the input ends.
+
+    Args:
+        settings: How to sample.
+        model: In evaluation mode.
+        tokenizer: The tokenizer of the model.
+        generator: Random numbers, on the device of the model.
+    """
     while True:
         try:
             prompt = input("> ")
@@ -171,7 +214,17 @@ def answer_prompts(settings, model, tokenizer, generator) -> None:
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model in the Hugging Face layout."""
+    """Write the model in the Hugging Face layout.
+
+    Args:
+        model: The model to write.
+        tokenizer: Its tokenizer, written too.
+        folder: Folder to write; created if it does not exist.
+
+    Raises:
+        FileExistsError: The folder holds a model or a run.
+        ValueError: The tokenizer has more ids than the model.
+    """
     if (folder / "config.json").exists():  # a run has one, too
         raise FileExistsError(f"{folder} holds a model already: choose another folder")
     model.save_pretrained(folder, tokenizer)

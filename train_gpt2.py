@@ -14,6 +14,7 @@ torchrun turns all of them into 1.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +22,40 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from batches.block_mask import document_block_mask
 from common.script import run_script
-from corpus.metadata import read_metadata, require_end_of_text
 from dataset import create_dataloaders, document_ids, document_mask, document_positions
 from model import GPT2_SIZES
-from training.checkpoint import Progress, check_finite, check_weights, create_model, restore, save
-from training.device import Choice, choose_device, memory_errors, move_to_device
-from training.distributed import Ranks, join_processes
-from training.metrics import open_metrics
-from training.optimizer import create_optimizer
-from training.report import print_model, print_report
-from training.run_folder import run_folder, write_config
-from training.run_settings import (
+from training.checkpoint import (
+    Progress,
+    check_finite,
+    check_weights,
+    create_model,
+    restore,
+    save,
+)
+from training.compute import (
     ComputeChoices,
     check_batch,
     choose_compute,
-    fill_in_steps,
-    load_settings,
-    resolve_size,
-    sequences_per_pass,
+    choose_micro_batch_size,
 )
+from training.device import Choice, choose_device, memory_errors, move_to_device
+from training.distributed import Ranks, join_processes
+from training.flags import (
+    load_settings,
+    parse_flags,
+    read_corpus,
+    resolve_size,
+    resolve_steps,
+)
+from training.metrics import open_metrics
+from training.optimizer import create_optimizer
+from training.report import print_model, print_report
+from training.run_folder import RunLock, run_folder, write_config
+from training.run_settings import RunSettings
 from training.signals import StopSignal
 
 Size = Literal[
@@ -94,7 +107,7 @@ class Settings:
 # What a size stands for where no flag says otherwise. tiny takes about three minutes on two cores,
 # small some minutes on a GPU. pretrained is for --init_from, whose weights have their own shape.
 # The others are OpenAI's shapes, trained on up to ten billion tokens.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
         batch_size=8, train_flops=1e13, learning_rate=1e-2,
@@ -107,51 +120,58 @@ SIZES = {
         sequence_length=256, dropout=0.1, batch_size=8, train_flops=3e14, learning_rate=1e-4,
     ),
 }  # fmt: skip
-for _name, _shape in GPT2_SIZES.items():
-    SIZES[_name] = _shape | dict(
+for _name, _gpt2_size in GPT2_SIZES.items():
+    SIZES[_name] = _gpt2_size | dict(
         sequence_length=1024, dropout=0.0, batch_size=512, micro_batch_size=16,
         train_flops=8e18, learning_rate=2e-3,
     )  # fmt: skip
 
 
-ResolvedSettings = Any  # Settings after resolve_size and fill_in_steps: max_steps etc. are known
+def learning_rate(step: int, settings: RunSettings) -> float:
+    """Return the learning rate of a step, counted from 0.
 
-
-def learning_rate(step: int, settings: ResolvedSettings) -> float:
-    """Linear from 0 to the peak over warmup_steps, then linear to 0 at max_steps."""
+    It rises linearly to the peak over warmup_steps, and then falls linearly to 0 at max_steps.
+    """
     warmup = min(settings.warmup_steps, settings.max_steps // 10)
     rising = (step + 1) / (warmup + 1)
     falling = (settings.max_steps - step) / (settings.max_steps - warmup)
     return settings.learning_rate * min(rising, falling)
 
 
-def compute_loss(model, x, y, compute: ComputeChoices) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the targets of a micro-batch.
+def compute_loss(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, compute: ComputeChoices
+) -> torch.Tensor:
+    """Return the cross-entropy in nats, summed over the targets of a micro-batch.
 
     Args:
         model: A GPT, perhaps compiled or wrapped for several processes.
         x: (B, T) token ids on the CPU.
-        y: (B, T) targets on the CPU, -100 where there is none.
-        compute: Device, number type, and whether documents are kept apart.
+        y: (B, T) targets on the CPU, -100 where there is no target.
+        compute: Device, number type, and whether documents are separate.
 
     Returns:
         A 0-d tensor on the device.
     """
-    document_arguments = {}
+    mask_kwargs: dict[str, Any] = {}
     if compute.separate_documents:
-        ids = document_ids(x, compute.eot_token)
-        positions = document_positions(ids)
-        x, y, ids, positions = move_to_device((x, y, ids, positions), compute.device)
-        mask = document_block_mask(ids) if compute.flex_attention else document_mask(ids)
-        document_arguments = {"positions": positions, "mask": mask}
+        document_numbers = document_ids(x, compute.eot_token)
+        positions = document_positions(document_numbers)
+        x, y, document_numbers, positions = move_to_device(
+            (x, y, document_numbers, positions), compute.device
+        )
+        if compute.flex_attention:
+            mask_kwargs["mask"] = document_block_mask(document_numbers)
+        else:
+            mask_kwargs["mask"] = document_mask(document_numbers)
+        mask_kwargs["positions"] = positions
     else:
         x, y = move_to_device((x, y), compute.device)
     with compute.autocast():
-        return model(x, y, reduction="sum", **document_arguments)[1]
+        return model(x, y, reduction="sum", **mask_kwargs)[1]
 
 
-def mask_targets(x, y, compute: ComputeChoices):
-    """Return y with -100 where x ends a document and documents are kept apart.
+def mask_targets(x: torch.Tensor, y: torch.Tensor, compute: ComputeChoices) -> torch.Tensor:
+    """Return y with -100 where x ends a document, if documents are separate.
 
     Nothing predicts the first token of the next document.
     """
@@ -161,15 +181,24 @@ def mask_targets(x, y, compute: ComputeChoices):
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, micro_batch_size: int, compute, ranks: Ranks) -> float:
+def evaluate(
+    model: torch.nn.Module, val_loader: DataLoader, compute: ComputeChoices, ranks: Ranks
+) -> float:
     """Return the validation loss in nats per token: one full pass, in fixed order.
 
-    Every token but the first of the split (and of each document, where documents are kept apart)
-    is predicted once. The ranks divide the batches among them.
+    Every token is predicted once, but for the first token of the split (and of each document, if
+    documents are separate). The ranks divide the batches among them.
+
+    Args:
+        model: The model, perhaps compiled.
+        val_loader: Yields this rank's batches of the validation split.
+        compute: From choose_compute.
+        ranks: This process among all.
     """
     model.eval()
     losses = []
-    num_targets = 0
+    num_targets = 0.0
+    micro_batch_size = compute.micro_batch_size
     for x, y in validation_batches(val_loader, ranks):
         y = mask_targets(x, y, compute)
         num_targets += (y != -100).sum().item()
@@ -179,15 +208,17 @@ def evaluate(model, val_loader, micro_batch_size: int, compute, ranks: Ranks) ->
             rows_y = torch.nn.functional.pad(rows_y, (0, 0, 0, missing), value=-100)
             losses.append(compute_loss(model, rows_x, rows_y, compute))
     model.train()
-    nats = torch.stack(losses).cpu().double().sum() if losses else torch.zeros(()).double()
-    total = ranks.sum(torch.stack([nats, torch.tensor(float(num_targets)).double()]))
-    return (total[0] / total[1]).item()
+    nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
+    totals = ranks.sum(torch.tensor([nats, num_targets], dtype=torch.float64))
+    return (totals[0] / totals[1]).item()
 
 
-def validation_batches(val_loader, ranks: Ranks):
-    """Yield the (x, y) of this rank; on rank 0, last, the tokens after the last whole sequence."""
+def validation_batches(
+    val_loader: DataLoader, ranks: Ranks
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's batches (x, y); on rank 0, last, the tokens after the last sequence."""
     yield from val_loader
-    dataset = val_loader.dataset
+    dataset: Any = val_loader.dataset
     T = dataset.sequence_length
     num_tokens = dataset.num_tokens()
     rest = num_tokens - 1 - len(dataset) * T  # targets after the last whole sequence
@@ -199,14 +230,17 @@ def validation_batches(val_loader, ranks: Ranks):
         yield x, y
 
 
-def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, ranks: Ranks) -> int:
+def train(
+    settings: RunSettings, checkpoint: dict | None, device: Choice, ranks: Ranks, lock: RunLock
+) -> int:
     """Train until max_steps, stop_at, patience or a signal.
 
     Args:
-        settings: With a size filled in.
-        checkpoint: Of the run to resume, or None.
+        settings: From resolve_size.
+        checkpoint: The checkpoint of the run to resume, or None.
         device: From choose_device.
         ranks: This process among all.
+        lock: Locks the run, so that no other process trains it.
 
     Returns:
         The number of the signal that ended the run early, or 0.
@@ -216,21 +250,21 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
         OSError: A file cannot be read or written.
     """
     # --- data: the order is a function of (seed, position), so that it resumes anywhere
-    corpus_dir = Path(settings.data_dir) / settings.corpus
-    metadata = read_metadata(corpus_dir)
-    require_end_of_text(metadata, corpus_dir)
-    check_batch(settings, metadata, device.value, ranks)
+    metadata = read_corpus(settings)
+    micro_batch_size = choose_micro_batch_size(settings, SIZES, ranks)
+    check_batch(settings, metadata, device.value, micro_batch_size, ranks)
     train_loader, val_loader = create_dataloaders(
-        corpus_dir, settings.sequence_length, settings.batch_size, settings.seed,
-        rank=ranks.rank, world_size=ranks.world_size, token_noise=settings.token_noise,
+        Path(settings.data_dir) / settings.corpus, settings.sequence_length, settings.batch_size,
+        settings.seed, rank=ranks.rank, world_size=ranks.world_size,
+        token_noise=settings.token_noise,
     )  # fmt: skip
 
     # --- model and optimizer
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")  # tf32 on a GPU
     model = create_model(settings, metadata, checkpoint, device.value).to(device.value)
-    fill_in_steps(settings, model)
-    compute = choose_compute(settings, metadata, checkpoint, device, model, ranks)
+    resolve_steps(settings, model)
+    compute = choose_compute(settings, metadata, checkpoint, device, micro_batch_size, model, ranks)
     optimizer = create_optimizer(
         model, settings.optimizer, settings.learning_rate, settings.weight_decay
     )
@@ -238,29 +272,38 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
-    compiled = torch.compile(model) if compute.compile else model  # shares the parameters
-    parallel: Any = DistributedDataParallel(compiled) if ranks.world_size > 1 else compiled
+    compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
+    parallel: Any = compiled
+    if ranks.world_size > 1:
+        parallel = DistributedDataParallel(
+            compiled, process_group=ranks.gradient_group(device.value)
+        )
 
     # --- the run's folder
-    folder = ranks.broadcast(run_folder(settings) if ranks.is_first else None)
-    settings.run_name = folder.name
-    metrics = open_metrics(folder, progress.step, settings, ranks)  # locks the run
+    run_dir = run_folder(settings, ranks)
+    lock.take(run_dir)
+    settings.run_name = run_dir.name
+    metrics = open_metrics(run_dir, progress.step, settings, ranks)
     if ranks.is_first:
-        write_config(folder, settings, compute)
+        write_config(run_dir, settings, compute)
         print_model(settings, compute, model, ranks)
-    saved = dict(settings=settings, compute=compute, metadata=metadata, model=model)
+    contents: dict[str, Any] = dict(
+        settings=settings, compute=compute, metadata=metadata, model=model
+    )
 
-    def save_last():
+    def save_last() -> None:
         if ranks.is_first:
-            save(folder / "last.pt", progress, **saved, optimizer=optimizer, scaler=scaler)
+            path = run_dir / "last.pt"
+            save(path, progress, **contents, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
     order: Any = train_loader.sampler
     order.position = progress.position
     batches = repeat(train_loader)
-    micro_batch_size = sequences_per_pass(settings, ranks)
     signum = 0
-    tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
+    num_tokens = 0  # trained on since last_log
+    last_log = time.perf_counter()
+    last_save = time.monotonic()
     with StopSignal() as stop, closing(metrics):
         done = is_complete(progress, settings)
         while not done:
@@ -293,50 +336,55 @@ def train(settings: ResolvedSettings, checkpoint: dict | None, device: Choice, r
             optimizer.zero_grad()
             progress.step += 1
             progress.position += settings.batch_size
-            tokens += settings.batch_size * settings.sequence_length
+            num_tokens += settings.batch_size * settings.sequence_length
 
             # log
             signum = ranks.max(stop.signum)
             at_end = progress.step == settings.max_steps
             done = at_end or progress.step == settings.stop_at or signum > 0
             if done or progress.step % settings.log_every == 0:
-                train_loss = check_finite(ranks.sum(loss).item(), "the loss", progress.step, folder)
-                speed = tokens / (time.perf_counter() - since)
+                train_loss = ranks.sum(loss).item()
+                check_finite(train_loss, "the loss", progress.step, run_dir)
+                speed = num_tokens / (time.perf_counter() - last_log)
                 rate = learning_rate(progress.step - 1, settings)
                 metrics.train(progress, speed, compute.mfu(speed), train_loss, rate)
-                tokens, since = 0, time.perf_counter()
+                num_tokens = 0
+                last_log = time.perf_counter()
 
             # validate and save
-            if at_end or progress.step % settings.eval_every == 0:
-                val_loss = evaluate(compiled, val_loader, micro_batch_size, compute, ranks)
-                check_finite(val_loss, "the validation loss", progress.step, folder)
-                check_weights(model, progress.step, folder)
+            validates = at_end or progress.step % settings.eval_every == 0
+            if validates:
+                val_loss = evaluate(compiled, val_loader, compute, ranks)
+                check_finite(val_loss, "the validation loss", progress.step, run_dir)
+                check_weights(model, progress.step, run_dir)
                 metrics.validation(progress.step, val_loss, metadata["splits"]["val"])
                 if val_loss < progress.best_loss:
-                    progress.best_step, progress.best_loss = progress.step, val_loss
+                    progress.best_step = progress.step
+                    progress.best_loss = val_loss
                     if ranks.is_first:
-                        save(folder / "best.pt", progress, **saved)
-                save_last()
+                        save(run_dir / "best.pt", progress, **contents)
                 done = done or is_complete(progress, settings)
-                tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
-            elif done or time.monotonic() - last_save > 60 * settings.checkpoint_minutes:
-                check_weights(model, progress.step, folder)
+            overdue = time.monotonic() - last_save > 60 * settings.checkpoint_minutes
+            if validates or done or overdue:
+                check_weights(model, progress.step, run_dir)
                 save_last()
-                tokens, since, last_save = 0, time.perf_counter(), time.monotonic()
+                num_tokens = 0  # the speed is that of training alone
+                last_log = time.perf_counter()
+                last_save = time.monotonic()
         if ranks.is_first:  # within the block: schedulers repeat their signal
             complete = is_complete(progress, settings)
-            print_report(folder, progress, settings, metadata, compute.device, complete)
+            print_report(run_dir, progress, settings, metadata, compute.device, complete)
     return 0 if is_complete(progress, settings) else signum
 
 
-def repeat(loader):
+def repeat(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
     """Yield the batches of one pass after another, without end."""
     while True:
         yield from loader
 
 
-def is_complete(progress: Progress, settings: ResolvedSettings) -> bool:
-    """Whether the run is at max_steps, or has had `patience` validations without a new best."""
+def is_complete(progress: Progress, settings: RunSettings) -> bool:
+    """Return whether the run is at max_steps, or had `patience` validations without a new best."""
     validations_since_best = (progress.step - progress.best_step) // settings.eval_every
     out_of_patience = 0 < settings.patience <= validations_since_best
     return progress.step >= settings.max_steps or out_of_patience
@@ -345,11 +393,12 @@ def is_complete(progress: Progress, settings: ResolvedSettings) -> bool:
 @memory_errors("--micro_batch_size or --sequence_length")
 def main() -> int:
     """Train a run, as the command line says; return the exit code."""
-    settings, checkpoint = load_settings(Settings, __doc__, SIZES)
-    device = choose_device(settings.device)
-    resolve_size(settings, SIZES, device.value)
-    with join_processes(device.value) as ranks:
-        signum = train(settings, checkpoint, device, ranks)
+    flags = parse_flags(Settings, __doc__)
+    with join_processes() as ranks, RunLock(ranks) as lock:
+        settings, checkpoint = load_settings(flags, __doc__, lock)
+        device = choose_device(settings.device)
+        settings = resolve_size(settings, SIZES, device.value)
+        signum = train(settings, checkpoint, device, ranks, lock)
     return 128 + signum if signum else 0  # as a shell reports a signal
 
 

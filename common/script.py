@@ -7,6 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 
+_shuts_down = True  # whether the interpreter shuts down at the end of a script
+
+
+def end_without_shutdown() -> None:
+    """Make `run_script` end the process at once, without the interpreter's shutdown.
+
+    Threads of a library may not survive the shutdown. The library's user says why.
+    """
+    global _shuts_down
+    _shuts_down = False
+
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run the `main()` of a script and end the process with its exit code.
@@ -20,7 +31,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     Raises:
         SystemExit: The script has ended. The exit code is 130 after Ctrl-C and 141 after a broken
-            pipe, as in a shell. A process of several (WORLD_SIZE above 1) ends without this
+            pipe, as in a shell. After end_without_shutdown, the process ends without this
             exception.
     """
     for name in ("stdin", "stdout", "stderr"):  # None if the stream was closed
@@ -48,9 +59,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except OSError:  # the interpreter would flush again and print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # Skip the interpreter's shutdown: gloo's threads may hold the last tensors and abort when
-        # they release them (pytorch/pytorch#179291).
+    if not _shuts_down:
         os._exit(code)
     sys.exit(code)
 

@@ -2,12 +2,13 @@
 
 In the order in which a run uses them:
 
-1. run_settings.py: flags, the settings of a resumed run, sizes; the choices for this machine.
-2. device.py: device, number type, compiler, peak FLOP/s, memory.
-3. distributed.py: the ranks of a run. signals.py: signals that stop it.
-4. optimizer.py: Muon and AdamW.
-5. checkpoint.py: what is saved and restored. huggingface.py: weights in the Hugging Face layout.
-6. run_folder.py, metrics.py, report.py: what a run writes and prints.
+1. run_settings.py: the types of the settings. flags.py: where the settings come from.
+2. distributed.py: the ranks of a run. run_folder.py: the run's folder, and its lock.
+3. device.py: device, number type, compiler, peak FLOP/s, memory. compute.py: the choices for this
+   machine.
+4. checkpoint.py: what is saved and restored. huggingface.py: weights in the Hugging Face layout.
+5. optimizer.py: Muon and AdamW. signals.py: signals that stop a run.
+6. metrics.py, report.py: what a run writes and prints. sampling.py: text that continues a prompt.
 
 Nothing here imports a script other than model.py.
 """

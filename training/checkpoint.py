@@ -2,8 +2,9 @@
 
 A checkpoint holds tensors and plain values only, so that torch.load(weights_only=True) reads it:
 step, position, best (its step and val_loss), model (weights), model_config, metadata (of the
-corpus), config (the settings asked for), chosen (device, dtype, compile); and, but for best.pt,
-optimizers (their states), scaler (of float16 gradients) and skipped_steps.
+corpus), config (the settings asked for), chosen (device, dtype, compile, document_mask,
+micro_batch_size); and, but for best.pt, optimizers (their states), scaler (of float16 gradients)
+and skipped_steps.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,11 @@ import torch
 
 from common.files import atomic_write
 from model import GPT, GPTConfig
+from training.compute import ComputeChoices
+from training.distributed import is_first_rank
 from training.huggingface import EMBEDDING, pretrained_folder
-
-SHAPE_SETTINGS = ("n_layer", "n_head", "n_embd")  # settings that weights from elsewhere decide
+from training.optimizer import OptimizerGroup
+from training.run_settings import SHAPE_SETTINGS, RunSettings
 
 
 @dataclass
@@ -36,33 +40,65 @@ class Progress:
 
 
 def save(
-    path: Path, progress: Progress, *, settings, compute, metadata, model, optimizer=None,
-    scaler=None,
-) -> None:  # fmt: skip
-    """Write a checkpoint; with `optimizer`, one that a run can be resumed from.
+    path: Path,
+    progress: Progress,
+    *,
+    settings: RunSettings,
+    compute: ComputeChoices,
+    metadata: dict,
+    model: GPT,
+    optimizer: OptimizerGroup | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Write a checkpoint; with `optimizer`, a checkpoint that a run can be resumed from.
+
+    Args:
+        path: The file: last.pt or best.pt.
+        progress: How far the run is.
+        settings: After resolve_steps.
+        compute: From choose_compute.
+        metadata: Metadata of the corpus.
+        model: The model itself, neither compiled nor wrapped.
+        optimizer: Optimizers whose states are saved.
+        scaler: Gradient scaler, given with `optimizer`.
 
     Raises:
-        OSError: It cannot be written. An older checkpoint is still whole.
+        OSError: The file cannot be written. An older checkpoint is still whole.
     """
     checkpoint = {
         "step": progress.step,
         "position": progress.position,
         "best": {"step": progress.best_step, "val_loss": progress.best_loss},
         "config": dataclasses.asdict(settings),
-        "chosen": compute.saved(),
+        "chosen": compute.plain_values(),
         "metadata": metadata,
         "model_config": dataclasses.asdict(model.config),
         "model": model.state_dict(),
     }
-    if optimizer is not None:
+    if optimizer is not None and scaler is not None:
         checkpoint["optimizers"] = optimizer.state_dicts()
         checkpoint["scaler"] = scaler.state_dict()
         checkpoint["skipped_steps"] = progress.skipped_steps
     save_checkpoint(path, checkpoint)
 
 
-def restore(checkpoint: dict, settings, metadata: dict, model, optimizer, scaler) -> Progress:
+def restore(
+    checkpoint: dict,
+    settings: RunSettings,
+    metadata: dict,
+    model: GPT,
+    optimizer: OptimizerGroup,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
     """Load the state of a checkpoint into a run's model, optimizer and gradient scaler.
+
+    Args:
+        checkpoint: From last_checkpoint.
+        settings: The settings of the resumed run.
+        metadata: Metadata of the corpus as it is now.
+        model: Gets the weights.
+        optimizer: Gets the optimizer states.
+        scaler: Gets the scale of float16 gradients.
 
     Returns:
         How far the run was.
@@ -94,24 +130,39 @@ def restore(checkpoint: dict, settings, metadata: dict, model, optimizer, scaler
     )
 
 
-def check_finite(value: float, what: str, step: int, folder: Path) -> float:
-    """Return `value`.
+def check_finite(value: float, name: str, step: int, run_dir: Path) -> float:
+    """Return `value` if it is a finite number; called before anything is saved.
+
+    Args:
+        value: A loss, or a sum of weights.
+        name: What the value is, for the message.
+        step: Optimizer steps done.
+        run_dir: Folder of the run.
 
     Raises:
-        ValueError: It is NaN or infinite; before anything is saved.
+        ValueError: The value is NaN or infinite.
     """
     if not math.isfinite(value):
         remedy = "start a new run"
-        if (folder / "last.pt").exists():
-            remedy = f"continue from {folder}/last.pt, which is good"
-        raise ValueError(f"{what} is {value} at step {step}: lower --learning_rate, and {remedy}")
+        if (run_dir / "last.pt").exists():
+            remedy = f"continue from {run_dir}/last.pt, which is good"
+        raise ValueError(f"{name} is {value} at step {step}: lower --learning_rate, and {remedy}")
     return value
 
 
-def check_weights(model, step: int, folder: Path) -> None:
-    """Raise ValueError if a weight is NaN or infinite, before anything is saved."""
+def check_weights(model: GPT, step: int, run_dir: Path) -> None:
+    """Check that all weights are finite, before anything is saved.
+
+    Args:
+        model: The model that the run trains.
+        step: Optimizer steps done.
+        run_dir: Folder of the run.
+
+    Raises:
+        ValueError: A weight is NaN or infinite.
+    """
     total = sum(p.detach().abs().max() for p in model.parameters())
-    check_finite(total.item(), "a weight", step, folder)
+    check_finite(float(total), "a weight", step, run_dir)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -119,11 +170,15 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
     An older last.pt becomes previous.pt.
 
+    Args:
+        path: The file: last.pt or best.pt.
+        checkpoint: Tensors and plain values.
+
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    keeping = _keep_previous(path) if path.name == "last.pt" else contextlib.nullcontext()
-    with keeping, atomic_write(path) as f:
+    previous_kept = _keep_previous(path) if path.name == "last.pt" else contextlib.nullcontext()
+    with previous_kept, atomic_write(path) as f:
         try:
             torch.save(checkpoint, f)
         except RuntimeError as error:  # torch turns a failed write into this
@@ -133,14 +188,14 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 @contextlib.contextmanager
-def _keep_previous(path):
-    """Around a block that replaces `path`: keep the old file as previous.pt.
+def _keep_previous(path: Path) -> Iterator[None]:
+    """Keep the old file as previous.pt around a block that replaces `path`.
 
     previous.pt changes only after the block, so that there are two checkpoints at any time.
     """
     previous = path.with_name("previous.pt")
     older = path.with_name("previous.pt.tmp")
-    older.unlink(missing_ok=True)  # by a run that was killed
+    older.unlink(missing_ok=True)  # a killed run may have left it
     try:
         if path.exists():
             try:
@@ -154,21 +209,24 @@ def _keep_previous(path):
         older.unlink(missing_ok=True)
 
 
-def last_checkpoint(run: Path) -> dict:
-    """Load the checkpoint to resume from: last.pt or, where that is damaged, previous.pt.
+def last_checkpoint(run_dir: Path) -> dict:
+    """Load the checkpoint to resume from: last.pt or, where last.pt is damaged, previous.pt.
+
+    Args:
+        run_dir: Folder of the run.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: Both are damaged, or of another program.
+        FileNotFoundError: The run has no checkpoint.
+        ValueError: Both files are damaged, or checkpoints of another program.
     """
     try:
-        return load_checkpoint(run / "last.pt")
+        return load_checkpoint(run_dir / "last.pt")
     except ValueError as error:
-        if not (run / "previous.pt").exists():
+        if not (run_dir / "previous.pt").exists():
             raise
-        checkpoint = load_checkpoint(run / "previous.pt")
-        if os.environ.get("RANK", "0") == "0":  # one of several processes prints it
-            print(f"{error}\ncontinuing from the checkpoint before it: {run}/previous.pt")
+        checkpoint = load_checkpoint(run_dir / "previous.pt")
+        if is_first_rank():
+            print(f"{error}\ncontinuing from the checkpoint before it: {run_dir}/previous.pt")
         return checkpoint
 
 
@@ -176,11 +234,11 @@ def load_checkpoint(path: Path) -> dict:
     """Load a checkpoint of train_gpt2.py onto the CPU.
 
     Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is damaged, or not a checkpoint of this program.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or not a checkpoint of this program.
     """
     try:
-        _check_parts(path)
+        _check_checksums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -203,48 +261,52 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def _is_sound(checkpoint) -> bool:
-    """Whether the weights have the shapes of model_config, and other values their types."""
+def _is_sound(checkpoint: dict) -> bool:
+    """Return whether weights have the shapes of model_config, and other values their types."""
     try:
-        numbers = checkpoint["step"], checkpoint["best"]["step"], checkpoint.get("position", 0)
+        counts = [checkpoint["step"], checkpoint["best"]["step"], checkpoint.get("position", 0)]
         with torch.device("meta"):  # no memory yet: the shape may be anything
-            shapes = GPT(GPTConfig(**checkpoint["model_config"])).state_dict()
-        weights, vocab_size = checkpoint["model"], checkpoint["metadata"]["vocab_size"]
+            expected = GPT(GPTConfig(**checkpoint["model_config"])).state_dict()
+        weights = checkpoint["model"]
+        vocab_size = checkpoint["metadata"]["vocab_size"]
         return (
-            weights.keys() == shapes.keys()
+            weights.keys() == expected.keys()
             and all(
-                p.shape == shapes[name].shape and p.is_contiguous() for name, p in weights.items()
+                p.shape == expected[name].shape and p.is_contiguous() for name, p in weights.items()
             )
             and 0 < vocab_size <= len(weights[EMBEDDING])
             and isinstance(checkpoint["metadata"]["tokenizer"]["name"], str)
             and isinstance(checkpoint["metadata"]["splits"], dict)
             and isinstance(checkpoint["config"], dict)
             and isinstance(checkpoint["best"]["val_loss"], float)
-            and all(type(n) is int and n >= 0 for n in numbers)
+            and all(type(count) is int and count >= 0 for count in counts)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
         return False
 
 
-def _check_parts(path) -> None:
-    """Raise BadZipFile where a bit has changed: torch itself checks no checksum."""
-    with zipfile.ZipFile(path) as parts:
-        # torch writes 0 here, and no checksum covers it
-        changed = (part for part in parts.infolist() if part.external_attr)
-        damaged = parts.testzip() or next(changed, None)
+def _check_checksums(path: Path) -> None:
+    """Raise BadZipFile if a bit of the file has changed; torch itself compares no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        # torch writes 0 to external_attr, and no checksum covers it
+        changed = (member for member in archive.infolist() if member.external_attr)
+        damaged = archive.testzip() or next(changed, None)
     if damaged:
         raise zipfile.BadZipFile(f"{damaged} differs from what was saved")
 
 
-def best_checkpoint(run: Path) -> dict:
-    """Load the checkpoint to use of a run: best.pt, or last.pt if it was never validated.
+def best_checkpoint(run_dir: Path) -> dict:
+    """Load the best weights of a run: best.pt, or last.pt if the run was never validated.
+
+    Args:
+        run_dir: Folder of the run.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or not a checkpoint of this program.
+        FileNotFoundError: The run has no checkpoint.
+        ValueError: The file is damaged, or not a checkpoint of this program.
     """
-    best = run / "best.pt"
-    return load_checkpoint(best) if best.exists() else last_checkpoint(run)
+    path = run_dir / "best.pt"
+    return load_checkpoint(path) if path.exists() else last_checkpoint(run_dir)
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
@@ -255,34 +317,49 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
     vocab_size = checkpoint["metadata"]["vocab_size"]
     weights = dict(checkpoint["model"])
     weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
-    shape = checkpoint["model_config"] | {"vocab_size": vocab_size, "vocab_multiple": 1}
-    model = GPT(GPTConfig(**shape))
+    config = checkpoint["model_config"] | {"vocab_size": vocab_size, "vocab_multiple": 1}
+    model = GPT(GPTConfig(**config))
     model.load_state_dict(weights)
     return model.to(device).eval()
 
 
-def create_model(settings, metadata: dict, checkpoint: dict | None, device: torch.device) -> GPT:
+def create_model(
+    settings: RunSettings, metadata: dict, checkpoint: dict | None, device: torch.device
+) -> GPT:
     """Create the model that a run trains.
 
-    It has the shape of the checkpoint, or the weights of --init_from (whose shape is then filled
-    into the settings), or is new.
+    The model has the shape of the checkpoint, or the weights of --init_from, or it is new. The
+    shape of the weights of --init_from is filled into the settings.
+
+    Args:
+        settings: After resolve_size.
+        metadata: Metadata of the corpus.
+        checkpoint: The checkpoint that the run resumes, or None.
+        device: Device of the run; the model is still on the CPU.
 
     Raises:
         ValueError: The weights of --init_from do not fit the corpus or the settings.
-        FileNotFoundError: There are no such weights.
-        ConnectionError: They cannot be downloaded.
+        FileNotFoundError: The weights of --init_from do not exist.
+        ConnectionError: The weights cannot be downloaded.
     """
     vocab_size = metadata["vocab_size"]
     T = settings.sequence_length
     if checkpoint:
-        shape = checkpoint["model_config"] | {"dropout": settings.dropout}
-        return GPT(GPTConfig(**shape))
+        return GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": settings.dropout}))
     # a GPU multiplies faster by multiples of 64
     vocab_multiple = 64 if device.type == "cuda" else 1
     if not settings.init_from:
-        shape = {name: getattr(settings, name) for name in (*SHAPE_SETTINGS, "dropout")}
-        config = GPTConfig(vocab_size, n_positions=T, vocab_multiple=vocab_multiple, **shape)
-        return GPT(config)
+        return GPT(
+            GPTConfig(
+                vocab_size=vocab_size,
+                n_positions=T,
+                n_layer=settings.n_layer,
+                n_head=settings.n_head,
+                n_embd=settings.n_embd,
+                dropout=settings.dropout,
+                vocab_multiple=vocab_multiple,
+            )
+        )
     folder = pretrained_folder(settings.init_from, settings.data_dir)
     model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
     config = model.config

@@ -8,35 +8,39 @@ A choice that the user makes by name is kept or refused, never replaced.
 """
 
 import contextlib
+import functools
 import math
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from training.distributed import local_rank
 
 
 @dataclass(frozen=True)
 class Choice:
     """A value and, for people, why it was chosen: str() is one line."""
 
-    what: str
+    name: str  # of the setting
     value: Any
     reason: str
 
     def __str__(self) -> str:
         value = str(self.value).removeprefix("torch.").lower()
-        return f"{self.what} {value}: {self.reason}"
+        return f"{self.name} {value}: {self.reason}"
 
 
 def choose_device(name: str) -> Choice:
     """Choose the device of this process and, for CUDA, make it the current one.
 
-    A CUDA device always carries an index. A process that a launcher started (LOCAL_RANK is set)
-    takes GPU number LOCAL_RANK modulo the number of visible GPUs: under Slurm a task may see all
-    GPUs of its node, or only its own.
+    A CUDA device always carries an index. A process takes GPU number local_rank() modulo the number
+    of visible GPUs: under Slurm a task may see all GPUs of its node, or only its own.
 
     Args:
         name: "auto" (cuda, then mps, then cpu), "cpu", "mps", "cuda" or "cuda:N".
@@ -45,7 +49,7 @@ def choose_device(name: str) -> Choice:
         A Choice whose value is a torch.device.
 
     Raises:
-        ValueError: There is no such device.
+        ValueError: The machine does not have the device.
     """
     reason = "asked for by --device"
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -63,8 +67,7 @@ def choose_device(name: str) -> Choice:
         device = torch.device("meta")  # an unknown name, refused below
     available = {"cpu": 1, "mps": int(has_mps), "cuda": num_gpus}.get(device.type, 0)
     if device.type == "cuda" and device.index is None and num_gpus:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank % num_gpus)
+        device = torch.device("cuda", local_rank() % num_gpus)
     if (device.index or 0) >= available:
         raise ValueError(
             f"--device {name}: this machine does not have it. Use --device auto, or one of "
@@ -88,13 +91,13 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
         name: "auto", "float32", "bfloat16" or "float16". "auto" is bfloat16 where the hardware has
             units for it, float16 on older CUDA GPUs, and float32 elsewhere. float16 needs a
             gradient scaler, which PyTorch has for CUDA and CPU.
-        device: Where the run computes.
+        device: Device of the run.
 
     Returns:
         A Choice whose value is a torch.dtype.
 
     Raises:
-        ValueError: float16 on a device without a gradient scaler.
+        ValueError: The device has no gradient scaler for float16.
     """
     if name == "float16" and device.type == "mps":
         raise ValueError(
@@ -116,7 +119,7 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Return whether a CUDA device computes in bfloat16 itself (Ampere and later, or AMD)."""
+    """Return whether a CUDA device has bfloat16 units (NVIDIA from Ampere on, and AMD)."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -125,26 +128,28 @@ def choose_compile(name: str, device: torch.device, train_flops: float) -> Choic
 
     "auto" compiles on CUDA, and on a CPU for runs of more than 2e14 FLOPs, before which half a
     minute of compiling is not repaid. Where a tiny function does not compile (no C compiler, no
-    Triton, a GPU that Triton does not support), "auto" runs uncompiled.
+    Triton, a GPU that Triton does not support, a cache folder that cannot be written), "auto" runs
+    uncompiled.
 
     Args:
         name: "auto", "true" or "false".
-        device: Where the run computes.
+        device: Device of the run.
         train_flops: FLOPs of the whole run.
 
     Returns:
         A Choice whose value is a bool.
 
     Raises:
-        ValueError: "true", but a tiny function does not compile here.
+        ValueError: `name` is "true", and a tiny function does not compile.
     """
+    cache_failure = compile_cache_failure()
     if name == "false":
         return Choice("compile", False, "asked for by --compile")
     if name == "auto" and device.type == "mps":
         return Choice("compile", False, "torch.compile is not used on Apple GPUs")
     if name == "auto" and device.type == "cpu" and train_flops <= 2e14:
         return Choice("compile", False, "compiling takes longer than it saves on a short CPU run")
-    failure = compile_failure(device)
+    failure = cache_failure or compile_failure(device)
     if failure and name == "true":
         raise ValueError(
             f"--compile true: torch.compile does not work here ({failure}). Leave out --compile to "
@@ -160,7 +165,7 @@ def compile_failure(device: torch.device) -> str:
     """Compile and run a tiny function, forward and backward.
 
     Returns:
-        "" where that works, else the reason in a few words.
+        "" if the function compiles, else the reason in a few words.
     """
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
         return "no C++ compiler was found"
@@ -172,6 +177,25 @@ def compile_failure(device: torch.device) -> str:
     return ""
 
 
+@functools.cache
+def compile_cache_failure() -> str:
+    """Return why the folder TORCHINDUCTOR_CACHE_DIR cannot be used, or "".
+
+    PyTorch makes this folder whenever an optimizer is created, even if nothing is compiled, and
+    fails if it cannot. A folder that cannot be used is therefore taken out of the environment.
+    """
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not folder:
+        return ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        return f"TORCHINDUCTOR_CACHE_DIR {folder} cannot be written: {error.strerror}"
+
+
 def flex_attention_failure(device: torch.device, head_size: int, dtype: torch.dtype) -> str:
     """Compile and run flex_attention once, forward and backward, on one block of tokens.
 
@@ -181,7 +205,7 @@ def flex_attention_failure(device: torch.device, head_size: int, dtype: torch.dt
         dtype: Number type of queries, keys and values.
 
     Returns:
-        "" where that works, else the reason in a few words.
+        "" if flex_attention compiles, else the reason in a few words.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -204,7 +228,7 @@ def _first_words(error: Exception) -> str:
 
 
 # FLOP/s of dense bfloat16 matrix products, by the makers' data sheets. (Some sheets count zeros of
-# sparse matrices: twice as much.) The first name that is part of the device's own name counts.
+# sparse matrices: twice as much.) The first name that is part of the device's name counts.
 PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
@@ -216,27 +240,27 @@ NO_BFLOAT16 = ("Tesla T4", "Tesla V100", "Tesla P100")  # their peak is that of 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return a device's peak in FLOP/s, or None where it is not known.
+    """Return a device's peak in FLOP/s, or None if the peak is unknown.
 
-    It is known for whole GPUs of the table above in their 16-bit type. A MIG slice is part of a
-    GPU whose share the name does not tell reliably: not known.
+    PEAKS has the peaks of whole GPUs in their 16-bit type. The peak of a MIG slice is unknown: its
+    name does not say reliably which part of the GPU it is.
     """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if "MIG" in name.split():
         return None
-    for known, peak in PEAKS.items():
-        if re.search(rf"\b{known}\b(?! (Ti|Laptop))", name):
+    for gpu_name, peak in PEAKS.items():
+        if re.search(rf"\b{gpu_name}\b(?! (Ti|Laptop))", name):
             half_types = {torch.float16, torch.bfloat16}
-            if known.startswith(NO_BFLOAT16):
+            if gpu_name.startswith(NO_BFLOAT16):
                 half_types = {torch.float16}
             return peak if dtype in half_types else None
     return None
 
 
 def total_memory(device: torch.device) -> float:
-    """Return the bytes of memory of a device, used and free; math.inf where unknown."""
+    """Return the bytes of memory of a device, used and free; math.inf if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -246,8 +270,15 @@ def total_memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def memory_errors(flags: str):
-    """Around a function: turn running out of memory into a ValueError that names flags to lower."""
+def memory_errors(flags: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the decorated function into a ValueError.
+
+    Args:
+        flags: The flags to lower, for the message.
+
+    Raises:
+        ValueError: The memory is not enough.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -260,10 +291,10 @@ def memory_errors(flags: str):
 
 
 def move_to_device(tensors: tuple[torch.Tensor, ...], device: torch.device) -> tuple:
-    """Copy CPU tensors to a device.
+    """Return copies of CPU tensors on a device.
 
-    A copy that does not wait is safe only from pinned memory to CUDA: from pageable memory to an
-    Apple GPU it can silently give other values (pytorch#189690).
+    Only copies from pinned memory to CUDA do not wait. From pageable memory to an Apple GPU, a copy
+    that does not wait can silently give other values (pytorch#189690).
     """
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)

@@ -1,17 +1,25 @@
 """Several processes of one run: one process per GPU, or several on CPUs (torchrun, srun).
 
-The launcher tells each process RANK, WORLD_SIZE and LOCAL_RANK. Values on the CPU travel by gloo,
-gradients on CUDA by nccl.
+The launcher describes the run to each process in environment variables: RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT. No other module reads them. Values on the CPU travel by
+gloo, gradients on CUDA by nccl.
 """
 
 import contextlib
 import os
 import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from common.script import end_without_shutdown
+
+SECONDS_TO_START = 600  # from the first process of a run to its last; a cluster starts them slowly
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -26,21 +34,23 @@ class Ranks:
         """Whether this process is rank 0, which alone writes files and prints."""
         return self.rank == 0
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(value)
-        return value
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().cpu()
+        dist.all_reduce(total)
+        return total
 
     def max(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
         if self.world_size == 1:
             return number
-        value = torch.tensor(number)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
-    def broadcast(self, value):
+    def broadcast(self, value: Value) -> Value:
         """Return rank 0's value (any object that can be pickled) on every rank."""
         if self.world_size == 1:
             return value
@@ -48,36 +58,176 @@ class Ranks:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        """Call a function on rank 0 alone, and return its value on every rank.
 
-@contextlib.contextmanager
-def join_processes(device: torch.device):
-    """Join the processes that a launcher has started, if it has, and yield this one's Ranks.
+        Args:
+            function: Returns an object that can be pickled.
 
-    Raises:
-        ValueError: Two processes share one GPU.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield Ranks()
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        gpus: list[Any] = [None] * world_size
+        Raises:
+            OSError: The function raised this error; every rank raises it.
+        """
+        value: Any = None
+        failure: OSError | None = None
+        if self.is_first:
+            try:
+                value = function()
+            except OSError as error:
+                failure = error
+        value, failure = self.broadcast((value, failure))
+        if failure:
+            raise failure
+        return value
+
+    def gradient_group(self, device: torch.device) -> Any:
+        """Return the process group that averages the gradients, for DistributedDataParallel.
+
+        Args:
+            device: Device of this rank, from choose_device.
+
+        Raises:
+            ValueError: Two ranks share one GPU.
+        """
+        if device.type != "cuda":
+            return dist.group.WORLD
+        gpus: list[Any] = [None] * self.world_size
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         dist.all_gather_object(gpus, (socket.gethostname(), uuid))
         check_gpus_differ(gpus)
-    yield Ranks(rank, world_size)
+        return dist.new_group(backend="nccl")
+
+
+def local_rank() -> int:
+    """Return the number of this process among those on its machine, 0 without a launcher.
+
+    Raises:
+        ValueError: LOCAL_RANK is not a number.
+    """
+    return _number_from_launcher("LOCAL_RANK", 0)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, or the only process.
+
+    Raises:
+        ValueError: RANK or WORLD_SIZE is not a number.
+    """
+    is_alone = _number_from_launcher("WORLD_SIZE", 1) == 1
+    return is_alone or _number_from_launcher("RANK", 0) == 0
+
+
+def launched_ranks() -> Ranks:
+    """Return the rank of this process, as its launcher has set it.
+
+    Raises:
+        ValueError: The launcher's variables are incomplete or not numbers.
+    """
+    world_size = _number_from_launcher("WORLD_SIZE", 1)
+    if world_size == 1:
+        return Ranks()
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"the environment variable WORLD_SIZE is {world_size}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: unset WORLD_SIZE to train in one "
+            f"process, or start the processes with torchrun"
+        )
+    rank = _number_from_launcher("RANK", 0)
+    if rank >= world_size:
+        raise ValueError(
+            f"the environment variable RANK is {rank}, but WORLD_SIZE is {world_size}: ranks are "
+            f"numbered from 0, so set RANK below WORLD_SIZE"
+        )
+    return Ranks(rank, world_size)
+
+
+def _number_from_launcher(name: str, default: int) -> int:
+    """Return an environment variable as a number; a variable that is empty counts as unset."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(
+            f"the environment variable {name} is {text!r:.40}, not a number: unset it, or start "
+            f"the processes with torchrun"
+        )
+    return max(int(text), 1) if name == "WORLD_SIZE" else int(text)
+
+
+@contextlib.contextmanager
+def join_processes() -> Iterator[Ranks]:
+    """Join the processes that a launcher has started, if it has.
+
+    Yields:
+        The Ranks of this process.
+
+    Raises:
+        ValueError: The launcher's variables are incomplete or not numbers.
+        TimeoutError: A process of the run does not start; the message names its rank.
+    """
+    ranks = launched_ranks()
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    store = _meet(ranks)
+    # gloo's threads may hold the last tensors and abort when the interpreter releases them
+    # (pytorch/pytorch#179291)
+    end_without_shutdown()
+    dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size)
+    yield ranks
     dist.barrier()  # leave together
     dist.destroy_process_group()
 
 
+def _meet(ranks: Ranks) -> dist.Store:
+    """Wait until all ranks have started; return the store through which they find each other."""
+    address = os.environ["MASTER_ADDR"]
+    port = _number_from_launcher("MASTER_PORT", 0)
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = timedelta(seconds=SECONDS_TO_START)
+    remedy = "start all processes of the run, or unset WORLD_SIZE to train in one"
+    try:
+        store: dist.Store = dist.TCPStore(
+            address, port, ranks.world_size, timeout=timeout,
+            is_master=ranks.is_first and not by_torchrun,  # torchrun has a store of its own
+            wait_for_workers=False,  # the wait below names the missing rank
+        )  # fmt: skip
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise TimeoutError(
+            f"rank {ranks.rank} does not reach rank 0 at {address}:{port} ({reason:.80}): {remedy}"
+        ) from None
+    # after a failure torchrun starts all processes again, with the same store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"train_gpt2/{attempt}", store)
+    store.set(f"started/{ranks.rank}", "")
+    try:
+        store.wait([f"started/{rank}" for rank in range(ranks.world_size)], timeout)
+    except dist.DistError:
+        missing = [
+            str(rank) for rank in range(ranks.world_size) if not store.check([f"started/{rank}"])
+        ]
+        raise TimeoutError(
+            f"rank {', '.join(missing)} of {ranks.world_size} (WORLD_SIZE) has not started within "
+            f"{SECONDS_TO_START} seconds: {remedy}"
+        ) from None
+    return store
+
+
 def check_gpus_differ(gpus: list[tuple[str, str]]) -> None:
-    """Raise ValueError if two ranks have the same (host name, GPU): nccl would fail or hang."""
-    ranks_of: dict[tuple[str, str], list[int]] = {}
+    """Check that each rank has a GPU of its own: nccl would fail or hang.
+
+    Args:
+        gpus: Host name and GPU of each rank.
+
+    Raises:
+        ValueError: Two ranks share one GPU.
+    """
+    ranks_of_gpu: dict[tuple[str, str], list[int]] = {}
     for rank, gpu in enumerate(gpus):
-        ranks_of.setdefault(gpu, []).append(rank)
-    for (host, _), ranks in ranks_of.items():
+        ranks_of_gpu.setdefault(gpu, []).append(rank)
+    for (host, _), ranks in ranks_of_gpu.items():
         if len(ranks) > 1:
             raise ValueError(
                 f"processes {', '.join(map(str, ranks))} share one GPU of {host}: start one "

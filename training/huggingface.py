@@ -19,12 +19,13 @@ import torch
 
 from common.files import atomic_write, exclusive_lock, read_json
 from corpus.download import download
+from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
 FILES = ("config.json", "model.safetensors")
-SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+SHAPE_FIELDS = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 EMBEDDING = "transformer.wte.weight"
-SUPPORTED = {  # what config.json may say of a GPT-2 beside its shape; first the default
+SUPPORTED = {  # values that config.json may have beside the shape; first the default
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
@@ -41,12 +42,12 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
     """Return the folder that holds a GPT-2's config.json and model.safetensors.
 
     Args:
-        name: The folder itself, or one of OpenAI's four models, which is downloaded once to
-            DATA_DIR/pretrained/NAME (from HF_ENDPOINT, where a mirror is set).
+        name: The folder itself, or one of OpenAI's four models. A model is downloaded once to
+            DATA_DIR/pretrained/NAME, from the mirror HF_ENDPOINT if that variable is set.
         data_dir: Folder of prepared corpora.
 
     Raises:
-        FileNotFoundError: `name` is neither a model of OpenAI's nor such a folder.
+        FileNotFoundError: `name` is neither one of the four models nor such a folder.
         ConnectionError: A file cannot be downloaded.
     """
     if name not in RELEASED:
@@ -75,21 +76,21 @@ def read_shape(folder: Path) -> dict[str, int]:
     """Return vocab_size, n_positions, n_layer, n_head and n_embd from folder/config.json.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or describes another kind of model.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or describes another kind of model.
     """
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it does not hold a model configuration")
     n_embd = config.get("n_embd")
-    inner = 4 * n_embd if isinstance(n_embd, int) else None
+    default_n_inner = 4 * n_embd if isinstance(n_embd, int) else None
     for name, supported in SUPPORTED.items():
         value = config.get(name, supported[0])
-        if value not in supported and (name, value) != ("n_inner", inner):
+        if value not in supported and (name, value) != ("n_inner", default_n_inner):
             raise ValueError(f"{folder} is not a plain GPT-2: its {name} is {value!r:.60}")
     shape: dict[str, int] = {}
-    for name in SHAPE:
+    for name in SHAPE_FIELDS:
         value = config.get(name)
         limit = 1000 if name == "n_layer" else 1 << 20
         if type(value) is not int or not 1 <= value <= limit:
@@ -100,12 +101,12 @@ def read_shape(folder: Path) -> dict[str, int]:
     return shape
 
 
-def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Return the weights of folder/model.safetensors under the names of model.GPT.
 
     Args:
-        folder: In the Hugging Face layout.
-        shapes: Name -> shape of every weight that the model has.
+        folder: Folder in the Hugging Face layout.
+        shapes: Name -> shape of every weight of the model.
 
     Returns:
         float32 tensors on the CPU.
@@ -138,14 +139,19 @@ def read_weights(folder: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tens
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
-def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> None:
-    """Write a model in the Hugging Face layout; config.json last, when all else is there.
+def write_model(
+    folder: Path,
+    shape: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a model in the Hugging Face layout, config.json last.
 
     Args:
-        folder: Created if it does not exist.
-        shape: The fields of SHAPE, and dropout.
-        weights: As GPT.state_dict() names them.
-        tokenizer: Of corpus.tokenizer, written too.
+        folder: Folder to write; created if it does not exist.
+        shape: Values of SHAPE_FIELDS, and of dropout.
+        weights: Weights under the names of GPT.state_dict().
+        tokenizer: Tokenizer to write, too.
 
     Raises:
         OSError: The folder cannot be written.
@@ -155,33 +161,37 @@ def write_model(folder: Path, shape: dict, weights: dict, tokenizer=None) -> Non
         name: (p.T if name.endswith(CONV1D) else p).detach().float().cpu().contiguous()
         for name, p in weights.items()
     }
-    eot = tokenizer.eot_token if tokenizer is not None else None
-    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    eot_token = tokenizer.eot_token if tokenizer is not None else None
+    eot_config = {"bos_token_id": eot_token, "eos_token_id": eot_token}
     config: dict[str, Any] = {name: supported[0] for name, supported in SUPPORTED.items()}
-    config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | ends
-    config |= {name: shape[name] for name in SHAPE}
+    config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | eot_config
+    config |= {name: shape[name] for name in SHAPE_FIELDS}
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
-    # not save_file: its file can be read by its owner alone
+    # not save_file, whose file can be read by its owner alone
     _write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
-    _write(folder / "generation_config.json", json.dumps(ends, indent=2).encode())
+    _write(folder / "generation_config.json", json.dumps(eot_config, indent=2).encode())
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, model_max_length=shape["n_positions"])
     _write(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-def write_tokenizer(folder: Path, tokenizer, **more) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, **more: Any) -> None:
     """Write tokenizer.json and tokenizer_config.json; AutoTokenizer then gives the same ids.
 
     Args:
-        folder: Where to write.
-        tokenizer: Of corpus.tokenizer.
+        folder: Folder to write, which exists.
+        tokenizer: Tokenizer to write.
         **more: Further fields of tokenizer_config.json.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    end = tokenizer.decode([tokenizer.eot_token])
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    eot_name = tokenizer.decode([tokenizer.eot_token])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eot_name,
+        "eos_token": eot_name,
+    }
     _write(folder / "tokenizer.json", tokenizer_json(tokenizer).encode())
     _write(folder / "tokenizer_config.json", json.dumps(config | more, indent=2).encode())
 
@@ -191,60 +201,84 @@ def _write(path: Path, data: bytes) -> None:
         f.write(data)
 
 
-def tokenizer_json(tokenizer) -> str:
+def tokenizer_json(tokenizer: Tokenizer) -> str:
     """Return the text of a tokenizer.json that gives the same ids as `tokenizer`."""
-    if hasattr(tokenizer, "tokenizer"):
-        return tokenizer.tokenizer.to_str()  # it came from a tokenizer.json
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    special, before = {"<|endoftext|>": tokenizer.eot_token}, [level]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.tokenizer.to_str()
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    special = {"<|endoftext|>": tokenizer.eot_token}
+    pretokenizers: list[dict] = [byte_level]
     encoding = getattr(tokenizer, "encoding", None)  # tiktoken's
     if encoding is not None:
         special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        # in that syntax $ ends a line and {1,3}+ repeats a repetition
+        # in the syntax of tokenizer.json $ ends a line and {1,3}+ repeats a repetition
         pattern = encoding._pat_str.replace("$", r"\z").replace("{1,3}+", "{1,3}")
-        split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        before.insert(0, {"type": "Split", **split})
-    ids = {*special.values()}
-    ranks = {piece: i for i, piece in tokenizer.token_bytes.items() if i not in ids}
-    pairs = (
-        _last_merge(piece, ranks)
-        for piece in sorted(ranks, key=ranks.__getitem__)
-        if len(piece) > 1
-    )
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        pretokenizers = [split, byte_level]
+    special_ids = set(special.values())
+    ids = {
+        token_bytes: i for i, token_bytes in tokenizer.token_bytes.items() if i not in special_ids
+    }
+    merges = []
+    for token_bytes in sorted(ids, key=ids.__getitem__):
+        parts = _last_merge(token_bytes, ids)
+        if len(parts) == 2:
+            merges.append([_letters(part) for part in parts])
     model = {
         "type": "BPE",
-        "vocab": {_letters(piece): i for piece, i in ranks.items()} | special,
-        "merges": [[_letters(part) for part in pair] for pair in pairs if len(pair) == 2],
+        "vocab": {_letters(token_bytes): i for token_bytes, i in ids.items()} | special,
+        "merges": merges,
         "ignore_merges": encoding is not None,  # token bytes in the vocabulary are one id
     }
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": name, "special": True} | flags for name, i in special.items()]
-    return json.dumps({
+    added = [
+        {"id": i, "content": name, "special": True} | flags
+        for name, i in sorted(special.items(), key=lambda item: item[1])
+    ]
+    config = {
         "version": "1.0",
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
-        "decoder": level,
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers},
+        "decoder": byte_level,
         "model": model,
-    }, ensure_ascii=False)  # fmt: skip
+    }
+    return json.dumps(config, ensure_ascii=False)
 
 
-def _last_merge(piece: bytes, ranks) -> list[bytes]:
-    """The parts that earlier merges make of a piece: two, unless no merge makes it."""
-    parts = [bytes([byte]) for byte in piece]
+def _last_merge(token_bytes: bytes, ids: dict[bytes, int]) -> list[bytes]:
+    """Return the two parts whose merge gives a token; other lengths if no merge gives it.
+
+    Example: token_bytes=b"abc", ids={b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4} ->
+    [b"ab", b"c"].
+    """
+    parts = [bytes([byte]) for byte in token_bytes]
+    own_id = ids[token_bytes]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, ranks[piece]) for a, b in itertools.pairwise(parts)]
-        if (least := min(pairs)) >= ranks[piece]:
+        pair_ids = [ids.get(first + second, own_id) for first, second in itertools.pairwise(parts)]
+        lowest = min(pair_ids)
+        if lowest >= own_id:
             break
-        i = pairs.index(least)
+        i = pair_ids.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-def _letters(piece: bytes) -> str:
-    """Bytes as the letters that GPT-2's files have for them: those that print are themselves."""
-    return "".join(map(_LETTERS.__getitem__, piece))
+def _letters(token_bytes: bytes) -> str:
+    """Return bytes in the letters of GPT-2's files: printable bytes stand for themselves."""
+    return "".join(map(_LETTERS.__getitem__, token_bytes))
 
 
-_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
-_LETTERS = {byte: chr(byte) for byte in _PRINTED} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
+_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}

@@ -9,30 +9,43 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.files import atomic_write, exclusive_lock
+from common.files import atomic_write
 from common.packages import optional
+from training.checkpoint import Progress
+from training.distributed import Ranks
+from training.run_settings import RunSettings
 
 SECONDS_BETWEEN_LINES = 60  # where there is no terminal for a progress bar
 
 
-def open_metrics(folder: Path, step: int, settings, ranks):
-    """Return the Metrics of a run on rank 0, and an object that logs nothing on other ranks."""
+def open_metrics(
+    run_dir: Path, step: int, settings: RunSettings, ranks: Ranks
+) -> "Metrics | NoMetrics":
+    """Return the Metrics of a run on rank 0, and an object that logs nothing on other ranks.
+
+    Args:
+        run_dir: Folder of the run.
+        step: Optimizer steps done.
+        settings: After resolve_steps.
+        ranks: This process among all.
+    """
     if not ranks.is_first:
         return NoMetrics()
-    return Metrics(folder, step, settings.max_steps, settings.tensorboard)
+    return Metrics(run_dir, step, settings.max_steps, settings.tensorboard)
 
 
 class NoMetrics:
     """The metrics of ranks other than 0: nothing."""
 
-    def train(self, *args) -> None:
+    def train(self, *args: object) -> None:
         """Log nothing."""
 
-    def validation(self, *args) -> None:
+    def validation(self, *args: object) -> None:
         """Log nothing."""
 
     def close(self) -> None:
@@ -40,50 +53,66 @@ class NoMetrics:
 
 
 class Metrics:
-    """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows where the run is.
+    """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows the progress of a run.
 
     Each line of the file holds `step` (optimizer steps done) and either
 
     - train_loss (nats per token, of that step's batch), learning_rate, tokens_per_second (of
-      training alone), mfu (the share of the devices' peak) where that is known, and skipped_steps
+      training alone), mfu (the share of the devices' peak) if the peak is known, and skipped_steps
       once a step was skipped; or
-    - val_loss (nats per token) and val_bpb (bits per byte of text, all of it: the first tokens of
+    - val_loss (nats per token) and val_bpb (bits per byte of all text: the first tokens of
       documents, which val_loss leaves out, count as much as others).
 
-    Lines after `step`, which a killed run leaves, are dropped. The run is locked, so that no two
-    processes train it.
+    Lines after `step`, which a killed run leaves, are dropped.
+
+    Args:
+        run_dir: Folder of the run.
+        step: Optimizer steps done.
+        max_steps: Optimizer steps of the whole run.
+        tensorboard: Whether to write the numbers for TensorBoard, too.
 
     Raises:
-        BlockingIOError: Another process trains this run.
+        ValueError: A line of an existing metrics.jsonl is damaged.
+        OSError: The file cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int, max_steps: int, tensorboard: bool = False):
-        self.folder = folder
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, run_dir: Path, step: int, max_steps: int, tensorboard: bool = False):
+        self.run_dir = run_dir
+        self.path = run_dir / "metrics.jsonl"
         self.first_step = step
         self.max_steps = max_steps
-        self.lock = contextlib.ExitStack()
-        message = (
-            f"{folder} is being trained by another process: wait for it, or choose another "
-            f"--run_name"
-        )
-        self.lock.enter_context(exclusive_lock(folder / ".lock", message))
         self.file = open(self.path, "a", buffering=1)  # a line at a time
-        kept = sum(size for size, values in _lines(self.path) if values["step"] <= step)
-        self.file.truncate(kept)
+        size = sum(num_bytes for num_bytes, line in _lines(self.path) if line["step"] <= step)
+        self.file.truncate(size)
         self.tensorboard = None
         if tensorboard:
             writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
-            self.tensorboard = writer.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.start = self.last_line = time.perf_counter()
+            self.tensorboard = writer.SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        self.start = time.perf_counter()
+        self.last_line = self.start
         self.status = "training"
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", leave=False,
             disable=not sys.stderr.isatty(), delay=1e-9,  # not before the first step is done
         )  # fmt: skip
 
-    def train(self, progress, tokens_per_second, mfu, train_loss, learning_rate) -> None:
-        """Log a training step; mfu may be None."""
+    def train(
+        self,
+        progress: Progress,
+        tokens_per_second: float,
+        mfu: float | None,
+        train_loss: float,
+        learning_rate: float,
+    ) -> None:
+        """Log a training step.
+
+        Args:
+            progress: How far the run is.
+            tokens_per_second: Speed of training since the last line.
+            mfu: Share of the devices' peak, None if unknown.
+            train_loss: Nats per token of the step's batch.
+            learning_rate: Learning rate of the step.
+        """
         values = {
             "train_loss": train_loss,
             "learning_rate": learning_rate,
@@ -103,22 +132,28 @@ class Metrics:
             self.print_line(progress.step)
 
     def validation(self, step: int, val_loss: float, split: dict) -> None:
-        """Log a validation and draw loss.png; split: of metadata.json, with tokens and bytes."""
-        # every byte has to be paid for: tokens without a prediction cost as much as others
+        """Log a validation and draw loss.png.
+
+        Args:
+            step: Optimizer steps done.
+            val_loss: Nats per token.
+            split: The validation split in metadata.json, with its numbers of tokens and bytes.
+        """
+        # all bytes count: tokens without a prediction cost as much as others
         val_bpb = val_loss / math.log(2) * split["tokens"] / split["bytes"]
         self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
         text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; "
         self.print_line(step, text)
-        plot_losses(self.folder)
+        plot_losses(self.run_dir)
 
     def print_line(self, step: int, text: str = "") -> None:
         """Print a line above the progress bar."""
         self.last_line = time.perf_counter()
         pace = (self.last_line - self.start) / max(1, step - self.first_step)
-        left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
+        time_left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
         number = f"{step:>{len(str(self.max_steps))}}/{self.max_steps}"
         with self.bar.external_write_mode():
-            print(f"step {number}: {text}{self.status}; {left} left", flush=True)
+            print(f"step {number}: {text}{self.status}; {time_left} left", flush=True)
 
     def close(self) -> None:
         """End the progress bar and close the files."""
@@ -126,13 +161,12 @@ class Metrics:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
-        self.lock.close()
 
-    def _write(self, step, values):
+    def _write(self, step: int, values: dict[str, float]) -> None:
         try:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            error.filename = str(self.path)  # a failed write does not know it
+            error.filename = str(self.path)  # a failed write does not set it
             with contextlib.suppress(OSError):
                 self.file.close()  # which writes again; a later close() does not
             raise
@@ -142,7 +176,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics.jsonl, without one that a kill has cut short.
+    """Return the lines of a metrics.jsonl, without a last line that a kill has cut short.
 
     Raises:
         ValueError: A line is damaged.
@@ -150,26 +184,28 @@ def read_metrics(path: Path) -> list[dict]:
     return [line for _, line in _lines(path)] if path.exists() else []
 
 
-def _lines(path):
-    """Yield (bytes, values) of each whole line."""
+def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the number of bytes and the values of each whole line."""
     with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+        for line_number, line in enumerate(f, 1):
             if not line.endswith(b"\n"):
                 return
             try:
                 values = json.loads(line)
                 yield len(line), values | {"step": int(values["step"])}
             except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number} is damaged: remove that line") from None
+                raise ValueError(
+                    f"{path}, line {line_number} is damaged: remove that line"
+                ) from None
 
 
-def plot_losses(folder: Path) -> None:
+def plot_losses(run_dir: Path) -> None:
     """Draw loss.png from metrics.jsonl: both losses against steps, the best validation marked."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a read-only home
     from matplotlib.figure import Figure  # no pyplot: no window, no state
 
-    gc.collect()  # the last figure: its parts refer to each other, and take a megabyte
-    lines = read_metrics(folder / "metrics.jsonl")
+    gc.collect()  # the last figure, a megabyte of objects that refer to each other
+    lines = read_metrics(run_dir / "metrics.jsonl")
     train = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -179,18 +215,13 @@ def plot_losses(folder: Path) -> None:
     if val:
         best = min(val, key=lambda point: point[1])
         axes.plot(*zip(*val), marker=".", label="validation")
-        axes.plot(
-            *best,
-            "o",
-            fillstyle="none",
-            color="black",
-            label=f"best: {best[1]:.4f} at step {best[0]}",
-        )
+        label = f"best: {best[1]:.4f} at step {best[0]}"
+        axes.plot(*best, "o", fillstyle="none", color="black", label=label)
     axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
-    name = os.fsencode(folder.name).decode(errors="replace")  # a name may be any bytes
+    name = os.fsencode(run_dir.name).decode(errors="replace")  # a name may be any bytes
     axes.set_title(name, parse_math=False)
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
-    with atomic_write(folder / "loss.png") as f:
+    with atomic_write(run_dir / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")

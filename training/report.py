@@ -8,18 +8,29 @@ import torch
 from common.files import atomic_write
 from common.settings import print_settings
 from corpus.tokenizer import get_tokenizer
+from model import GPT
 from training.checkpoint import Progress, best_checkpoint, load_model
+from training.compute import ComputeChoices
+from training.distributed import Ranks
 from training.metrics import plot_losses
-from training.run_settings import sequences_per_pass
+from training.run_settings import RunSettings
+from training.sampling import continue_prompt
 
 
-def print_model(settings, compute, model, ranks) -> None:
-    """Print the settings, the choices with their reasons, and the size of model and batch."""
+def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, ranks: Ranks) -> None:
+    """Print the settings, the choices with their reasons, and the size of model and batch.
+
+    Args:
+        settings: After resolve_steps.
+        compute: From choose_compute.
+        model: The model that the run trains.
+        ranks: This process among all.
+    """
     print_settings(settings)
     for line in compute.lines:
         print(line)
     share = settings.batch_size // ranks.world_size
-    micro_batch_size = sequences_per_pass(settings, ranks)
+    micro_batch_size = compute.micro_batch_size
     factors = f"{settings.sequence_length} x {micro_batch_size} sequences"
     if share > micro_batch_size:
         factors += f" x {share // micro_batch_size} accumulation steps"
@@ -30,14 +41,28 @@ def print_model(settings, compute, model, ranks) -> None:
 
 
 def print_report(
-    folder: Path, progress: Progress, settings, metadata: dict, device, complete: bool
+    run_dir: Path,
+    progress: Progress,
+    settings: RunSettings,
+    metadata: dict,
+    device: torch.device,
+    complete: bool,
 ) -> None:
-    """Print how to resume the run or, if it is complete, a sample and where the files are."""
-    quoted = shlex.quote(str(folder))
+    """Print how to resume the run or, if it is complete, a sample and the names of its files.
+
+    Args:
+        run_dir: Folder of the run.
+        progress: How far the run is.
+        settings: After resolve_steps.
+        metadata: Metadata of the corpus.
+        device: Device of the run.
+        complete: Whether the run is complete.
+    """
+    quoted = shlex.quote(str(run_dir))
     if progress.skipped_steps:
         print(f"{progress.skipped_steps} steps were skipped: their gradients were beyond float16")
     if not complete:
-        plot_losses(folder)
+        plot_losses(run_dir)
         print(
             f"stopped at step {progress.step}; continue with: "
             f"python train_gpt2.py --resume {quoted}",
@@ -47,26 +72,29 @@ def print_report(
     if progress.step < settings.max_steps:
         steps = progress.step - progress.best_step
         print(f"no better validation for {steps} steps: ended early")
-    print_sample(folder, metadata, device)
+    print_sample(run_dir, metadata, device)
     print(f"best validation {progress.best_loss:.4f} nats per token, at step {progress.best_step}")
-    names = ", ".join(sorted(path.name for path in folder.glob("[!.]*")))
-    print(f"files: {folder}/ ({names})")
+    names = ", ".join(sorted(path.name for path in run_dir.glob("[!.]*")))
+    print(f"files: {run_dir}/ ({names})")
     print(f'text:  python sample.py --run {quoted} --prompt "..."')
 
 
-def print_sample(folder: Path, metadata: dict, device: torch.device) -> None:
-    """Print 200 tokens by the run's best weights, and write them to sample.txt."""
-    model = load_model(best_checkpoint(folder), device)
+def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
+    """Print 200 tokens by the run's best weights, and write them to sample.txt.
+
+    Args:
+        run_dir: Folder of the run.
+        metadata: Metadata of the corpus.
+        device: Device of the run.
+    """
+    model = load_model(best_checkpoint(run_dir), device)
     try:
         tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
     except FileNotFoundError as error:  # a run on a machine that has data/ but no vocabulary
         print(f"no sample: {error}")
         return
-    # a vocabulary without white space has no ids for it
-    ids = tokenizer.encode("\n").tolist() or [tokenizer.eot_token]
-    prompt = torch.as_tensor(ids, device=device)[None]
-    new = model.generate(prompt, 200, temperature=0.8, top_k=50)
-    text = tokenizer.decode([int(token) for token in new])
-    with atomic_write(folder / "sample.txt") as f:
+    tokens = continue_prompt(model, tokenizer, "\n", max_new_tokens=200, temperature=0.8, top_k=50)
+    text = tokenizer.decode([int(token) for token in tokens])
+    with atomic_write(run_dir / "sample.txt") as f:
         f.write(text.encode())
     print(f"\n{text}\n")

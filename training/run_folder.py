@@ -1,40 +1,89 @@
-"""The folders of runs, out/RUN/: made, found, described by config.json."""
+"""The folders of runs, out/RUN/: made, found, locked, described by config.json."""
 
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
 
-from common.files import atomic_write, folder_name
+from common.files import atomic_write, exclusive_lock, folder_name
+from training.compute import ComputeChoices
+from training.distributed import Ranks
+from training.run_settings import RunSettings
 
 
-def run_folder(settings) -> Path:
-    """Return the folder of the run to resume, or make that of a new run.
+class RunLock(contextlib.ExitStack):
+    """Keeps other processes from training a run, until the block or the process ends.
+
+    Rank 0 holds the lock for all ranks of the run.
+
+    Args:
+        ranks: This process among all.
+    """
+
+    def __init__(self, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+        self.run_dir: Path | None = None
+
+    def take(self, run_dir: Path) -> None:
+        """Lock a run; every rank calls this method. A lock that is held already stays.
+
+        Args:
+            run_dir: Folder of the run, which exists.
+
+        Raises:
+            BlockingIOError: Another process trains the run.
+            OSError: The lock file cannot be written.
+        """
+        if self.run_dir == run_dir:
+            return
+        message = (
+            f"{run_dir} is being trained by another process: wait for it, or choose another "
+            f"--run_name"
+        )
+        lock = exclusive_lock(run_dir / ".lock", message)
+        self.ranks.on_first(lambda: self.enter_context(lock))
+        self.run_dir = run_dir
+
+
+def run_folder(settings: RunSettings, ranks: Ranks) -> Path:
+    """Return the folder of the run to resume, or make the folder of a new run.
+
+    Args:
+        settings: From resolve_size.
+        ranks: This process among all; rank 0 makes the folder.
 
     Raises:
         FileExistsError: The folder holds another run.
-        OSError: It cannot be made.
+        OSError: The folder cannot be made.
     """
-    resumed = settings.resume not in ("", "auto")
-    return Path(settings.resume) if resumed else new_run(settings)
+    if settings.resume not in ("", "auto"):
+        return Path(settings.resume)
+    return ranks.on_first(lambda: new_run(settings))
 
 
-def write_config(folder: Path, settings, compute) -> None:
-    """Write config.json: the settings asked for, and under "chosen" what this machine takes.
+def write_config(run_dir: Path, settings: RunSettings, compute: ComputeChoices) -> None:
+    """Write config.json: the settings asked for and, under "chosen", the choices for this machine.
 
     Files that a killed run left half-written are removed.
+
+    Args:
+        run_dir: Folder of the run.
+        settings: After resolve_steps.
+        compute: From choose_compute.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    for leftover in folder.glob("*.tmp"):
+    for leftover in run_dir.glob("*.tmp"):
         leftover.unlink()
-    config = dataclasses.asdict(settings) | {"chosen": compute.saved()}
-    with atomic_write(folder / "config.json") as f:
+    config = dataclasses.asdict(settings) | {"chosen": compute.plain_values()}
+    with atomic_write(run_dir / "config.json") as f:
         f.write(json.dumps(config, indent=2).encode())
 
 
-def new_run(settings) -> Path:
+def new_run(settings: RunSettings) -> Path:
     """Make the folder of a new run: OUT_DIR/RUN_NAME, or OUT_DIR/CORPUS-SIZE-1, -2, ...
 
     A named folder in which no checkpoint was ever saved is used again.
@@ -45,29 +94,29 @@ def new_run(settings) -> Path:
     out_dir = Path(settings.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if settings.run_name:
-        folder = out_dir / folder_name(settings.run_name, "--run_name")
-        if any(folder.glob("*.pt")):
+        run_dir = out_dir / folder_name(settings.run_name, "--run_name")
+        if any(run_dir.glob("*.pt")):
             raise FileExistsError(
-                f"{folder} holds a run already: continue it with --resume {folder}, or choose "
+                f"{run_dir} holds a run already: continue it with --resume {run_dir}, or choose "
                 f"another --run_name"
             )
-        folder.mkdir(exist_ok=True)
-        return folder
+        run_dir.mkdir(exist_ok=True)
+        return run_dir
     number = 1
     while True:
-        folder = out_dir / f"{settings.corpus}-{settings.size}-{number}"
-        try:  # not looked up first: two runs may start at once
-            folder.mkdir()
-            return folder
+        run_dir = out_dir / f"{settings.corpus}-{settings.size}-{number}"
+        try:  # without a look first: two runs may start at once
+            run_dir.mkdir()
+            return run_dir
         except FileExistsError:
             number += 1
 
 
-def newest_run(out_dir) -> Path:
+def newest_run(out_dir: str | Path) -> Path:
     """Return the folder under `out_dir` whose last.pt was saved last.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: No run has a checkpoint.
     """
     checkpoints = sorted(Path(out_dir).glob("*/last.pt"), key=os.path.getmtime)
     if not checkpoints:

@@ -35,7 +35,8 @@ from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from training import device
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.metrics import Metrics
+from training.distributed import Ranks
+from training.run_folder import RunLock
 
 TINY = (
     "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 16 --batch_size 2 --stop_at 1 "
@@ -300,10 +301,10 @@ def test_a_run_without_a_terminal_a_home_or_a_temporary_folder(call):
 
 
 def hold(folder, held):
-    metrics = Metrics(folder, step=1, max_steps=2)  # what a run holds from its first to last step
-    held.set()
-    time.sleep(600)
-    metrics.close()
+    with RunLock(Ranks()) as lock:  # what a run holds from its first to its last step
+        lock.take(folder)
+        held.set()
+        time.sleep(600)
 
 
 def test_two_processes_cannot_train_one_run(call):

@@ -200,8 +200,9 @@ def test_every_mask(fake_cuda, monkeypatch):
 
 def choices(**changes):
     values = dict(
-        device=CUDA, dtype=torch.bfloat16, compile=False, separate_documents=True,
-        flex_attention=False, eot_token=30, flops_per_token=1, peak=None, lines=(),
+        device=CUDA, dtype=torch.bfloat16, compile=False, micro_batch_size=4,
+        separate_documents=True, flex_attention=False, eot_token=30, flops_per_token=1, peak=None,
+        lines=(),
     )  # fmt: skip
     return train_gpt2.ComputeChoices(**values | changes)
 
@@ -244,8 +245,8 @@ def test_a_gpus_checkpoint_continues_on_a_cpu_and_back(train, driver, tmp_path):
     model = GPT(GPTConfig(257, 16, 2, 2, 16))
     compute = train_gpt2.choose_compute(
         dataclasses.replace(settings, compile="false"),
-        checkpoint["metadata"], load_checkpoint(folder / "last.pt"), choose_device("auto"), model,
-        train_gpt2.Ranks(),
+        checkpoint["metadata"], load_checkpoint(folder / "last.pt"), choose_device("auto"), 4,
+        model, train_gpt2.Ranks(),
     )  # fmt: skip
     assert compute.device == CUDA and compute.dtype == torch.bfloat16
 

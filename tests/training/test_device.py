@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, assert_one_line_error, run_script
 
 from model import GPT, GPTConfig
 from training import device as device_module
+from training.compute import why_no_flex_attention
 from training.device import (
     choose_compile,
     choose_device,
     choose_dtype,
+    compile_cache_failure,
     compile_failure,
     flex_attention_failure,
     move_to_device,
@@ -21,7 +23,6 @@ from training.device import (
     total_memory,
 )
 from training.distributed import check_gpus_differ
-from training.run_settings import why_no_flex_attention
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -143,6 +144,31 @@ def test_a_compiler_that_fails_is_found_out_once(monkeypatch, tmp_path):
         assert first.startswith("compile false: torch.compile does not work here ("), first
         assert second.startswith("--compile true: torch.compile does not work here ("), second
         assert "Traceback" not in result.stderr
+
+
+def test_a_compile_cache_that_cannot_be_written(rhyme, tmp_path):
+    """A file, and a folder that nobody may write: auto trains uncompiled, true is refused."""
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    flags = [str(part) for name, value in TINY.items() for part in (f"--{name}", value)]
+    flags += ["--max_steps", "2"]
+    for folder in (taken, "/proc/self"):
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+        result = run_script("train_gpt2.py", *flags, cwd=tmp_path, env=env)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "compile false: " in result.stdout
+        result = run_script("train_gpt2.py", *flags, "--compile", "true", cwd=tmp_path, env=env)
+        assert_one_line_error(result, f"TORCHINDUCTOR_CACHE_DIR {folder} cannot be written")
+
+
+def test_a_compile_cache_of_a_long_run_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "taken"))
+    compile_cache_failure.cache_clear()
+    choice = choose_compile("auto", CPU, 1e20)
+    compile_cache_failure.cache_clear()
+    assert not choice.value
+    assert "(TORCHINDUCTOR_CACHE_DIR" in str(choice) and "cannot be written" in str(choice)
 
 
 def test_a_compiler_that_works():

@@ -257,7 +257,7 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
 
 @pytest.fixture
 def tuned(tmp_path):
-    """weights/ of a small GPT-2, data/c of its vocabulary, and flags to go on from there."""
+    """weights/ of a small GPT-2, data/c of its vocabulary, and flags to continue from there."""
     small().save_pretrained(tmp_path / "weights", get_tokenizer("bytes"))
     make_corpus(tmp_path / "data" / "c", ["one for sorrow, two for mirth\n" * 60])
     flags = "--init_from weights --sequence_length 16 --batch_size 4 --dropout 0 --device cpu"

@@ -44,7 +44,7 @@ def write(trained, monkeypatch, capsys):
     return write
 
 
-def test_text_goes_on_from_a_flag_a_file_or_standard_input(write, tmp_path):
+def test_text_continues_a_flag_a_file_or_standard_input(write, tmp_path):
     expected = "one for sorrow, 二つ\none\n\n"
     assert write(*GREEDY, "--max_new_tokens", 10) == expected
     assert write(*GREEDY, "--max_new_tokens", 10, "--run", "out/rhyme-tiny-1") == expected

@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import functools
 import json
@@ -12,7 +13,9 @@ import struct
 import sys
 import termios
 import time
+import types
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -23,9 +26,12 @@ from processes import start
 import train_gpt2
 from corpus.metadata import with_checksum
 from training.checkpoint import Progress, load_checkpoint, load_model
+from training.compute import choose_micro_batch_size
+from training.distributed import Ranks
+from training.flags import checkpoint_settings, load_settings, parse_flags, resolve_size
 from training.metrics import Metrics, read_metrics
-from training.run_folder import newest_run
-from training.run_settings import load_settings, resolve_size, saved_settings
+from training.run_folder import RunLock, newest_run
+from training.run_settings import RunSettings
 
 
 def test_a_run_and_its_files(rhyme, tmp_path):
@@ -61,7 +67,7 @@ def test_no_run_overwrites_another(train):
 
 
 def test_validation_is_a_full_pass(train, tmp_path):
-    """Every token but the first is predicted once, the tail behind the last block included."""
+    """Every token but the first is predicted once, the tail after the last block included."""
     make_corpus(tmp_path / "data" / "odd", ["x" * 900 + "abcdefghij" * 10 + "xyz"])
     folder = train(max_steps=1, corpus="odd")
     tokens = np.fromfile(tmp_path / "data" / "odd" / "val.bin", np.uint16).astype(np.int64)
@@ -126,7 +132,7 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
         train(resume="out/rhyme-tiny-1")
 
 
-def test_a_job_that_is_started_again_goes_on(train):
+def test_a_job_that_is_started_again_continues(train):
     """--resume auto: whatever its scheduler has done to it, the command is the same."""
     command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}
     (folder := Path("out/job")).mkdir(parents=True)  # killed before its first checkpoint
@@ -139,7 +145,7 @@ def test_a_job_that_is_started_again_goes_on(train):
         train(**TINY, resume="auto")
 
 
-def test_the_order_goes_on_with_another_batch_size(train):
+def test_the_order_continues_with_another_batch_size(train):
     """Windows used so far are what counts: 2 steps of 4 windows and 1 of 8 are 4 steps of 4."""
     train(max_steps=4, stop_at=2, run_name="a")
     train(resume="out/a", batch_size=8, stop_at=3)
@@ -217,7 +223,7 @@ def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
     tokens = torch.from_numpy(np.fromfile(tmp_path / "data/d/val.bin", np.uint16).astype(np.int64))
     nats = count = 0
     for first in range(0, len(tokens) - 1, 16):
-        row = tokens[first : first + 17]  # a window and the token behind it, or the tail's
+        row = tokens[first : first + 17]  # a window and the token after it, or the tail's
         if len(row) < 17:
             row = tokens[-17:]
         ids = (row == 256).cumsum(0) - (row == 256).long()
@@ -286,7 +292,7 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(rhyme, tmp_path, signum):
+def test_a_signal_saves_and_says_how_to_continue(rhyme, tmp_path, signum):
     process = in_background(tmp_path, *flags(max_steps=100_000))
     metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
     wait_for(lambda: len(read_metrics(metrics)) > 3, process)
@@ -324,7 +330,7 @@ def several(folder, processes, *argv):
 
 
 def test_several_processes_give_the_curve_of_one(train, tmp_path):
-    """Stopped in the middle, they go on as another number of processes, compiled and not."""
+    """Stopped in the middle, they continue as another number of processes, compiled and not."""
     one = train(max_steps=12)
     options = {"run_name": "some", "micro_batch_size": 1, "stop_at": 4}
     out, _ = several(tmp_path, 2, *flags(max_steps=12, **options))
@@ -395,7 +401,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("case", STRANGE)
-def test_a_checkpoint_that_this_version_cant_go_on_from(train, case):
+def test_a_checkpoint_that_this_version_cannot_resume(train, case):
     (*path, last), value, words = STRANGE[case]
     folder = train(max_steps=2, stop_at=1)
     part = checkpoint = load_checkpoint(folder / "last.pt")
@@ -408,7 +414,9 @@ def test_a_checkpoint_that_this_version_cant_go_on_from(train, case):
 
 
 def test_whole_numbers_are_good_where_others_are_asked_for():
-    saved = saved_settings(train_gpt2.Settings, Path("out/mine"), {"dropout": 0, "grad_clip": 1})
+    saved = checkpoint_settings(
+        train_gpt2.Settings, Path("out/mine"), {"dropout": 0, "grad_clip": 1}
+    )
     assert (saved.dropout, saved.grad_clip) == (0, 1)
 
 
@@ -424,9 +432,11 @@ def test_damaged_metrics_are_refused(train):
 def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size, expected):
     argv = ["train_gpt2.py", "--size", "gpt2", "--batch_size", str(batch_size), "--corpus", "c"]
     monkeypatch.setattr(sys, "argv", argv)
-    settings, _ = load_settings(train_gpt2.Settings, "", train_gpt2.SIZES)
-    resolve_size(settings, train_gpt2.SIZES, torch.device("cpu"))
-    assert settings.micro_batch_size == expected
+    flags = parse_flags(train_gpt2.Settings, "")
+    settings, _ = load_settings(flags, "", RunLock(Ranks()))
+    settings = resolve_size(settings, train_gpt2.SIZES, torch.device("cpu"))
+    assert choose_micro_batch_size(settings, train_gpt2.SIZES, Ranks()) == expected
+    assert settings.micro_batch_size is None  # as asked for: another number of processes may differ
 
 
 WRONG = {
@@ -578,3 +588,59 @@ def test_a_resumed_run_says_where_its_choices_come_from(train, capsys):
         train(resume="out/mine", train_flops=1e15)
     with pytest.raises(ValueError, match="out/mine is at step 3, not before --max_steps 2"):
         train(resume="out/mine", max_steps=2)
+
+
+def test_a_run_is_locked_before_its_checkpoint_is_read(train):
+    """A second process on --resume is refused, whatever state the file is in that it would read."""
+    folder = train(max_steps=4, stop_at=2, run_name="mine")
+    whole = (folder / "last.pt").read_bytes()
+    with RunLock(Ranks()) as lock:
+        lock.take(folder)
+        (folder / "last.pt").write_bytes(whole[: len(whole) // 2])
+        for flags in ({"resume": "out/mine"}, {"resume": "auto", "run_name": "mine"}):
+            with pytest.raises(BlockingIOError, match="out/mine is being trained by another"):
+                train(**flags)
+    (folder / "last.pt").write_bytes(whole)
+    assert train(resume="out/mine") == folder
+
+
+def test_a_sizes_micro_batch_is_chosen_anew_on_more_processes(train, monkeypatch, tmp_path):
+    """What was asked is saved apart from what was chosen for the number of processes."""
+    for size in train_gpt2.SIZES.values():
+        monkeypatch.setitem(size, "micro_batch_size", 4)  # as size gpt2 has 16
+    folder = train(max_steps=4, stop_at=2, run_name="mine")
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert checkpoint["config"]["micro_batch_size"] is None
+    assert checkpoint["chosen"]["micro_batch_size"] == 4
+    several(tmp_path, 2, "--resume", "out/mine")  # 2 sequences per process
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert (checkpoint["step"], checkpoint["chosen"]["micro_batch_size"]) == (4, 2)
+
+
+def test_a_moved_run_says_how_to_name_its_corpus(train, tmp_path, monkeypatch):
+    folder = train(max_steps=4, stop_at=2, run_name="mine")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(folder, elsewhere / "mine")
+    monkeypatch.chdir(elsewhere)
+    words = "mine was trained on the corpus rhyme, and data/rhyme does not exist.*--data_dir"
+    with pytest.raises(FileNotFoundError, match=words):
+        train(resume="mine")
+    with pytest.raises(ValueError, match=r"at step 2, not before --stop_at 2"):
+        train(resume="mine", data_dir=tmp_path / "data", stop_at=2)
+    monkeypatch.setattr(sys, "argv", ["", "--resume", "mine", "--data_dir", str(tmp_path / "data")])
+    assert train_gpt2.main() == 0
+
+
+def test_the_types_of_the_settings():
+    """RunSettings has every setting, with the type that it has once it is resolved."""
+    may_stay_none = {"micro_batch_size", "stop_at"}
+    expected = {}
+    for field in dataclasses.fields(train_gpt2.Settings):
+        kind = field.type
+        if isinstance(kind, types.UnionType) and field.name not in may_stay_none:
+            kind = get_args(kind)[0]
+        expected[field.name] = str if get_origin(kind) is Literal else kind
+    found = get_type_hints(RunSettings)
+    del found["__dataclass_fields__"]
+    assert found == expected

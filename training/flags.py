@@ -1,0 +1,233 @@
+"""Where the settings of a run come from: flags, the run that is resumed, and a size."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+import torch
+
+from common.files import folder_name
+from common.settings import check_conflicts, check_ranges, parse_settings
+from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
+from corpus.tokenizer import use_prefetched_vocabularies
+from model import GPT
+from training.checkpoint import last_checkpoint
+from training.run_folder import RunLock
+from training.run_settings import SHAPE_SETTINGS, RunSettings
+
+# settings that --resume cannot change
+FIXED = ("corpus", "init_from", "size", *SHAPE_SETTINGS, "sequence_length", "optimizer", "seed")
+AT_LEAST_1 = (
+    *SHAPE_SETTINGS, "sequence_length", "batch_size", "micro_batch_size", "max_steps", "stop_at",
+    "eval_every", "log_every",
+)  # fmt: skip
+RANGES = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
+    "dropout": (0, 0.999), "token_noise": (0, 1), "train_flops": (1, math.inf),
+}  # fmt: skip
+EXCLUDES = {"max_steps": ("train_flops",)}
+NEW_NAMES = {"replace": "token_noise"}  # settings of older checkpoints
+Flags = TypeVar("Flags")  # the dataclass of settings in train_gpt2.py
+
+
+def parse_flags(cls: type[Flags], doc: str) -> Flags:
+    """Return the settings that the command line gives.
+
+    Args:
+        cls: The dataclass of settings.
+        doc: The text that --help prints above the flags.
+
+    Raises:
+        ValueError: A value is out of range, or a flag has no effect beside another.
+    """
+    flags = parse_settings(cls, doc)
+    check_ranges(flags, RANGES)
+    check_conflicts(flags, EXCLUDES)
+    return flags
+
+
+def load_settings(flags: Any, doc: str, lock: RunLock) -> tuple[Any, dict | None]:
+    """Return the settings of a run, and the checkpoint that the run resumes.
+
+    Settings that no flag sets are those of the resumed run.
+
+    Args:
+        flags: From parse_flags.
+        doc: As for parse_flags.
+        lock: Locks the run before its checkpoint is read.
+
+    Returns:
+        (settings, checkpoint), where the checkpoint of a new run is None.
+
+    Raises:
+        ValueError: A value cannot be used, or --resume cannot change a setting.
+        FileNotFoundError: The run to resume does not exist, or no corpus is prepared.
+        BlockingIOError: Another process trains the run.
+    """
+    settings = flags
+    checkpoint = None
+    run_dir = resumed_run(flags)
+    if run_dir:
+        if run_dir.is_dir():
+            lock.take(run_dir)
+        checkpoint = last_checkpoint(run_dir)
+        settings = resumed_settings(type(flags), doc, run_dir, checkpoint)
+    settings.corpus = settings.corpus or newest_corpus(settings.data_dir).name
+    use_prefetched_vocabularies(settings.data_dir)
+    return settings, checkpoint
+
+
+def resumed_run(flags: Any) -> Path | None:
+    """Return the folder of the run that the flags resume, or None for a new run.
+
+    Raises:
+        ValueError: --run_name is not the name of a folder, or contradicts --resume.
+    """
+    if not flags.resume:
+        return None
+    if flags.resume == "auto":  # a job that may have been started before
+        run_dir = Path(flags.out_dir) / folder_name(flags.run_name, "--run_name")
+        return run_dir if (run_dir / "last.pt").exists() else None
+    run_dir = Path(flags.resume)
+    if flags.run_name not in ("", run_dir.name):
+        raise ValueError(
+            f"--run_name {flags.run_name} differs from the name of --resume {flags.resume}: "
+            f"leave out --run_name"
+        )
+    return run_dir
+
+
+def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> Any:
+    """Return the settings of a resumed run: those of its checkpoint, changed by flags.
+
+    Args:
+        cls: The dataclass of settings.
+        doc: As for parse_flags.
+        run_dir: Folder of the run.
+        checkpoint: The run's last checkpoint.
+
+    Raises:
+        ValueError: The settings are those of another version, or --resume cannot change one.
+    """
+    old: Any = checkpoint_settings(cls, run_dir, checkpoint["config"])
+    settings = parse_settings(cls, doc, defaults=old)
+    check_ranges(settings, RANGES)
+    for name in FIXED:
+        old_value = getattr(old, name)
+        new_value = getattr(settings, name)
+        if new_value != old_value:
+            raise ValueError(
+                f"{run_dir} was trained with {name} {old_value}: --resume cannot change it to "
+                f"{new_value}"
+            )
+    step = checkpoint["step"]
+    if settings.train_flops != old.train_flops:
+        raise ValueError(
+            f"--train_flops has no effect on --resume: {run_dir} has {old.max_steps} steps; "
+            f"change them with --max_steps"
+        )
+    if settings.max_steps != old.max_steps and settings.max_steps <= step:
+        raise ValueError(
+            f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
+        )
+    if settings.stop_at and settings.stop_at <= step:
+        raise ValueError(f"{run_dir} is at step {step}, not before --stop_at {settings.stop_at}")
+    settings.out_dir = str(run_dir.parent)
+    settings.run_name = run_dir.name
+    settings.resume = str(run_dir)
+    return settings
+
+
+def checkpoint_settings(cls: type[Flags], run_dir: Path, values: dict) -> Flags:
+    """Return the settings of a checkpoint, without its stop_at.
+
+    Args:
+        cls: The dataclass of settings.
+        run_dir: Folder of the run, for the message.
+        values: Name of a setting -> value.
+
+    Raises:
+        ValueError: A setting is that of another version.
+    """
+    types: dict[str, Any] = {f.name: f.type for f in fields(cast(Any, cls))}
+    for name, kind in types.items():
+        if float in (kind, *get_args(kind)):
+            types[name] = kind | int  # as one may write it, for example dropout=0
+    values = {NEW_NAMES.get(name, name): value for name, value in values.items()}
+    for name, value in values.items():
+        kind = types.get(name, ())
+        valid = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
+        if not valid:
+            raise ValueError(
+                f"{run_dir} was trained with {name} {value!r:.40}, which is not a setting of this "
+                f"train_gpt2.py: start a new run"
+            )
+    return cls(**values | {"stop_at": None})
+
+
+def resolve_size(
+    settings: Any, sizes: dict[str, dict[str, Any]], device: torch.device
+) -> RunSettings:
+    """Fill in, by size, the settings that no flag has set.
+
+    micro_batch_size stays as asked for, because the value in use also depends on the number of
+    processes (choose_micro_batch_size).
+
+    Args:
+        settings: From load_settings; changed in place.
+        sizes: The sizes of train_gpt2.py.
+        device: Device of the run, which decides what "auto" is.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: --size contradicts --init_from.
+    """
+    if settings.init_from and settings.size not in ("auto", "pretrained"):
+        raise ValueError(
+            f"--init_from {settings.init_from} has a shape of its own: leave out --size"
+        )
+    if settings.size == "pretrained" and not settings.init_from:
+        raise ValueError("--size pretrained has no shape of its own: add --init_from")
+    if settings.init_from:
+        settings.size = "pretrained"
+    if settings.size == "auto":
+        settings.size = "tiny" if device.type == "cpu" else "small"
+    defaults = dict(sizes[settings.size])
+    defaults.pop("micro_batch_size", None)
+    if settings.optimizer == "adamw":
+        defaults["learning_rate"] /= 3
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    return settings
+
+
+def resolve_steps(settings: RunSettings, model: GPT) -> None:
+    """Set max_steps by train_flops, and eval_every by max_steps, where no flag has set them."""
+    tokens_per_step = settings.batch_size * settings.sequence_length
+    flops_per_step = model.flops_per_token(settings.sequence_length) * tokens_per_step
+    settings.max_steps = settings.max_steps or max(1, round(settings.train_flops / flops_per_step))
+    settings.eval_every = settings.eval_every or math.ceil(settings.max_steps / 5)
+
+
+def read_corpus(settings: RunSettings) -> dict:
+    """Return the metadata of the corpus that a run trains on.
+
+    Raises:
+        FileNotFoundError: The corpus does not exist; a resumed run's message names --data_dir.
+        ValueError: The metadata are damaged, of another version, or do not name the end of text.
+    """
+    corpus_dir = Path(settings.data_dir) / settings.corpus
+    try:
+        metadata = read_metadata(corpus_dir)
+    except FileNotFoundError:
+        if settings.resume in ("", "auto"):
+            raise
+        raise FileNotFoundError(
+            f"{settings.resume} was trained on the corpus {settings.corpus}, and {corpus_dir} does "
+            f"not exist: name the folder that holds {settings.corpus} with --data_dir"
+        ) from None
+    require_end_of_text(metadata, corpus_dir)
+    return metadata
