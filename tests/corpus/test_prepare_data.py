@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import tiktoken
-from conftest import DEAD_PROXY, assert_one_line_error, files, make_corpus, run_script
+from conftest import DEAD_PROXY, assert_one_line_error, make_corpus, read_files, run_script
 
 import prepare_data
 from corpus import tasks
@@ -225,7 +225,7 @@ def test_full_disk_leaves_no_corpus(tmp_path):
     """A limit on file sizes stands in for a disk that is full in the middle of a file."""
     (tmp_path / "my.txt").write_text("text " * 10_000)
     flags = ["--input", "my.txt", "--tokenizer", "bytes"]
-    result = run_script("prepare_data.py", *flags, cwd=tmp_path, largest_file=20_000)
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=20_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data").exists()
 
@@ -258,7 +258,7 @@ def test_tokens_of_another_program_are_not_overwritten(tmp_path):
     (folder / "train.bin").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=r"c/train\.bin has no metadata\.json beside it"):
         make_corpus(folder, ["text " * 100])
-    assert files(folder) == {"train.bin": b"mine"}
+    assert read_files(folder) == {"train.bin": b"mine"}
 
 
 def test_one_definition_of_the_same_source(tmp_path, capsys):

@@ -272,7 +272,7 @@ def test_a_full_disk_while_joining_keeps_the_pieces(tmp_path):
     """A limit on file sizes stands in for the disk: pieces fit, the shard doesn't."""
     jsonl(tmp_path / "my.jsonl", count=60_000)
     flags = ["--input", "my.jsonl", "--tokenizer", "bytes"]
-    result = run_script("prepare_data.py", *flags, cwd=tmp_path, largest_file=4_000_000)
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=4_000_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)

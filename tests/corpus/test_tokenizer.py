@@ -241,7 +241,7 @@ def test_a_tiktoken_file(kept, tmp_path):
 def test_a_known_tiktoken_file_is_that_encoding(kept, tmp_path, monkeypatch):
     """r50k_base.tiktoken made again from GPT-2's ranks has its sha256."""
     monkeypatch.undo()
-    _ = conftest._shared("TIKTOKEN_CACHE_DIR")
+    _ = conftest.path_from_environment("TIKTOKEN_CACHE_DIR")
     get_tokenizer("gpt2")
     data = tiktoken_file(tiktoken.get_encoding("gpt2")._mergeable_ranks)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(kept))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, files, losses, make_corpus, tiny_checkpoint
+from conftest import ROOT, TINY, losses, make_corpus, read_files, tiny_checkpoint
 
 import train_gpt2
 from batches.tokens import Tokens
@@ -36,8 +36,8 @@ from training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoin
 
 
 @pytest.fixture
-def tmp_path(in_memory):
-    return in_memory
+def tmp_path(memory_folder):
+    return memory_folder
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_preparing_on_a_disk_that_fills_up(disk, lines, tmp_path, monkeypatch):
         assert not (folder / "metadata.json").exists()
         disk(1000)
         prepare(folder, lines)
-        assert files(folder) == files(tmp_path / "whole" / "c")
+        assert read_files(folder) == read_files(tmp_path / "whole" / "c")
         shutil.rmtree(folder)
     assert {"000000.train.bin", "000002.json", "train.bin", "val.bin", "metadata.json"} <= full
 
@@ -270,7 +270,7 @@ def test_the_one_before_is_gone_on_with(train, capsys):
     assert f"{folder}/last.pt is not a readable checkpoint" in out
     assert f"continuing from the checkpoint before it: {folder}/previous.pt" in out
     assert losses(folder) == losses(whole)
-    assert files(folder).keys() == files(whole).keys()
+    assert read_files(folder).keys() == read_files(whole).keys()
     one, other = (load_checkpoint(run / "last.pt")["model"] for run in (folder, whole))
     assert all(torch.equal(one[name], other[name]) for name in other)
 

@@ -17,7 +17,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import TINY, files, losses, tiny_checkpoint
+from conftest import TINY, losses, read_files, tiny_checkpoint
 from tqdm import tqdm
 
 from common.files import atomic_write
@@ -70,8 +70,8 @@ def killed(function, before: int, worker=False) -> bool:
 
 
 @pytest.fixture
-def tmp_path(in_memory):
-    return in_memory
+def tmp_path(memory_folder):
+    return memory_folder
 
 
 @pytest.fixture
@@ -105,13 +105,13 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
     """At any time there is the old corpus, or none, or the new one; never parts of both."""
     prepare(tmp_path / "old", seed=0)
     prepare(tmp_path / "new")
-    old, new = (files(tmp_path / name / "c") for name in ("old", "new"))
+    old, new = (read_files(tmp_path / name / "c") for name in ("old", "new"))
     states = []
     for before in itertools.count():
         folder = tmp_path / f"killed-{before}"
         shutil.copytree(tmp_path / "old", folder)
         ended = not killed(functools.partial(prepare, folder), before)
-        there = files(folder / "c")
+        there = read_files(folder / "c")
         if "metadata.json" in there:
             states.append("new" if there["metadata.json"] == new["metadata.json"] else "old")
             assert {"old": old, "new": new}[states[-1]].items() <= there.items(), before
@@ -119,7 +119,7 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
             states.append("none")
             unreadable(folder)
         prepare(folder)
-        assert files(folder / "c") == new, before
+        assert read_files(folder / "c") == new, before
         if ended:
             break
     assert [state for state, _ in itertools.groupby(states)] == ["old", "none", "new"]
@@ -141,7 +141,7 @@ def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
     unreadable(tmp_path / "killed")
     for name in ("killed", "whole"):
         prepare(tmp_path / name)
-    assert files(tmp_path / "killed" / "c") == files(tmp_path / "whole" / "c")
+    assert read_files(tmp_path / "killed" / "c") == read_files(tmp_path / "whole" / "c")
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         prepare(tmp_path / f"{number}", workers=2)
-        assert files(tmp_path / f"{number}" / "c") == files(tmp_path / "whole" / "c")
+        assert read_files(tmp_path / f"{number}" / "c") == read_files(tmp_path / "whole" / "c")
 
 
 def test_two_that_do_one_piece_at_the_same_time(tmp_path):
@@ -170,7 +170,7 @@ def test_two_that_do_one_piece_at_the_same_time(tmp_path):
             other.write(b"the same bytes")
         assert path.read_bytes() == b"the same bytes"
         one.write(b" bytes")
-    assert files(tmp_path) == {path.name: b"the same bytes"}
+    assert read_files(tmp_path) == {path.name: b"the same bytes"}
 
 
 @pytest.mark.parametrize("damaged", [False, True])

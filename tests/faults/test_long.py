@@ -20,9 +20,9 @@ def test_a_plot_leaves_nothing_in_memory(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_counts(in_memory, monkeypatch):
+def test_the_counts(memory_folder, monkeypatch):
     """bench/faults.py at toy size."""
-    monkeypatch.chdir(in_memory)
+    monkeypatch.chdir(memory_folder)
     monkeypatch.setattr(pipeline, "TASK_BYTES", pipeline.TASK_BYTES)  # it changes them
     settings = faults.Settings(kills=1, training_kills=1, gigabytes=0.005)
     faults.make_training_corpus()

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, tar_of
+from conftest import ROOT, make_corpus, make_tar
 
 from corpus.archives import unpack
 from corpus.descriptions import describe
@@ -74,7 +74,7 @@ def zip_of(members: dict, method=zipfile.ZIP_DEFLATED) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("make", [zip_of, tar_of])
+@pytest.mark.parametrize("make", [zip_of, make_tar])
 def test_names_in_an_archive_are_never_paths(tmp_path, make):
     """Even where all members are wanted."""
     names = [
@@ -86,7 +86,7 @@ def test_names_in_an_archive_are_never_paths(tmp_path, make):
         "~/evil",
     ]
     members = dict.fromkeys(names, "x")
-    if make is tar_of:
+    if make is make_tar:
         types = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
         members |= {f"{i}.txt": (kind, "/etc/passwd") for i, kind in enumerate(types)}
     (tmp_path / "in").mkdir()
@@ -105,7 +105,7 @@ def with_flags(data: bytes, at: int, value: int) -> bytes:
     return bytes(data)
 
 
-ZIP, TAR = zip_of({"a.txt": "hello " * 50}), tar_of({"a.txt": "hello " * 100})
+ZIP, TAR = zip_of({"a.txt": "hello " * 50}), make_tar({"a.txt": "hello " * 100})
 ARCHIVES = {
     "empty": b"",
     "no archive": b"<html>",

@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import DEAD_PROXY, ROOT, flat
+from conftest import DEAD_PROXY, ROOT, read_documents
 
 import dataset
 import prepare_data
@@ -335,7 +335,7 @@ def test_windows_ends_of_lines(tmp_path, format, documents):
     text = '{"text": "one"}\n\n{"text": "two"}\n  \n{"text": "three"}'
     (tmp_path / "a").write_bytes(text.encode())
     (tmp_path / "b").write_bytes(text.replace("\n", "\r\n").encode())
-    ours, theirs = ([text for _, text in flat(Source(str(tmp_path / name), format, documents))]
+    ours, theirs = ([text for _, text in read_documents(Source(str(tmp_path / name), format, documents))]
                     for name in "ab")  # fmt: skip
     assert ours == theirs and len(ours) == 3
 

@@ -11,7 +11,7 @@ import tiktoken
 import tiktoken_ext.openai_public as openai_public
 import torch
 from conftest import assert_one_line_error, make_corpus, run_script
-from processes import start
+from processes import start_script
 from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
@@ -326,7 +326,7 @@ def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     processes = []
     for name in ("one", "other"):
         (streams := tmp_path / name).mkdir()
-        processes.append((start(script, cwd=tmp_path, streams=streams), streams / "out.txt"))
+        processes.append((start_script(script, cwd=tmp_path, streams=streams), streams / "out.txt"))
     for process, out in processes:
         process.join()
         assert out.read_text() == f"{Path('data', 'pretrained', 'gpt2')}\n"
@@ -334,7 +334,7 @@ def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     assert folder == tmp_path / "data" / "pretrained" / "gpt2"
     names = ["config.json", "model.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    assert [path.rsplit("/", 1)[1] for path in server.asked] == names
+    assert [path.rsplit("/", 1)[1] for path in server.requested_paths] == names
     weights = GPT.from_pretrained(folder).transformer.wte.weight
     assert torch.equal(weights, small().transformer.wte.weight)
 

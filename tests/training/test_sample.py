@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, make_corpus, run_script
-from processes import start
+from processes import start_script
 
 import sample
 from corpus.tokenizer import get_tokenizer
@@ -109,7 +109,7 @@ def typing(trained, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def typing(*flags):
-            process = start(ROOT / "sample.py", *flags, cwd=trained, streams=tmp_path)
+            process = start_script(ROOT / "sample.py", *flags, cwd=trained, streams=tmp_path)
             keyboard = stack.enter_context(open(tmp_path / "in.txt", "wb", buffering=0))
             return process, keyboard, stack.enter_context(open(tmp_path / "out.txt", "rb"))
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run_script
-from processes import start
+from processes import start_script
 
 import train_gpt2
 from corpus.metadata import with_checksum
@@ -275,7 +275,7 @@ def flags(**changes):
 
 def in_background(folder, *argv):
     """python train_gpt2.py ARGV >out.txt 2>err.txt in `folder`."""
-    return start(ROOT / "train_gpt2.py", *argv, cwd=folder, streams=folder)
+    return start_script(ROOT / "train_gpt2.py", *argv, cwd=folder, streams=folder)
 
 
 def wait_for(condition, process, seconds=60):
@@ -314,7 +314,7 @@ def several(folder, processes, *argv):
             key: str(value) for key, value in (meet | {"RANK": rank, "LOCAL_RANK": rank}).items()
         }
         options = dict(cwd=folder, streams=streams, env=os.environ | env)
-        started.append((start(ROOT / "train_gpt2.py", *argv, **options), streams))
+        started.append((start_script(ROOT / "train_gpt2.py", *argv, **options), streams))
     for process, _ in started:
         process.join()
     errors = "".join((streams / "err.txt").read_text() for _, streams in started)
@@ -342,7 +342,7 @@ def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
     """It hands the signal on. One process of two may have been a step ahead when it came."""
     argv = ["--standalone", "--nproc_per_node", 2, ROOT / "train_gpt2.py"]
     argv += flags(max_steps=100_000, run_name="some")
-    process = start("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
+    process = start_script("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
     run = tmp_path / "out" / "some"
     wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 3, process)
     os.kill(process.pid, signal.SIGTERM)
@@ -497,7 +497,7 @@ def test_out_of_memory_names_two_constants(train, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
     """A limit on file sizes stands in for the disk."""
     folder = train(max_steps=2, stop_at=1)
-    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, largest_file=100_000)
+    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, max_file_bytes=100_000)
     assert_one_line_error(result, f"{folder}/last.pt")
     assert load_checkpoint(folder / "last.pt")["step"] == 1
     assert not list(folder.glob("*.tmp"))
