@@ -32,7 +32,7 @@ def _forkserver():
 
 
 def start_script(script, *flags, cwd: Path, streams: Path, env=None, max_file_bytes=None):
-    """Start `python SCRIPT FLAGS <in.txt >out.txt 2>err.txt` and return its multiprocessing.Process.
+    """Start `python SCRIPT FLAGS <in.txt >out.txt 2>err.txt` and return its Process.
 
     Args:
         script: Path of a file, or name of a module, as in `python -m`.
