@@ -52,8 +52,8 @@ def split_commands(lines) -> list[str]:
 
 COMMANDS = split_commands(command_lines())
 # the last value of a repeated flag counts
-QUICK = "--max_steps 2 --eval_every 2 --device cpu --compile false"
-TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 16 --sequence_length 16"
+QUICK_FLAGS = "--max_steps 2 --eval_every 2 --device cpu --compile false"
+TINY_FLAGS = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 16 --sequence_length 16"
 
 
 def shortened(command: str) -> str | None:
@@ -71,9 +71,9 @@ def shortened(command: str) -> str | None:
     if "--engine ray" in command or "--prefetch" in command or "--data_dir folder" in command:
         return None  # test_slurm.py and tests/corpus run these
     if "opening.txt" in command:
-        return None  # test_tour has it
+        return None  # test_tour runs this
     if "train_gpt2.py" in command:
-        return f"{command} {QUICK}" + ("" if "--resume out/" in command else f" {TINY}")
+        return f"{command} {QUICK_FLAGS}" + ("" if "--resume out/" in command else f" {TINY_FLAGS}")
     return command
 
 
@@ -94,7 +94,7 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     (folder / "my.txt").write_text("some text of my own, line by line\n" * 100)
     text = os.environ.get("TINYSHAKESPEARE")
-    if text:  # as if downloaded
+    if text:  # in place of a download
         (folder / "data" / "tinyshakespeare").mkdir(parents=True)
         shutil.copy(text, folder / "data" / "tinyshakespeare" / "input.txt")
     return folder

@@ -134,10 +134,10 @@ def test_ray_on_two_nodes_writes_the_bytes_of_one_process(job, expected, tmp_pat
 @pytest.mark.slurm
 def test_an_error_under_ray_fails_the_job(job, tmp_path):
     job.raw.write_text('{"text":"a"}\n{"text":1}\n')
-    name = wait_for_end(job("-N", "1", "-c", "1", "cluster/prepare_data.sbatch", out="out"))
-    assert name == "FAILED 1:0"
+    job_id = job("-N", "1", "-c", "1", "cluster/prepare_data.sbatch", out="out")
+    assert wait_for_end(job_id) == "FAILED 1:0"
     assert f"error: {job.raw}" in (tmp_path / "out").read_text()
-    assert not list(Path("/tmp").glob(f"ray-{name}*"))
+    assert not list(Path("/tmp").glob(f"ray-{job_id}*"))
 
 
 @pytest.mark.slow
@@ -215,7 +215,8 @@ def test_training_on_two_nodes_resumes_exactly(sbatch, rhyme, tmp_path):
     folders = ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
     script = ["-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
     job_id = sbatch(*script, *TRAINING, *steps, *folders, out="log")
-    run, log = tmp_path / "out" / f"job-{job_id}", tmp_path / "log"
+    run = tmp_path / "out" / f"job-{job_id}"
+    log = tmp_path / "log"
     wait_for(lambda: last_step(run) > 50)
     subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
     wait_for(lambda: "starts again" in log.read_text())
@@ -294,7 +295,7 @@ def test_ray_on_one_machine_gives_the_same_bytes_and_errors(raw, expected, tmp_p
 
 
 def test_a_missing_ray_is_an_error_with_the_remedy(raw, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "ray", None)  # import ray fails
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *flags(raw, "--engine", "ray")])
     with pytest.raises(ValueError, match=r"--engine ray.*pip install ray"):
         prepare_data.main()

@@ -441,7 +441,8 @@ def test_text_in_memory_in_spawned_workers():
 
 def test_wrong_use_is_refused(tmp_path):
     make_corpus(tmp_path / "c", ["one running text, " * 100])
-    split, corpus = tmp_path / "c" / "train", tmp_path / "c"
+    corpus = tmp_path / "c"
+    split = corpus / "train"
     with pytest.raises(ValueError, match=r"c is a corpus: choose one of its splits \(.*c/train, "):
         TextDataset(corpus, 4)
     for array in (np.eye(3), np.arange(3.0), ["a", "b"], None, 5):

@@ -44,17 +44,21 @@ def test_documents_of_a_split(tmp_path):
     texts = ["abc", "", "defghij", "kl"] * 25
     make_corpus(tmp_path / "c", texts, documents=True)
     for max_length in (None, 100, 4, 1):
-        found, tokens, kept = [], 0, 0
+        found = []
+        num_tokens = 0
+        num_kept = 0
         for name in ("train", "val"):
             documents = DocumentDataset(tmp_path / "c" / name, max_length)
             found += [documents[i].tolist() for i in range(len(documents))]
             assert [len(documents[i]) for i in range(len(documents))] == documents.lengths.tolist()
             counts = documents.count_tokens()
             assert sum(counts.values()) == len(documents.tokens)
-            tokens, kept = tokens + len(documents.tokens), kept + counts["trained"]
+            num_tokens += len(documents.tokens)
+            num_kept += counts["trained"]
         expected = [[*text.encode(), EOT][:max_length] for text in texts]
         assert sorted(found) == sorted(expected)
-        assert kept == sum(map(len, expected))
+        assert num_kept == sum(map(len, expected))
+        assert num_tokens == sum(len(text) + 1 for text in texts)
     with pytest.raises(ValueError, match="max_length must be at least 1, not 0"):
         DocumentDataset(tmp_path / "c" / "train", 0)
 
@@ -113,7 +117,8 @@ def test_packing_loses_nothing(lengths, T):
     for row in rows:
         for number in row["document_ids"].unique():
             members = row["document_ids"] == number
-            ids, labels = row["input_ids"][members], row["labels"][members]
+            ids = row["input_ids"][members]
+            labels = row["labels"][members]
             assert row["position_ids"][members].tolist() == list(range(len(ids)))
             if number == -1:
                 assert (labels == -100).all() and (ids == 0).all() and members[-1]

@@ -22,7 +22,8 @@ def cuda_stub(tmp_path) -> Path:
         pytest.skip("the backend of the fake GPU needs a C++ compiler")
     torch_folder = Path(torch.__file__).parent
     library = tmp_path / "cuda_stub.so"
-    include, libraries = torch_folder / "include", torch_folder / "lib"
+    include = torch_folder / "include"
+    libraries = torch_folder / "lib"
     command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{include}", HERE / "cuda_stub.cpp"]
     command += ["-o", library, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True)

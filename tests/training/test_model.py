@@ -232,7 +232,7 @@ def test_next_token_probs():
     assert probs(top_p=0.01) == [1, 0, 0, 0]
 
 
-EOT = 30
+EOT_TOKEN = 30
 
 
 @pytest.fixture
@@ -240,9 +240,9 @@ def packed():
     """A model, rows of three documents and their document ids."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(vocab_size=31, n_positions=32, n_layer=3, n_head=2, n_embd=32)).eval()
-    row = torch.randint(0, EOT, (2, 32))
-    row[:, [9, 20]] = EOT
-    return model, row, document_ids(row, EOT)
+    row = torch.randint(0, EOT_TOKEN, (2, 32))
+    row[:, [9, 20]] = EOT_TOKEN
+    return model, row, document_ids(row, EOT_TOKEN)
 
 
 def logits_of(model, row, ids):
@@ -263,7 +263,7 @@ def test_documents_do_not_see_each_other(packed):
     """Earlier documents do not change the logits of a document at all."""
     model, row, ids = packed
     other = row.clone()
-    other[:, :9] = (row[:, :9] + 1) % EOT
+    other[:, :9] = (row[:, :9] + 1) % EOT_TOKEN
     moved = (logits_of(model, row, ids) - logits_of(model, other, ids)).abs().amax(-1)
     assert moved[:, :9].min() > 0
     assert moved[:, 10:].max() == 0.0

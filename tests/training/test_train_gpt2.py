@@ -73,7 +73,8 @@ def test_validation_is_a_full_pass(train, tmp_path):
     total = 0.0
     with torch.no_grad():
         for start in range(0, 96, 16):
-            x, y = tokens[None, start : start + 16], tokens[None, start + 1 : start + 17]
+            x = tokens[None, start : start + 16]
+            y = tokens[None, start + 1 : start + 17]
             total += model(x, y, reduction="sum")[1].item()
         log_probs = model(tokens[None, 84:100])[0].log_softmax(-1)[0]
         total -= sum(log_probs[t - 84, tokens[t + 1]].item() for t in range(96, 100))
