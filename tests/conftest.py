@@ -1,4 +1,4 @@
-"""Shared by the tests: no network, one thread a process, small corpora made by formula."""
+"""Fixtures and helpers of all tests: no network, one thread per process, small corpora."""
 
 import base64
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import start
+from processes import start_script
 
 import train_gpt2
 from corpus import pipeline
@@ -33,77 +33,88 @@ from training.run_folder import newest_run
 ROOT = Path(__file__).resolve().parent.parent
 DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
 
-torch.set_num_threads(1)  # the same sums in every test, and no fight for two cores
+torch.set_num_threads(1)  # every test gets the same sums, and two workers share two cores
 
-
-LONGEST = ["test_slurm", "test_train_gpt2", "test_bench", "test_readme", "test_tasks", "test_use"]
+# pytest-xdist hands out whole files in this order. A long file at the end would leave one worker
+# without work.
+LONGEST_FILES = [
+    "test_slurm", "test_train_gpt2", "test_bench", "test_readme", "test_tasks", "test_use",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Whole files are shared out, in this order: none of the long ones may be left for the end."""
+    """Order the tests: the longest files first, the CUDA tests last."""
 
-    def rank(item) -> int:
-        if item.get_closest_marker("cuda"):  # no process may be forked once CUDA is initialized
-            return len(LONGEST) + 1
-        stem = item.path.stem
-        return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
+    def position(item) -> int:
+        if item.get_closest_marker("cuda"):  # no process may fork once CUDA is initialized
+            return len(LONGEST_FILES) + 1
+        if item.path.stem in LONGEST_FILES:
+            return LONGEST_FILES.index(item.path.stem)
+        return len(LONGEST_FILES)
 
-    items.sort(key=rank)
+    items.sort(key=position)
 
 
-def tar_of(members) -> bytes:
-    """A .tar.gz; members: name -> text, or (type, target) of a link or a device."""
+def make_tar(members) -> bytes:
+    """Return a .tar.gz file.
+
+    Args:
+        members: Maps a name to a text, or to the type and the target of a link or a device.
+    """
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, text in members.items():
+        for name, content in members.items():
             info = tarfile.TarInfo(name)
-            if isinstance(text, tuple):
-                info.type, info.linkname = text
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
                 archive.addfile(info)
             else:
-                info.size = len(text.encode())
-                archive.addfile(info, io.BytesIO(text.encode()))
+                data = content.encode()
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
     return file.getvalue()
 
 
-def _shared(variable: str) -> Path:
+def path_from_environment(variable: str) -> Path:
+    """Return the path in an environment variable, or skip the test if the variable is not set."""
     path = os.environ.get(variable)
     if not path:
-        pytest.skip(f"{variable} is not set (.ci/run sets it where the files lie)")
+        pytest.skip(f"{variable} is not set (.ci/run sets it if the files exist)")
     return Path(path)
 
 
 @pytest.fixture
-def in_memory(tmp_path):
-    """A folder in memory, where there is such a place: there, fsync costs nothing."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+def memory_folder(tmp_path):
+    """A temporary folder in memory if the machine has /dev/shm: fsync costs nothing in memory."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 def tinyshakespeare() -> Path:
-    """The real text."""
-    return _shared("TINYSHAKESPEARE")
+    """The path of the real TinyShakespeare text."""
+    return path_from_environment("TINYSHAKESPEARE")
 
 
 @pytest.fixture
 def gpt2_tokenizer():
-    """The real vocabulary."""
-    _shared("TIKTOKEN_CACHE_DIR")
+    """The tokenizer with GPT-2's real vocabulary."""
+    path_from_environment("TIKTOKEN_CACHE_DIR")
     return get_tokenizer("gpt2")
 
 
 @pytest.fixture
 def tiktoken_file(tmp_path, monkeypatch) -> Path:
-    """A small vocabulary for tests that GPT-2's ids don't matter to: all bytes and 64 merges.
+    """The path of a small vocabulary for tests that do not need GPT-2's ids.
 
-    Tokenizers that the test makes are kept in a folder of the test, not in the checkout's data/.
+    The vocabulary has all 256 bytes and 64 merges. Copies of tokenizers go to a folder of the
+    test, not to data/ in the checkout.
     """
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tokenizers"))
-    pieces = [bytes([i]) for i in range(256)]
-    pieces += [b"%c%c" % (first, second) for first in b" etaonis" for second in b"aeiohtsr"]
-    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)]
+    token_bytes = [bytes([i]) for i in range(256)]
+    token_bytes += [b"%c%c" % (first, second) for first in b" etaonis" for second in b"aeiohtsr"]
+    lines = [b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(token_bytes)]
     path = tmp_path / "small.tiktoken"
     path.write_bytes(b"".join(lines))
     return path
@@ -111,7 +122,10 @@ def tiktoken_file(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves the files of tmp_path/server; server.asked: the paths of all requests."""
+    """An HTTP server for the files in server.folder.
+
+    server.url is its address, and server.requested_paths lists the paths of all requests.
+    """
     folder = tmp_path / "server"
     folder.mkdir()
 
@@ -120,12 +134,13 @@ def server(tmp_path):
             pass
 
         def do_GET(self):
-            server.asked.append(self.path)
+            server.requested_paths.append(self.path)
             super().do_GET()
 
     handler = functools.partial(Handler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.asked, server.folder = [], folder
+    server.requested_paths = []
+    server.folder = folder
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=functools.partial(server.serve_forever, 0.01))
     thread.start()
@@ -136,12 +151,23 @@ def server(tmp_path):
 
 
 def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **options) -> dict:
-    """Prepares `texts` (one, unless they are documents) in `folder`; returns the metadata."""
-    path = folder.parent / f"{folder.name}.{'jsonl' if documents else 'txt'}"
+    """Prepare a corpus in `folder` and return its metadata.
+
+    Args:
+        folder: Folder of the corpus; the source lies beside it.
+        texts: Documents, or the parts of one running text.
+        documents: Whether `texts` are documents.
+        tokenizer: Name of the tokenizer.
+        **options: Options of pipeline.prepare.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}) + "\n" for text in texts] if documents else texts
-    path.write_bytes("".join(lines).encode())
-    source = Source(str(path), "jsonl" if documents else "text")
+    if documents:
+        source = Source(str(folder.parent / f"{folder.name}.jsonl"), "jsonl")
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    else:
+        source = Source(str(folder.parent / f"{folder.name}.txt"), "text")
+        content = "".join(texts)
+    Path(source.path).write_bytes(content.encode())
     corpus = Corpus(folder.name, {"made": "by a test"}, [source])
     with open_engine("processes", workers=1) as run_tasks:
         return pipeline.prepare(corpus, get_tokenizer(tokenizer), folder, run_tasks, **options)
@@ -149,7 +175,7 @@ def make_corpus(folder: Path, texts, documents=False, tokenizer="bytes", **optio
 
 @pytest.fixture
 def rhyme(tmp_path) -> Path:
-    """data/rhyme: 5,400 bytes that a model learns in a few steps."""
+    """The folder data/rhyme: a corpus of 5,400 bytes that a model learns in a few steps."""
     make_corpus(tmp_path / "data" / "rhyme", ["one for sorrow, two for mirth\n" * 180])
     return tmp_path / "data" / "rhyme"
 
@@ -162,17 +188,23 @@ TINY = {  # a model of 10,000 parameters
 
 @pytest.fixture
 def train(rhyme, tmp_path, monkeypatch):
-    """train(max_steps=8, ...) is `python train_gpt2.py --max_steps 8 ...` on a tiny model; returns
-    the folder of the run. It draws no loss.png."""
+    """A function that trains a tiny model and returns the folder of the run.
+
+    train(max_steps=8) is `python train_gpt2.py --max_steps 8`, without a plot of the losses.
+    """
     monkeypatch.chdir(tmp_path)
     for module in ("metrics", "report"):
         monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
 
     def train(**flags):
-        flags = flags if "resume" in flags else TINY | flags
-        argv = [str(part) for name, value in flags.items()
-                for part in ([f"--{name}"] if value is True else [f"--{name}", value])]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
+        if "resume" not in flags:
+            flags = TINY | flags
+        argv = ["train_gpt2.py"]
+        for name, value in flags.items():
+            argv.append(f"--{name}")
+            if value is not True:
+                argv.append(str(value))
+        monkeypatch.setattr(sys, "argv", argv)
         assert train_gpt2.main() == 0
         return newest_run("out")
 
@@ -180,17 +212,23 @@ def train(rhyme, tmp_path, monkeypatch):
 
 
 def tiny_checkpoint(step: int) -> dict:
-    """What a run of the smallest model saves."""
+    """Return the checkpoint of a run with the smallest model."""
     config = GPTConfig(vocab_size=2, n_positions=2, n_layer=1, n_head=1, n_embd=2)
-    known = {"step": step, "position": step, "best": {"step": 1, "val_loss": 1.0}, "config": {}}
-    metadata = {"vocab_size": config.vocab_size, "tokenizer": {"name": "bytes"}, "splits": {}}
-    shape = {"model_config": asdict(config), "metadata": metadata}
-    return known | shape | {"model": GPT(config).state_dict(), "optimizers": []}
+    return {
+        "step": step,
+        "position": step,
+        "best": {"step": 1, "val_loss": 1.0},
+        "config": {},
+        "model_config": asdict(config),
+        "metadata": {"vocab_size": 2, "tokenizer": {"name": "bytes"}, "splits": {}},
+        "model": GPT(config).state_dict(),
+        "optimizers": [],
+    }
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU that tests/cuda runs on, or the CPU in a rehearsal (CONTRIBUTING.md)."""
+    """The GPU that tests/cuda uses, or the CPU in a rehearsal (see CONTRIBUTING.md)."""
     if os.environ.get("CUDA_TESTS_ON_CPU") == "1":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -200,19 +238,19 @@ def device() -> torch.device:
 
 @pytest.fixture
 def gpu(device) -> torch.device:
-    """The same for tests that prove nothing on a CPU, where they skip in a rehearsal, too."""
+    """The GPU, for tests that prove nothing on a CPU; these tests skip in a rehearsal."""
     if device.type != "cuda":
-        pytest.skip("only a GPU can do this: left out of the rehearsal")
+        pytest.skip("the test needs a GPU: the rehearsal leaves it out")
     return device
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    """driver(gpus=2, name=..., capability=...) makes torch.cuda find such GPUs.
+    """A fake CUDA driver: driver(gpus=2, name=..., capability=...) makes torch.cuda find such GPUs.
 
-    Only what torch.cuda asks the C library is replaced; torch.cuda itself is the real one.
-    driver.current: the indices that were made the current device; driver.initialized: how often
-    the driver was initialized.
+    The fake replaces functions of torch's C library only; torch.cuda itself is real.
+    driver.current lists each index that became the current device. driver.initialized counts the
+    initializations of the driver.
     """
     properties = types.SimpleNamespace(uuid="GPU-0", total_memory=int(80e9))
 
@@ -235,7 +273,7 @@ def driver(monkeypatch):
         }
         for function, fake in fakes.items():
             monkeypatch.setattr(torch._C, function, fake, raising=False)
-        # what torch.cuda keeps of the C library: a CPU build has none of it
+        # a CPU build lacks these attributes, which torch.cuda takes from the C library
         monkeypatch.setattr(torch.cuda, "_cudart", object(), raising=False)
         monkeypatch.setattr(torch.cuda, "_initialized", False)
         generators = tuple(torch.Generator() for _ in range(gpus))
@@ -246,40 +284,52 @@ def driver(monkeypatch):
             torch.cuda, "_get_device_properties", lambda index: properties, raising=False
         )
 
-    driver.current, driver.initialized = [], 0
+    driver.current = []
+    driver.initialized = 0
     return driver
 
 
 def losses(folder, name="train_loss"):
+    """Return {step: value} of one metric of a run."""
     lines = read_metrics(folder / "metrics.jsonl")
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """What all the files in a folder hold."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file in a folder, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def flat(source):
-    """(position, text) of each document of a source."""
+def read_documents(source):
+    """Return the (position, text) pair of each document of a source."""
     return [pair for positions, texts in read(source) for pair in zip(positions, texts)]
 
 
 def run_script(script, *flags, cwd: Path, env=None, input="", **options):
-    """python SCRIPT FLAGS in `cwd`, offline, to its end: a CompletedProcess. options: of start."""
+    """Run `python SCRIPT FLAGS` offline and return a CompletedProcess.
+
+    Args:
+        script: Path relative to the repository, or name of a module, as in `python -m`.
+        *flags: Flags of the script.
+        cwd: Working directory of the script.
+        env: Additional environment variables.
+        input: Text for standard input.
+        **options: Options of start_script.
+    """
     env = os.environ | DEAD_PROXY | (env or {})
+    path = ROOT / script if str(script).endswith(".py") else script
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder)
         (streams / "in.txt").write_text(input)
-        path = ROOT / script if str(script).endswith(".py") else script  # or python -m
-        process = start(path, *flags, cwd=cwd, streams=streams, env=env, **options)
+        process = start_script(path, *flags, cwd=cwd, streams=streams, env=env, **options)
         process.join()
-        out, err = ((streams / name).read_text() for name in ("out.txt", "err.txt"))
+        out = (streams / "out.txt").read_text()
+        err = (streams / "err.txt").read_text()
     return subprocess.CompletedProcess([script, *flags], process.exitcode, out, err)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit code 1 or 2 and an error of one or two lines that has all the `words`."""
+    """Assert that a script fails with exit code 1 or 2 and a short error with all `words`."""
     assert result.returncode in (1, 2), result.stderr
     assert result.stderr.startswith("error: "), result.stderr
     assert len(result.stderr.splitlines()) <= 2, result.stderr

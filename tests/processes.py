@@ -1,5 +1,7 @@
-"""python SCRIPT FLAGS, forked from a process that has torch and matplotlib: importing them takes
-three seconds of a core, and these tests start a hundred scripts."""
+"""Scripts as processes: each one forks from a process that has torch and matplotlib.
+
+Importing torch and matplotlib takes three seconds of a core, and the tests start a hundred scripts.
+"""
 
 import functools
 import gc
@@ -23,35 +25,45 @@ def _forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for them
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server finds IMPORTED
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def start(script, *flags, cwd: Path, streams: Path, env=None, largest_file=None):
-    """The multiprocessing.Process of python SCRIPT FLAGS <in.txt >out.txt 2>err.txt, those in
-    the folder `streams`. script: a file's path, or a module's name, as after python -m. env: all
-    of its environment. largest_file: bytes that one may have."""
+def start_script(script, *flags, cwd: Path, streams: Path, env=None, max_file_bytes=None):
+    """Start `python SCRIPT FLAGS <in.txt >out.txt 2>err.txt` and return its Process.
+
+    Args:
+        script: Path of a file, or name of a module, as in `python -m`.
+        *flags: Flags of the script.
+        cwd: Working directory of the script.
+        streams: Folder of in.txt, out.txt and err.txt; a missing in.txt means an empty input.
+        env: The whole environment; the environment of the test if None.
+        max_file_bytes: Largest size of a file that the script may write.
+    """
     env = dict(os.environ if env is None else env)
-    arguments = str(script), list(map(str, flags)), cwd, streams, env, largest_file
-    process = _forkserver().Process(target=_script, args=arguments)
+    arguments = (str(script), list(map(str, flags)), cwd, streams, env, max_file_bytes)
+    process = _forkserver().Process(target=_run_script, args=arguments)
     process.start()
     return process
 
 
-def _script(script, flags, cwd, streams, env, largest_file):
-    gc.freeze()  # what was imported is no garbage: to look for some in it copies its pages
+def _run_script(script, flags, cwd, streams, env, max_file_bytes):
+    # a collection would write to the pages of the imported modules, and so copy them
+    gc.freeze()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    given = streams / "in.txt"
-    os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
+    in_path = streams / "in.txt"
+    os.dup2(os.open(in_path if in_path.exists() else os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.stdin = open(0)
+    sys.stdout = open(1, "w")
+    sys.stderr = open(2, "w", buffering=1)
+    if max_file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     sys.argv = [script, *flags]
     if script.endswith(".py"):
         sys.path.insert(0, os.path.dirname(script))

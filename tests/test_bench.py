@@ -1,4 +1,4 @@
-"""The scripts of bench/ at toy size: they run and write their sections, which docs/ shows."""
+"""The scripts of bench/ run at toy size and write the sections that docs/ shows."""
 
 import functools
 import os
@@ -13,12 +13,12 @@ from bench import all as bench_all
 from bench import block_mask, learn, scale, tokenize, train
 from bench.report import PAGE, contest, contest_table, format_number, update_page, write
 
-pytestmark = pytest.mark.timeout(300)  # their peers take long to import
+pytestmark = pytest.mark.timeout(300)  # the compared libraries import slowly
 
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """bench(module, *flags) is `python -m bench.MODULE FLAGS`: what it prints."""
+    """A function bench(module, *flags) that returns the output of a script of bench/."""
 
     def bench(module, *flags):
         monkeypatch.setattr("sys.argv", ["bench", *map(str, flags)])
@@ -30,7 +30,7 @@ def bench(monkeypatch, capsys):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Processes to measure are forked, which saves their imports; test_tokenize measures truly."""
+    """Fork the measured processes, which saves their imports; test_tokenize does not fork."""
 
     def whole_process(command, cwd=ROOT):
         _, *command = command
@@ -144,23 +144,26 @@ def test_all_runs_the_gpu_benchmark_on_a_gpu(bench, text, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
-    reason="its peers have GPT-2's ids, and TIKTOKEN_CACHE_DIR is not set",
+    reason="the compared libraries use GPT-2's ids, and TIKTOKEN_CACHE_DIR is not set",
 )
 def test_tokenize(bench, text, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "contest", functools.partial(contest, warm=0))
     results = tmp_path / "RESULTS.md"
     flags = ["--text", text, "--megabytes", 1, "--rounds", 1, "--results", results]
     printed = bench(tokenize, *flags)
-    for peer in ("ours, 1 worker", "datasets.map", "tiktoken.encode_ordinary_batch"):
-        assert f"| {peer} |" in printed and f"| {peer} |" in results.read_text()
+    for contestant in ("ours, 1 worker", "datasets.map", "tiktoken.encode_ordinary_batch"):
+        assert f"| {contestant} |" in printed
+        assert f"| {contestant} |" in results.read_text()
     assert (tmp_path / "results" / "tokenizing.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_loader():
-    """A peer that needs a checkout, or a package that is not installed, is left out with a note."""
+    """The script leaves out a library that is not installed, and says so."""
     flags = ["--tokens", 100_000, "--seconds", 0.05, "--rounds", 1, "--results", ""]
-    result = run_script("bench.loader", *flags, cwd=ROOT)  # it forks, so it needs its own process
+    result = run_script(
+        "bench.loader", *flags, cwd=ROOT
+    )  # the script forks, so it needs a separate process
     assert result.returncode == 0, result.stderr
     assert "nanoGPT's get_batch (nanogpt is missing)" in result.stdout
     assert "| with document ids | ours |" in result.stdout
@@ -194,7 +197,7 @@ def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
 
 @pytest.mark.slow
 def test_scale(bench, forked, text, tiktoken_file, tmp_path, monkeypatch):
-    monkeypatch.delitem(scale.ENGINES, "2 on Ray")  # test_slurm.py has it
+    monkeypatch.delitem(scale.ENGINES, "2 on Ray")  # test_slurm.py tests Ray
     small = ["--megabytes", 1, "--tokens", 10**10, "--channels", 32, "--windows", 8]
     small += ["--batches", 1, "--seconds", 0.01, "--rounds", 1]
     small += ["--tokenizer", tiktoken_file]

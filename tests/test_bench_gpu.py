@@ -1,4 +1,4 @@
-"""bench/gpu.py at toy size on the CPU; tests/cuda/ is for real hardware."""
+"""bench/gpu.py runs at toy size on the CPU; tests/cuda/ needs real hardware."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from conftest import ROOT, run_script
 from bench import gpu, train
 
 
-def forked(command, cwd=ROOT):
-    """As whole_process(), but forked, which spares the imports."""
+def forked_process(command, cwd=ROOT):
+    """Replace whole_process(): fork the measured process, which saves its imports."""
     result = run_script(*command[1:], cwd=cwd)
     assert result.returncode == 0, result.stderr
     return 1.0, 1, result.stdout
 
 
 @pytest.mark.timeout(300)
-def test_gpu_at_toy_size(tmp_path, monkeypatch):
+def test_gpu_writes_its_section_at_toy_size(tmp_path, monkeypatch):
     text = tmp_path / "input.txt"
     text.write_text("to be, or not to be:\n\nthat is the question\n" * 200)
     for module in (gpu, train):
-        monkeypatch.setattr(module, "whole_process", forked)
+        monkeypatch.setattr(module, "whole_process", forked_process)
     results = tmp_path / "RESULTS.md"
     flags = ["--text", text, "--device", "cpu", "--toy", "--results", results]
     monkeypatch.setattr("sys.argv", ["gpu", *map(str, flags)])
@@ -31,14 +31,14 @@ def test_gpu_at_toy_size(tmp_path, monkeypatch):
     assert "best validation, nats per byte" in section
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch):
+def test_without_a_gpu_the_benchmark_is_an_error(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 0, raising=False)
     monkeypatch.setattr("sys.argv", ["gpu", "--text", "x"])
     with pytest.raises(ValueError, match="there is no NVIDIA GPU on this machine"):
         gpu.main()
 
 
-def test_a_cpu_has_no_figures(monkeypatch):
+def test_a_cpu_needs_the_flag_toy(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--text", "x"])
     with pytest.raises(ValueError, match="--device cpu needs --toy"):
         gpu.main()

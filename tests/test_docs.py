@@ -1,7 +1,7 @@
-"""The code blocks of docs/: commands, Python, and interactive examples with their results.
+"""The code blocks of docs/ run: commands, Python, and interactive examples with their results.
 
-The blocks of a page run in their order, in one folder, without a network. A block of `pycon` also
-shows what each expression gives, and doctest compares it.
+The blocks of a page run in order, in one folder, without a network. doctest compares the results in
+a `pycon` block.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ELSEWHERE = {  # beginning of a command -> the test that runs it
 
 
 def run_command(line: str, folder) -> None:
-    """Run `python SCRIPT ARGUMENTS`; GPT-2's vocabulary, a download, becomes bytes."""
+    """Run `python SCRIPT ARGUMENTS`, with the tokenizer bytes instead of a download."""
     command = line.partition("  #")[0].strip()
     if command.startswith(tuple(ELSEWHERE)):
         return
@@ -44,8 +44,8 @@ def run_command(line: str, folder) -> None:
 
 
 def run_examples(text: str, number: int, page: str, namespace: dict) -> None:
-    """Run the >>> lines of a block and compare what they give."""
-    # doctest empties the namespace that it is given, so this one is copied in and back
+    """Run the >>> lines of a block and compare their results."""
+    # doctest empties its namespace, so the block gets a copy
     test = doctest.DocTestParser().get_doctest(text, namespace, f"{page} block {number}", page, 0)
     report = io.StringIO()
     runner = doctest.DocTestRunner(verbose=False)
@@ -55,7 +55,7 @@ def run_examples(text: str, number: int, page: str, namespace: dict) -> None:
 
 
 def write_inputs(folder) -> None:
-    """The raw text that data.md supposes a reader to have."""
+    """Write the raw text that data.md assumes."""
     (folder / "my.txt").write_text("one for sorrow, two for mirth\n" * 100)
     posts = [json.dumps({"text": f"post {i}", "body": f"body {i}"}) for i in range(100)]
     (folder / "posts.jsonl").write_text("\n".join(posts))
@@ -67,7 +67,7 @@ def write_inputs(folder) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_run(page, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page == "data.md":
         write_inputs(tmp_path)
@@ -87,7 +87,7 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_lead_somewhere(page):
+def test_the_links_of_a_page_have_targets(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     for target, section in LINK.findall(text):
         path = DOCS / target if target else DOCS / page

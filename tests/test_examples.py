@@ -1,3 +1,5 @@
+"""The examples train, and transformers accepts our batches."""
+
 import sys
 from pathlib import Path
 
@@ -16,12 +18,12 @@ from dataset import (
 )
 
 sys.path.insert(0, str(ROOT / "examples"))
-pytestmark = pytest.mark.filterwarnings("ignore")  # of lightning and transformers
+pytestmark = pytest.mark.filterwarnings("ignore")  # lightning and transformers warn
 
 
 @pytest.fixture
 def wikitext(tmp_path) -> Path:
-    """data/ with a WikiText-2 of 30 short articles in place of the download."""
+    """The folder data/ with 30 short articles in place of the download of WikiText-2."""
     folder = tmp_path / "data" / "wikitext-2"
     folder.mkdir(parents=True)
     for number, source in enumerate(CATALOG["wikitext-2"].sources):
@@ -31,7 +33,7 @@ def wikitext(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_lightning(wikitext, packing):
+def test_the_lightning_example_learns(wikitext, packing):
     L = pytest.importorskip("lightning", reason="needs lightning")
     pytest.importorskip("transformers", reason="needs transformers")
     from lightning_datamodule import LitGPT2, LLMDataModule
@@ -62,7 +64,7 @@ def test_lightning(wikitext, packing):
         assert batch["input_ids"].shape[1] < 48  # the longest of the batch, not max_length
 
 
-def test_the_huggingface_trainer(tmp_path, monkeypatch):
+def test_the_huggingface_trainer_example_learns(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("accelerate", reason="needs accelerate")
     import huggingface_trainer
@@ -78,7 +80,7 @@ def test_the_huggingface_trainer(tmp_path, monkeypatch):
 
 
 def test_transformers_keeps_packed_documents_separate(tmp_path):
-    """In a packed row, the logits of each document are those that it has alone in a row."""
+    """A document has the same logits in a packed row as in a row by itself."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     make_corpus(tmp_path / "c", ["abc", "defgh", "ijklmnop"] * 10, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train")
@@ -90,7 +92,7 @@ def test_transformers_keeps_packed_documents_separate(tmp_path):
         packed = model(
             input_ids=row["input_ids"][None],
             position_ids=row["position_ids"][None],
-            use_cache=False,  # with a cache, transformers takes the row for one document
+            use_cache=False,  # with a cache, transformers treats the row as one document
         ).logits[0]
         for number in range(int(row["document_ids"].max()) + 1):
             members = row["document_ids"] == number
@@ -98,21 +100,21 @@ def test_transformers_keeps_packed_documents_separate(tmp_path):
             torch.testing.assert_close(packed[members], alone, atol=1e-5, rtol=0)
 
 
-def test_the_loss_of_transformers_on_our_labels(tmp_path):
-    """Labels are not shifted: the loss is the mean over the next tokens inside documents."""
+def test_transformers_computes_the_expected_loss_from_our_labels(tmp_path):
+    """transformers shifts the labels: the loss is the mean over next tokens inside documents."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     make_corpus(tmp_path / "c", ["abc", "defgh", "ij"] * 10, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train")
     shape = dict(n_positions=32, n_layer=1, n_head=1, n_embd=8)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, **shape)).eval()
-    some = [documents[i] for i in range(4)]
+    batch = [documents[i] for i in range(4)]
+    nats = 0
     with torch.no_grad():
-        loss = model(**pad_documents(some, pad_token=256)).loss
-        nats = [
-            torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
-            for d in some
-        ]
-    torch.testing.assert_close(loss, sum(nats) / sum(len(d) - 1 for d in some))
+        loss = model(**pad_documents(batch, pad_token=256)).loss
+        for ids in batch:
+            logits = model(ids[None]).logits[0, :-1]
+            nats += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+    torch.testing.assert_close(loss, nats / sum(len(ids) - 1 for ids in batch))
     windows = TextDataset(tmp_path / "c" / "train", 16)
     batch = collate_huggingface([windows[3], windows[4]])
     assert document_ids(batch["labels"], 256).max() > 0

@@ -1,4 +1,4 @@
-"""Corpora prepared and runs trained by commit 58944c1 are still read (fixtures/58944c1)."""
+"""Corpora and runs that commit 58944c1 wrote (fixtures/58944c1) are still readable."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of what the old commit made, as the current folder."""
+    """A copy of the old corpora and runs, which is the current folder."""
     folder = tmp_path / "old"
     shutil.copytree(ROOT / "tests" / "fixtures" / "58944c1", folder)
     monkeypatch.chdir(folder)
@@ -29,12 +29,12 @@ def decode(tensors) -> str:
 
 
 @pytest.mark.parametrize("corpus", ["running", "documents"])
-def test_a_corpus_is_what_its_metadata_says(folder, capsys, corpus):
+def test_an_old_corpus_is_verified(folder, capsys, corpus):
     verify(folder / "data" / corpus)
     assert "compared with the source: the same" in capsys.readouterr().out
 
 
-def test_a_running_text(folder):
+def test_an_old_running_text_decodes_to_its_source(folder):
     text = (folder / "running.txt").read_text()
     for split, expected in (("train", text[:3933]), ("val", text[3933:])):
         data = TextDataset(folder / "data" / "running" / split, 16, stride=16)
@@ -45,7 +45,7 @@ def test_a_running_text(folder):
         assert len(data) == (len(expected) - 1) // 16
 
 
-def test_documents(folder):
+def test_old_documents_decode_to_their_source(folder):
     lines = (folder / "documents.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     found = []
@@ -60,8 +60,8 @@ def test_documents(folder):
     [("running", "one for" + " for" * 10), ("documents", "one for" + " " * 40)],
     ids=["running", "documents"],
 )
-def test_a_run_writes_the_same_text(folder, run, text):
-    """The expected texts are what sample.py of that commit printed."""
+def test_an_old_run_generates_the_same_text(folder, run, text):
+    """sample.py of the old commit printed the expected texts."""
     flags = ["--prompt", "one for", "--temperature", 0, "--max_new_tokens", 40, "--device", "cpu"]
     result = run_script("sample.py", "--run", f"out/{run}", *flags, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -71,8 +71,8 @@ def test_a_run_writes_the_same_text(folder, run, text):
 @pytest.mark.parametrize(
     ("run", "val_loss"), [("running", 1.371833124292006), ("documents", 2.48958939732732)]
 )
-def test_a_run_is_resumed(folder, run, val_loss):
-    """The expected losses are those of that commit, resumed: see the fixture's README.md."""
+def test_an_old_run_resumes_with_the_same_losses(folder, run, val_loss):
+    """The old commit resumed the runs with the expected losses (see the fixture's README.md)."""
     result = run_script("train_gpt2.py", "--resume", f"out/{run}", cwd=folder)
     assert result.returncode == 0, result.stderr
     found = losses(folder / "out" / run, "val_loss")

@@ -1,7 +1,8 @@
-"""The pages for people: their commands run, their flags exist, their links lead somewhere.
+"""The commands of README.md and docs/ run, their flags exist, and their links have targets.
 
-Commands of the PAGES and at the top of each script run in order, in a copy of the repository and
-without a network. What needs a network, a GPU or Slurm is checked to exist.
+The commands of PAGES and of the docstring of each script run in order, in a copy of the repository
+and without a network. For a command that needs a network, a GPU or Slurm, the tests check that its
+script and its flags exist.
 """
 
 import ast
@@ -30,7 +31,7 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def command_lines() -> list[str]:
-    """Every line of a shell block, then every command in the docstring of a script."""
+    """Return the lines of all shell blocks and the commands in the docstrings of scripts."""
     lines = []
     for name in (*PAGES, "docs/tour.md"):
         for block in code_blocks(read_page(name), "sh"):
@@ -42,7 +43,7 @@ def command_lines() -> list[str]:
 
 
 def split_commands(lines) -> list[str]:
-    """Single commands, without comments; a command that comes twice is listed once."""
+    """Return the distinct single commands, without comments."""
     commands = []
     for line in lines:
         commands += [part.strip() for part in line.split("  #")[0].split("&&") if part.strip()]
@@ -50,28 +51,29 @@ def split_commands(lines) -> list[str]:
 
 
 COMMANDS = split_commands(command_lines())
-QUICK = "--max_steps 2 --eval_every 2 --device cpu --compile false"  # of two values the last counts
-TINY = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 16 --sequence_length 16"
+# the last value of a repeated flag counts
+QUICK_FLAGS = "--max_steps 2 --eval_every 2 --device cpu --compile false"
+TINY_FLAGS = "--n_layer 1 --n_head 1 --n_embd 8 --batch_size 16 --sequence_length 16"
 
 
 def shortened(command: str) -> str | None:
     """Return the command with flags that make it quick, or None if another test runs it."""
     if command.startswith(("pip install", "pytest")):
-        return None  # .ci/run has them
+        return None  # .ci/run runs these
     if command.startswith(("source cluster/", "sbatch")):
-        return None  # test_slurm.py has them
+        return None  # test_slurm.py runs these
     if command.startswith("torchrun --") and "--standalone" not in command:
         return None  # these need two machines, or wait for a signal
     if command == "torchrun --standalone --nproc_per_node 2 train_gpt2.py":
-        return None  # the README has it with one flag more
+        return None  # README.md has the same command with one more flag
     if "--init_from gpt2" in command:
-        return None  # test_huggingface.py has a hub for them
+        return None  # test_huggingface.py runs these with a local hub
     if "--engine ray" in command or "--prefetch" in command or "--data_dir folder" in command:
-        return None  # test_slurm.py and tests/corpus have them
+        return None  # test_slurm.py and tests/corpus run these
     if "opening.txt" in command:
-        return None  # test_tour has it
+        return None  # test_tour runs this
     if "train_gpt2.py" in command:
-        return f"{command} {QUICK}" + ("" if "--resume out/" in command else f" {TINY}")
+        return f"{command} {QUICK_FLAGS}" + ("" if "--resume out/" in command else f" {TINY_FLAGS}")
     return command
 
 
@@ -92,7 +94,7 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     (folder / "my.txt").write_text("some text of my own, line by line\n" * 100)
     text = os.environ.get("TINYSHAKESPEARE")
-    if text:  # as if downloaded
+    if text:  # in place of a download
         (folder / "data" / "tinyshakespeare").mkdir(parents=True)
         shutil.copy(text, folder / "data" / "tinyshakespeare" / "input.txt")
     return folder
@@ -110,7 +112,7 @@ def test_command(copy, command):
     assert result.returncode == 0, result.stderr
 
 
-def test_what_was_exported_loads_in_transformers(copy):
+def test_the_exported_run_loads_in_transformers(copy):
     pytest.importorskip("transformers")
     if not (copy / "exported").exists():
         pytest.skip("the command that exports did not run")
@@ -121,8 +123,8 @@ def test_what_was_exported_loads_in_transformers(copy):
     assert len(names["tokenizer"]) == vocab_size
 
 
-def flags_of(script: str) -> set[str]:
-    """Names of the settings of a script: the fields of its dataclass."""
+def setting_names(script: str) -> set[str]:
+    """Return the names of the settings of a script: the fields of its dataclass."""
     for node in ast.parse(read_page(script)).body:
         if isinstance(node, ast.ClassDef) and node.name in ("Settings", "Config"):
             return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -139,7 +141,7 @@ def test_scripts_and_flags_of_a_command_exist(command):
         stem = "prepare_data" if "prepare_data" in script else "train_gpt2"
         script = f"{stem}.py"
     given = {word[2:].split("=")[0] for word in words[place + 1 :] if word.startswith("--")}
-    assert given <= flags_of(script)
+    assert given <= setting_names(script)
 
 
 def test_settings_named_in_a_table_exist():
@@ -147,14 +149,14 @@ def test_settings_named_in_a_table_exist():
     page = read_page("docs/training.md")
     first_cells = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
     named = set(re.findall(r"`(?:--)?(\w+)`", " ".join(first_cells)))
-    assert flags_of("train_gpt2.py") <= named
+    assert setting_names("train_gpt2.py") <= named
     page = read_page("docs/weights.md")
     first_cells = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
-    assert named <= flags_of("sample.py")
+    assert named <= setting_names("sample.py")
 
 
-def test_the_table_of_sizes_is_that_of_the_code():
+def test_the_table_of_sizes_equals_the_code():
     import train_gpt2
 
     rows = re.findall(r"^\|(.*)\|$", read_page("docs/training.md"), re.MULTILINE)
@@ -195,7 +197,7 @@ def test_the_network_interface_reaches_gloo(interface, expected, tmp_path):
 
 
 def test_tour(tmp_path, monkeypatch):
-    """Every value of the tour is what the code gives."""
+    """The code gives every value in the tour."""
     text = TOUR.read_text(encoding="utf-8")
     (opening,) = code_blocks(text, "text")
     (tmp_path / "opening.txt").write_text(opening)
@@ -215,7 +217,7 @@ def test_tour(tmp_path, monkeypatch):
 
 
 def quotes() -> list[tuple[str, str, str]]:
-    """(file, function, line) of every line that the tour quotes."""
+    """Return (file, function, line) for every line that the tour quotes."""
     found = []
     for block in code_blocks(TOUR.read_text(encoding="utf-8"), "python"):
         if match := re.match(r"# ([\w/]+\.py), ([\w.]+)\n", block):

@@ -1,6 +1,6 @@
-"""cluster/*.sbatch as jobs of a real Slurm, and --engine ray and --part as they use them.
+"""cluster/*.sbatch run as jobs of a real Slurm, and --engine ray and --part run without Slurm.
 
-Where no Slurm answers, the tests that need one skip: .ci/run brings one up on one machine.
+Tests that need Slurm skip without it; .ci/run starts Slurm on one machine.
 """
 
 import json
@@ -20,15 +20,15 @@ from training.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(300)
-PIECES = 11
+NUM_TASKS = 11
 FILES = ("train.bin", "val.bin", "metadata.json")
 
 
 @pytest.fixture(scope="session")
 def slurm():
-    """The environment for jobs."""
+    """The environment of jobs; the test skips without Slurm."""
     if not shutil.which("sbatch"):
-        pytest.skip("there is no sbatch here: no Slurm")
+        pytest.skip("sbatch is not installed")
     nodes = subprocess.run(["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True)
     if nodes.returncode:
         pytest.skip(f"no Slurm answers: {nodes.stderr.splitlines()[-1:]}")
@@ -38,7 +38,7 @@ def slurm():
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory) -> Path:
-    """11 MB of short documents: 11 pieces, and three seconds of work for one core."""
+    """The path of 11 MB of short documents: 11 tasks, three seconds of work for one core."""
     path = tmp_path_factory.mktemp("raw") / "raw.jsonl"
     path.write_text("".join(f'{{"text":"{i}"}}\n' for i in range(600_000)))
     return path
@@ -46,18 +46,19 @@ def raw(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(raw) -> dict:
-    """What one process makes of `raw`."""
+    """The files of the corpus that one process prepares from `raw`."""
     prepare(raw, "--workers", 1)
     return files(raw)
 
 
 def flags(raw, *more):
-    """raw/data/c beside `raw`: metadata.json names the source relative to itself."""
+    """Return flags for the corpus data/c beside `raw`; metadata.json has relative paths."""
     common = ["--input", raw, "--tokenizer", "bytes", "--data_dir", raw.parent / "data"]
     return [str(flag) for flag in [*common, "--corpus", "c", *more]]
 
 
 def prepare(raw, *more):
+    """Run prepare_data.py and return its output."""
     result = run_script("prepare_data.py", *flags(raw, *more), cwd=raw.parent)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -69,7 +70,10 @@ def files(raw) -> dict:
 
 @pytest.fixture
 def sbatch(slurm, tmp_path):
-    """sbatch(OPTION..., SCRIPT, FLAG...): submits it; returns its id. Output goes to tmp_path."""
+    """A function sbatch(OPTION..., SCRIPT, FLAG...) that submits a job and returns its id.
+
+    The output of the job goes to tmp_path.
+    """
     ids = []
 
     def submit(*command, out="%j"):
@@ -88,9 +92,9 @@ def sbatch(slurm, tmp_path):
 
 @pytest.fixture
 def job(sbatch, raw, tmp_path):
-    """job(OPTION..., SCRIPT): submits it for a copy of `raw`; returns its id."""
+    """A function job(OPTION..., SCRIPT) that submits a job for a copy of `raw`."""
     copy = tmp_path / "raw.jsonl"
-    shutil.copy2(raw, copy)  # with its date, which metadata.json knows
+    shutil.copy2(raw, copy)  # with its modification time, which metadata.json contains
 
     def submit(*command, out="%j"):
         return sbatch(*command, *flags(copy), out=out)
@@ -106,8 +110,8 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def ended(job_id) -> str:
-    """Waits for the job to end; returns its state and exit code."""
+def wait_for_end(job_id) -> str:
+    """Wait for the end of a job; return its state and exit code."""
 
     def states():
         shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
@@ -120,57 +124,57 @@ def ended(job_id) -> str:
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_ray_on_two_nodes(job, expected, tmp_path):
-    name = ended(job("-N", "2", "-c", "2", "cluster/prepare_data.sbatch", out="out"))
-    assert name == "COMPLETED 0:0", (tmp_path / "out").read_text()
+def test_ray_on_two_nodes_writes_the_bytes_of_one_process(job, expected, tmp_path):
+    state = wait_for_end(job("-N", "2", "-c", "2", "cluster/prepare_data.sbatch", out="out"))
+    assert state == "COMPLETED 0:0", (tmp_path / "out").read_text()
     assert files(job.raw) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_what_goes_wrong_under_ray_fails_the_job(job, tmp_path):
+def test_an_error_under_ray_fails_the_job(job, tmp_path):
     job.raw.write_text('{"text":"a"}\n{"text":1}\n')
-    name = ended(job("-N", "1", "-c", "1", "cluster/prepare_data.sbatch", out="out"))
-    assert name == "FAILED 1:0"
+    job_id = job("-N", "1", "-c", "1", "cluster/prepare_data.sbatch", out="out")
+    assert wait_for_end(job_id) == "FAILED 1:0"
     assert f"error: {job.raw}" in (tmp_path / "out").read_text()
-    assert not list(Path("/tmp").glob(f"ray-{name}*"))
+    assert not list(Path("/tmp").glob(f"ray-{job_id}*"))
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_an_array_without_ray(job, expected, tmp_path):
+def test_an_array_job_writes_the_bytes_of_one_process(job, expected, tmp_path):
     array = "--array=4-8:2", "-c", "1", "cluster/prepare_data_array.sbatch"
-    assert ended(job(*array, out="%a")) == "COMPLETED 0:0"
+    assert wait_for_end(job(*array, out="%a")) == "COMPLETED 0:0"
     assert files(job.raw) == expected
-    told = [(tmp_path / str(i)).read_text() for i in (4, 6, 8)]
-    assert sum("Next: python train_gpt2.py" in text for text in told) == 1, told
-    assert ended(job("--array=0", *array[1:], out="again")) == "COMPLETED 0:0"
+    outputs = [(tmp_path / str(i)).read_text() for i in (4, 6, 8)]
+    assert sum("Next: python train_gpt2.py" in text for text in outputs) == 1, outputs
+    assert wait_for_end(job("--array=0", *array[1:], out="again")) == "COMPLETED 0:0"
     assert "is prepared already" in (tmp_path / "again").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_a_job_that_was_preempted_or_killed_goes_on(job, expected, tmp_path):
+def test_a_preempted_or_killed_job_resumes(job, expected, tmp_path):
     array = "--array=0", "-c", "1", "cluster/prepare_data_array.sbatch"
-    work = job.raw.parent / "data" / "c" / ".work"
+    work_folder = job.raw.parent / "data" / "c" / ".work"
 
-    def pieces():
-        return {path.name: path.stat().st_mtime_ns for path in work.glob("*/*.json")}
+    def finished_tasks():
+        return {path.name: path.stat().st_mtime_ns for path in work_folder.glob("*/*.json")}
 
     job_id = job(*array, out="out")
-    wait_for(lambda: len(pieces()) >= 3)
+    wait_for(lambda: len(finished_tasks()) >= 3)
     subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
     wait_for(lambda: "resuming: " in (tmp_path / "out").read_text())
-    done = pieces()
-    wait_for(lambda: len(pieces()) > len(done))
+    done = finished_tasks()
+    wait_for(lambda: len(finished_tasks()) > len(done))
     subprocess.run(["scancel", "--signal=KILL", job_id], check=True)
-    assert ended(job_id).startswith(("CANCELLED", "FAILED"))
-    assert pieces().items() >= done.items()  # none was done again
-    done = pieces()
-    assert len(done) < PIECES
-    assert ended(job(*array, out="again")) == "COMPLETED 0:0"
-    told = (tmp_path / "again").read_text()
-    assert f"resuming: {len(done)} of {PIECES} tasks are finished" in told
+    assert wait_for_end(job_id).startswith(("CANCELLED", "FAILED"))
+    assert finished_tasks().items() >= done.items()  # no task is repeated
+    done = finished_tasks()
+    assert len(done) < NUM_TASKS
+    assert wait_for_end(job(*array, out="again")) == "COMPLETED 0:0"
+    output = (tmp_path / "again").read_text()
+    assert f"resuming: {len(done)} of {NUM_TASKS} tasks are finished" in output
     assert files(job.raw) == expected
 
 
@@ -181,16 +185,26 @@ TRAINING = [
 
 
 def last_step(run) -> int:
-    """The last one in metrics.jsonl; 0 before the first."""
+    """Return the last step in metrics.jsonl, or 0 before the first step."""
     lines = read_metrics(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 
 
+def metrics_without_speed(run) -> list[dict]:
+    """Return the lines of metrics.jsonl without tokens_per_second."""
+    lines = read_metrics(run / "metrics.jsonl")
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return lines
+
+
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_training_on_two_nodes_goes_on_exactly(sbatch, rhyme, tmp_path):
-    """After the signal that comes before a time limit, and after a preemption; with the losses of
-    two processes that nothing stopped, bit for bit."""
+def test_training_on_two_nodes_resumes_exactly(sbatch, rhyme, tmp_path):
+    """The job gets the signal of its time limit, and then a preemption.
+
+    Its losses equal those of two processes without an interruption, bit for bit.
+    """
     steps = ["--max_steps", "600", "--eval_every", "250"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [ROOT / "train_gpt2.py", *TRAINING, *steps, "--run_name", "whole"]
@@ -201,47 +215,47 @@ def test_training_on_two_nodes_goes_on_exactly(sbatch, rhyme, tmp_path):
     folders = ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
     script = ["-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
     job_id = sbatch(*script, *TRAINING, *steps, *folders, out="log")
-    run, log = tmp_path / "out" / f"job-{job_id}", tmp_path / "log"
+    run = tmp_path / "out" / f"job-{job_id}"
+    log = tmp_path / "log"
     wait_for(lambda: last_step(run) > 50)
     subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
     wait_for(lambda: "starts again" in log.read_text())
     stopped = last_step(run)
     wait_for(lambda: last_step(run) > stopped + 50)
     subprocess.run(["scontrol", "requeue", job_id], check=True)  # as preemption does
-    assert ended(job_id) == "COMPLETED 0:0", log.read_text()
-    told = log.read_text()
-    assert told.count("2 processes") == 3 and told.count("continue with: ") == 2, told
-    parts, whole = (
-        [
-            {name: value for name, value in line.items() if name != "tokens_per_second"}
-            for line in read_metrics(folder / "metrics.jsonl")
-        ]
-        for folder in (run, tmp_path / "out" / "whole")
-    )
-    assert len(whole) == 600 + 3 and parts == whole
+    assert wait_for_end(job_id) == "COMPLETED 0:0", log.read_text()
+    output = log.read_text()
+    assert output.count("2 processes") == 3, output
+    assert output.count("continue with: ") == 2, output
+    expected = metrics_without_speed(tmp_path / "out" / "whole")
+    assert len(expected) == 600 + 3
+    assert metrics_without_speed(run) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_the_end_of_a_jobs_time_is_not_that_of_its_run(sbatch, rhyme, tmp_path):
-    """Slurm's own signal, which comes up to half a minute before it was asked for; and the same
-    line, submitted again, takes the run up where the other job has left it."""
+def test_a_run_continues_after_the_time_limit_of_its_job(sbatch, rhyme, tmp_path):
+    """Slurm sends the signal up to half a minute early.
+
+    A job with the same command line resumes the run of the old job.
+    """
     script = ["--time=1", "--signal=USR1@5", "-N", "2", "-c", "1", "cluster/train_gpt2.sbatch"]
     more = ["--max_steps", "1000000", "--run_name", "mine"]
     more += ["--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out"]
-    job_id, run = sbatch(*script, *TRAINING, *more, out="log"), tmp_path / "out" / "mine"
+    job_id = sbatch(*script, *TRAINING, *more, out="log")
+    run = tmp_path / "out" / "mine"
     wait_for(lambda: (tmp_path / "log").exists())
     wait_for(lambda: f"job {job_id} starts again" in (tmp_path / "log").read_text())
     stopped = last_step(run)
     assert f"stopped at step {stopped}; " in (tmp_path / "log").read_text()
     wait_for(lambda: last_step(run) > stopped)
     subprocess.run(["scancel", job_id], check=True)
-    assert ended(job_id).startswith("CANCELLED")
+    assert wait_for_end(job_id).startswith("CANCELLED")
     stopped = load_checkpoint(run / "last.pt")["step"]
     job_id = sbatch(*script, *TRAINING, *more, "--stop_at", stopped + 9, out="again")
-    assert ended(job_id) == "COMPLETED 0:0"
+    assert wait_for_end(job_id) == "COMPLETED 0:0"
     assert load_checkpoint(run / "last.pt")["step"] == last_step(run) == stopped + 9
-    assert ended(sbatch(*script, *TRAINING, *more, "--seed", 1, out="wrong")) == "FAILED 1:0"
+    assert wait_for_end(sbatch(*script, *TRAINING, *more, "--seed", 1, out="wrong")) == "FAILED 1:0"
     assert "cannot change it to 1" in (tmp_path / "wrong").read_text()
 
 
@@ -262,40 +276,40 @@ def test_settings_reach_sbatch(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_on_one_machine(raw, expected, tmp_path):
-    """The same bytes, and an error in a document is the same line."""
+def test_ray_on_one_machine_gives_the_same_bytes_and_errors(raw, expected, tmp_path):
     pytest.importorskip("ray")
     shutil.copy2(raw, tmp_path)
     copy = tmp_path / "raw.jsonl"
     prepare(copy, "--engine", "ray", "--workers", 2)
     assert files(copy) == expected
     copy.write_text('{"text": "a"}\n{"text": 1}\n')
-    told = []
+    errors = []
     for engine in ("processes", "ray"):
         more = flags(copy, "--engine", engine, "--workers", 2)
-        told.append(run_script("prepare_data.py", *more, cwd=tmp_path))
-        # without a network, Ray's C++ code warns on standard error, whatever its log level is
-        told[-1].stderr = re.sub(r"^\[.* network_util.cc:.*\n", "", told[-1].stderr)
-        assert_one_line_error(told[-1], "raw.jsonl, line 2: ")
-    assert told[0].stderr == told[1].stderr
+        result = run_script("prepare_data.py", *more, cwd=tmp_path)
+        # without a network, Ray's C++ code warns on standard error at every log level
+        result.stderr = re.sub(r"^\[.* network_util.cc:.*\n", "", result.stderr)
+        assert_one_line_error(result, "raw.jsonl, line 2: ")
+        errors.append(result.stderr)
+    assert errors[0] == errors[1]
 
 
-def test_without_ray_it_says_how_to_get_it(raw, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+def test_a_missing_ray_is_an_error_with_the_remedy(raw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # import ray fails
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *flags(raw, "--engine", "ray")])
     with pytest.raises(ValueError, match=r"--engine ray.*pip install ray"):
         prepare_data.main()
 
 
-def test_parts_one_after_another_in_place_of_an_older_corpus(tmp_path):
+def test_parts_replace_an_older_corpus_one_after_another(tmp_path):
     path = tmp_path / "raw.jsonl"
     for start in (0, 1):
         path.write_text("".join(f'{{"text":"{i:0900}"}}\n' for i in range(start, start + 4000)))
         for part in range(3):
             done = "" if part == 0 else f"resuming: {[2, 3][part - 1]} of 4 tasks are finished"
-            told = prepare(path, "--part", f"{part}/3")
-            assert done in told
-        assert "done in" in told
+            output = prepare(path, "--part", f"{part}/3")
+            assert done in output
+        assert "done in" in output
         metadata = json.loads((tmp_path / "data" / "c" / "metadata.json").read_text())
         assert sum(split["documents"] for split in metadata["splits"].values()) == 4000
         assert "is prepared already" in prepare(path, "--part", "0/3")

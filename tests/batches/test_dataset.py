@@ -1,3 +1,5 @@
+"""TextDataset, its loaders, views and token noise, and the preview of dataset.py."""
+
 import functools
 import json
 import pickle
@@ -24,7 +26,7 @@ from dataset import (
 
 
 def write_corpus(folder, shards, dtype="uint16", vocab_size=50_257):
-    """A split "train" of one file per array in `shards`."""
+    """Write a split "train" with one file per array in `shards`, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for i, tokens in enumerate(shards):
@@ -62,7 +64,7 @@ def test_the_docstring_examples():
 
 @pytest.mark.parametrize("stride", [1, 2, 5, 8, 13])
 @pytest.mark.parametrize("n", [9, 10, 16, 17, 40])
-def test_windows_by_arithmetic(n, stride):
+def test_windows_equal_slices_of_the_tokens(n, stride):
     T = 8
     dataset = TextDataset(np.arange(n), T, stride)
     assert len(dataset) == sum(start + T + 1 <= n for start in range(0, n, stride))
@@ -76,17 +78,17 @@ def test_windows_by_arithmetic(n, stride):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_shards_are_one_stream(tmp_path, dtype):
+def test_shards_give_the_windows_of_one_file(tmp_path, dtype):
     tokens = np.arange(100)
     whole = TextDataset(write_corpus(tmp_path / "whole", [tokens], dtype), 10)
     shards = [tokens[:3], tokens[3:3], tokens[3:40], tokens[40:99], tokens[99:]]
-    split = TextDataset(write_corpus(tmp_path / "split", shards, dtype), 10)
-    assert len(whole) == len(split) == 90
-    for a, b in zip(whole[range(90)], split[range(90)]):
-        assert torch.equal(a, b)
+    sharded = TextDataset(write_corpus(tmp_path / "sharded", shards, dtype), 10)
+    assert len(whole) == len(sharded) == 90
+    for expected, found in zip(whole[range(90)], sharded[range(90)]):
+        assert torch.equal(expected, found)
 
 
-def test_a_batch_is_its_items(tmp_path):
+def test_a_list_of_indices_gives_the_stacked_items(tmp_path):
     dataset = TextDataset(write_corpus(tmp_path / "c", [np.arange(50) ** 2]), 6, 2)
     indices = [3, 0, 3, len(dataset) - 1]
     x, y = dataset[indices]
@@ -96,7 +98,7 @@ def test_a_batch_is_its_items(tmp_path):
 
 
 def test_plain_dataloaders_give_the_same_batches():
-    """PyTorch's own ways to load: single items, batches of items, batches of indices."""
+    """PyTorch loads single items, batches of items, or batches of indices."""
     dataset = TextDataset(np.arange(50), 6)
     expected_x, expected_y = dataset[range(32)]
     batches_of_indices = torch.utils.data.BatchSampler(range(44), 32, drop_last=False)
@@ -118,7 +120,7 @@ def test_plain_dataloaders_give_the_same_batches():
     assert torch.equal(x + 1, y)
 
 
-def test_indices_of_every_kind():
+def test_valid_and_invalid_types_of_an_index():
     dataset = TextDataset(np.arange(50), 6, stride=2)
     for index in (3, np.int64(3), torch.tensor(3), np.uint16(3)):
         assert dataset[index][0].tolist() == [6, 7, 8, 9, 10, 11]
@@ -147,7 +149,7 @@ def test_a_bare_file_needs_its_dtype(tmp_path):
         TextDataset(path, 4, dtype="uint16")
 
 
-def test_index_out_of_range(tmp_path):
+def test_an_index_out_of_range_is_an_error(tmp_path):
     dataset = TextDataset(write_corpus(tmp_path / "c", [np.arange(20)]), 4)
     assert dataset[-1][1].tolist() == [16, 17, 18, 19]
     for index in (16, -17, 10**12):
@@ -172,7 +174,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
         TextDataset(tmp_path / "nope" / "train", 4)
 
 
-DAMAGE = [
+DAMAGES = [
     lambda m: [m],
     lambda m: m | {"format_version": 2},
     lambda m: m | {"dtype": "float64"},
@@ -184,8 +186,8 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_metadata(tmp_path, damage):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_metadata_is_an_error(tmp_path, damage):
     path = write_corpus(tmp_path / "c", [np.arange(20)])
     file = tmp_path / "c" / "metadata.json"
     file.write_text(json.dumps(damage(json.loads(file.read_text()))))
@@ -203,7 +205,7 @@ def test_workers_map_the_file_themselves(tmp_path):
     assert torch.equal(pickle.loads(pickled)[7][0], dataset[7][0])
 
 
-def test_an_id_outside_the_vocabulary(tmp_path):
+def test_an_id_outside_the_vocabulary_is_an_error(tmp_path):
     tokens = np.arange(20)
     dataset = TextDataset(write_corpus(tmp_path / "c", [tokens], vocab_size=19), 4)
     assert dataset[14][1].tolist() == [15, 16, 17, 18]
@@ -212,7 +214,7 @@ def test_an_id_outside_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_dataloaders(tmp_path, workers):
+def test_dataloaders_shuffle_train_and_keep_the_order_of_val(tmp_path, workers):
     make_corpus(tmp_path / "c", ["".join(chr(33 + i % 90) for i in range(1000))])
     train, val = create_dataloaders(tmp_path / "c", 16, batch_size=8, num_workers=workers)
     tokens = np.fromfile(tmp_path / "c" / "train.bin", np.uint16)
@@ -243,15 +245,15 @@ def test_ranks_share_the_validation_split(tmp_path):
     assert sorted(whole.tolist()) == sorted(torch.cat(val_of_ranks).tolist())
 
 
-def test_the_newest_corpus(tmp_path):
+def test_newest_corpus_ignores_an_incomplete_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prepared corpus.*prepare_data.py"):
         newest_corpus(tmp_path)
-    (tmp_path / "b").mkdir()  # not complete: no metadata.json
+    (tmp_path / "b").mkdir()  # incomplete: metadata.json is missing
     write_corpus(tmp_path / "a", [np.arange(9)])
     assert newest_corpus(tmp_path).name == "a"
 
 
-def test_the_counts_of_a_corpus(tmp_path):
+def test_the_counts_of_a_split_equal_its_metadata(tmp_path):
     texts = [f"text number {i}" for i in range(300)]
     metadata = make_corpus(tmp_path / "c", texts, documents=True)
     splits = {name: TextDataset(tmp_path / "c" / name, 8) for name in ("train", "val")}
@@ -266,7 +268,7 @@ def test_the_counts_of_a_corpus(tmp_path):
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 11])
 @pytest.mark.parametrize("size", [0.1, 0.5, 1, 7])
-def test_views_of_a_split(tmp_path, size, stride):
+def test_views_divide_the_tokens_of_a_split(tmp_path, size, stride):
     whole = TextDataset(
         write_corpus(tmp_path / "c", [np.arange(50), np.arange(50, 103)]), 8, stride
     )
@@ -288,7 +290,7 @@ def test_a_view_begins_with_a_document(tmp_path):
     assert last[0][0].tolist() == list(b"abcdefgh")
     assert first.num_documents() == first.num_tokens() // 10
     assert last.num_documents() == last.num_tokens() // 10
-    shorter, rest = last.split(0.5)  # a view's view
+    shorter, rest = last.split(0.5)  # a view of a view
     assert shorter.num_documents() + rest.num_documents() == last.num_documents()
     assert rest[0][0].tolist() == list(b"abcdefgh")
     with pytest.raises(ValueError, match="can't be split by 0"):
@@ -298,13 +300,13 @@ def test_a_view_begins_with_a_document(tmp_path):
 
 
 @pytest.mark.parametrize("T, stride, n", [(8, 8, 100), (8, 1, 100), (8, 3, 101), (8, 20, 117)])
-def test_the_token_counts_of_windows(T, stride, n):
+def test_count_tokens_counts_distinct_targets(T, stride, n):
     data = TextDataset(np.arange(n), T, stride)
     targets = {int(t) for _, y in (data[i] for i in range(len(data))) for t in y}
     assert data.count_tokens() == {"trained": len(targets), "left_out": n - len(targets)}
 
 
-def test_windows_as_dicts(tmp_path):
+def test_collate_functions_return_dicts(tmp_path):
     make_corpus(tmp_path / "c", ["abc", "de", "fghij"] * 30, documents=True)
     data = TextDataset(tmp_path / "c" / "train", 16, 16)
     x, _ = data[[0, 1, 2]]
@@ -322,23 +324,24 @@ def test_windows_as_dicts(tmp_path):
         assert mask == [[doc_ids[i] == doc_ids[j] and j <= i for j in range(16)] for i in range(16)]
 
 
-def test_token_noise(tmp_path):
+def test_token_noise_replaces_a_share_of_the_input_tokens(tmp_path):
     make_corpus(tmp_path / "c", ["abcdefghi"] * 2000, documents=True)
     plain = TextDataset(tmp_path / "c" / "train", 64)
     noisy = NoisyTextDataset(plain, 0.25, seed=1)
     assert len(noisy) == len(plain)
-    every = np.arange(len(plain))
-    (x, y), (noisy_x, noisy_y) = plain[every], noisy[every]
-    assert torch.equal(y, noisy_y)  # the targets are the text
+    all_windows = np.arange(len(plain))
+    x, y = plain[all_windows]
+    noisy_x, noisy_y = noisy[all_windows]
+    assert torch.equal(y, noisy_y)  # the targets stay unchanged
     changed = x != noisy_x
     text = x != 256
-    assert not changed[~text].any() and not (noisy_x == 256)[text].any()  # documents stay whole
-    # 1 in 256 draws is the id that was there; 5 sigma of a binomial
+    assert not changed[~text].any() and not (noisy_x == 256)[text].any()  # ends of text stay
+    # 1 in 256 draws gives the old id; the tolerance is 5 sigma of a binomial distribution
     n, p = int(text.sum()), 0.25 * 255 / 256
     assert abs(int(changed.sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
     assert noisy_x[changed].unique().numel() == 256  # any id but the end of text
-    some = [17, 3, 17, -1]  # a function of the place only: the same in every batch
-    assert torch.equal(noisy[some][0], noisy_x[some])
+    indices = [17, 3, 17, -1]  # the noise is a function of the position: equal in every batch
+    assert torch.equal(noisy[indices][0], noisy_x[indices])
     assert torch.equal(noisy[-1][0], noisy_x[-1])
     batch = next(iter(torch.utils.data.DataLoader(noisy, batch_size=4)))
     assert torch.equal(batch[0], noisy_x[:4]) and torch.equal(batch[1], y[:4])
@@ -352,8 +355,8 @@ def test_token_noise(tmp_path):
         NoisyTextDataset(TextDataset(np.arange(9), 4), 0.1)
 
 
-def test_token_noise_stays_the_same():
-    """Runs resume with the noise that they began with: ids written by commit 58944c1."""
+def test_token_noise_equals_that_of_older_versions():
+    """A run must resume with the same noise: commit 58944c1 wrote these ids."""
     tokens = Tokens(np.arange(200) % 257, eot_token=256, vocab_size=257)
     noisy = NoisyTextDataset(TextDataset(tokens, 12, 3), 0.5, seed=5)
     assert noisy[[0, 7, -1]][0].tolist() == [
@@ -367,7 +370,7 @@ def test_token_noise_stays_the_same():
     assert int(add_token_noise(x, 0, 1.0, 5, 257).max()) < 257
 
 
-def test_token_noise_of_the_loaders(tmp_path):
+def test_dataloaders_add_token_noise_to_train_only(tmp_path):
     make_corpus(tmp_path / "c", ["".join(chr(33 + i % 90) for i in range(1000))])
     options = {"sequence_length": 16, "batch_size": 8}
     plain, plain_val = create_dataloaders(tmp_path / "c", **options)
@@ -377,9 +380,10 @@ def test_token_noise_of_the_loaders(tmp_path):
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain_val, noisy_val))
 
 
-def test_ten_billion_tokens(tmp_path):
-    """A sparse file, which takes no room: windows at its ends, an order over all of it."""
-    path, n = tmp_path / "train.bin", 10**10
+def test_ten_billion_tokens_are_read_at_any_position(tmp_path):
+    """The file is sparse and needs little disk space."""
+    path = tmp_path / "train.bin"
+    n = 10**10
     with open(path, "wb") as f:
         for place in (0, n // 2, n - 4):
             f.seek(2 * place)
@@ -395,7 +399,7 @@ def test_ten_billion_tokens(tmp_path):
     assert x.shape == y.shape == (32, 3)
 
 
-def test_torchs_distributed_sampler():
+def test_torchs_distributed_sampler_covers_all_windows():
     data = TextDataset(np.arange(200), 4)
     seen = []
     for rank in range(2):
@@ -422,8 +426,8 @@ def test_tokens_are_complete_in_views_and_copies(tmp_path, make):
         assert np.array_equal(view.read([0], 490), tokens.read([10], 490))
 
 
-def test_text_in_memory_in_spawned_workers():
-    """A DataLoader with spawn pickles the dataset: noise and masks need its vocabulary."""
+def test_spawned_workers_read_text_in_memory():
+    """spawn pickles the dataset, and noise needs the vocabulary of the pickled tokens."""
     tokens = tokenize(lambda: ["abcdefghi"] * 100, get_tokenizer("bytes"))
     first, last = TextDataset(tokens, 16).split(0.2)
     assert first.vocab_size == last.vocab_size == 257
@@ -439,9 +443,10 @@ def test_text_in_memory_in_spawned_workers():
         assert torch.equal(x, a) and torch.equal(y, b)
 
 
-def test_wrong_use_is_refused(tmp_path):
+def test_wrong_arguments_are_value_errors(tmp_path):
     make_corpus(tmp_path / "c", ["one running text, " * 100])
-    split, corpus = tmp_path / "c" / "train", tmp_path / "c"
+    corpus = tmp_path / "c"
+    split = corpus / "train"
     with pytest.raises(ValueError, match=r"c is a corpus: choose one of its splits \(.*c/train, "):
         TextDataset(corpus, 4)
     for array in (np.eye(3), np.arange(3.0), ["a", "b"], None, 5):
@@ -464,13 +469,13 @@ def test_wrong_use_is_refused(tmp_path):
 
 
 def test_loaders_pin_no_memory(tmp_path):
-    """The training step does, on CUDA alone (training.device.move_to_device)."""
+    """training.device.move_to_device pins memory, and only for CUDA."""
     make_corpus(tmp_path / "c", ["one two three " * 40])
     loaders = create_dataloaders(tmp_path / "c", 4)
     assert [loader.pin_memory for loader in loaders] == [False, False]
 
 
-def test_the_preview_of_a_corpus(tmp_path):
+def test_the_preview_prints_batches_and_padding(tmp_path):
     make_corpus(tmp_path / "data" / "c", ["abc", "defghi", "jk"] * 100, documents=True)
     result = run_script("dataset.py", "c", "--sequence_length", "12", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -478,7 +483,7 @@ def test_the_preview_of_a_corpus(tmp_path):
     assert "aligned: y is x shifted by one in all 96 places" in result.stdout
     assert "<|endoftext|>║" in result.stdout and "░" in result.stdout
     shares = [float(share) for share in re.findall(r"([\d.]+)% padding (?:in|with)", result.stdout)]
-    assert shares[0] > 20 > 5 > shares[1]  # in random order; with those of similar length
+    assert shares[0] > 20 > 5 > shares[1]  # batches in random order, then batches of similar length
     assert "million tokens/s" in result.stdout
     assert_one_line_error(
         run_script(

@@ -1,3 +1,5 @@
+"""Documents: datasets, ids, positions, masks, padding and packing."""
+
 import itertools
 
 import numpy as np
@@ -21,40 +23,46 @@ from dataset import (
 EOT = 256
 
 
-def test_ids_positions_and_mask_of_documents_in_a_row():
-    """Against a loop over tokens, as one would write it down."""
+def test_ids_positions_and_mask_equal_a_loop_over_tokens():
     rows = torch.from_numpy(np.random.default_rng(0).integers(250, 258, (20, 30)))
-    doc_ids = document_ids(rows, EOT)
-    positions, mask = document_positions(doc_ids), document_mask(doc_ids)
-    for row, row_doc_ids, row_positions, row_mask in zip(
-        rows.tolist(), doc_ids.tolist(), positions.tolist(), mask.tolist()
+    ids = document_ids(rows, EOT)
+    positions = document_positions(ids)
+    mask = document_mask(ids)
+    for row, row_ids, row_positions, row_mask in zip(
+        rows.tolist(), ids.tolist(), positions.tolist(), mask.tolist()
     ):
-        document = position = 0
+        document = 0
+        position = 0
         for i, token in enumerate(row):
-            assert (row_doc_ids[i], row_positions[i]) == (document, position)
-            assert row_mask[i] == [row_doc_ids[j] == document and j <= i for j in range(30)]
+            assert row_ids[i] == document
+            assert row_positions[i] == position
+            assert row_mask[i] == [row_ids[j] == document and j <= i for j in range(30)]
             position += 1
             if token == EOT:
                 document += 1
                 position = 0
-    assert doc_ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
+    assert ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
 
 
-def test_documents_of_a_split(tmp_path):
+def test_a_document_dataset_has_all_documents_up_to_max_length(tmp_path):
     texts = ["abc", "", "defghij", "kl"] * 25
     make_corpus(tmp_path / "c", texts, documents=True)
     for max_length in (None, 100, 4, 1):
-        found, tokens, kept = [], 0, 0
+        found = []
+        num_tokens = 0
+        num_kept = 0
         for name in ("train", "val"):
             documents = DocumentDataset(tmp_path / "c" / name, max_length)
             found += [documents[i].tolist() for i in range(len(documents))]
             assert [len(documents[i]) for i in range(len(documents))] == documents.lengths.tolist()
             counts = documents.count_tokens()
             assert sum(counts.values()) == len(documents.tokens)
-            tokens, kept = tokens + len(documents.tokens), kept + counts["trained"]
+            num_tokens += len(documents.tokens)
+            num_kept += counts["trained"]
         expected = [[*text.encode(), EOT][:max_length] for text in texts]
         assert sorted(found) == sorted(expected)
-        assert kept == sum(map(len, expected))
+        assert num_kept == sum(map(len, expected))
+        assert num_tokens == sum(len(text) + 1 for text in texts)
     with pytest.raises(ValueError, match="max_length must be at least 1, not 0"):
         DocumentDataset(tmp_path / "c" / "train", 0)
 
@@ -67,7 +75,7 @@ def test_the_last_document_may_have_no_end():
         DocumentDataset(tokens)
 
 
-def test_views_of_documents(tmp_path):
+def test_views_divide_the_documents_of_a_split(tmp_path):
     make_corpus(tmp_path / "c", ["abc", "de", "fghij"] * 40, documents=True)
     whole = DocumentDataset(tmp_path / "c" / "train", 4)
     for size, count in ((0.25, -(-len(whole) // 4)), (10, 10)):
@@ -79,8 +87,8 @@ def test_views_of_documents(tmp_path):
         whole.split(len(whole))
 
 
-def test_padding_keeps_every_end_of_text():
-    """Labels come from lengths: the end of text is learned even if it is also the padding."""
+def test_padding_keeps_every_end_of_text_as_a_label():
+    """Labels come from lengths, so the end-of-text token may also be the padding."""
     documents = [torch.tensor(ids) for ids in ([5, 6, 7, EOT], [8, EOT], [EOT])]
     batch = pad_documents(documents, pad_token=EOT)
     assert batch["input_ids"].tolist() == [[5, 6, 7, EOT], [8, EOT, EOT, EOT], [EOT] * 4]
@@ -92,7 +100,7 @@ def test_padding_keeps_every_end_of_text():
     assert all(rows.dtype == torch.int64 for rows in batch.values())
 
 
-def test_a_batch_is_as_long_as_its_longest(tmp_path):
+def test_a_padded_batch_is_as_long_as_its_longest_document(tmp_path):
     make_corpus(tmp_path / "c", ["abc"] * 50, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train", max_length=1024)
     batch = next(iter(DataLoader(documents, batch_size=4, collate_fn=pad_documents)))
@@ -101,7 +109,7 @@ def test_a_batch_is_as_long_as_its_longest(tmp_path):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 16))
-def test_packing_loses_nothing(lengths, T):
+def test_packing_keeps_every_token(lengths, T):
     documents = [torch.arange(n) + 100 * i for i, n in enumerate(lengths, 1)]
     packed = pack_documents(documents, T)
     rows = [packed[i] for i in range(len(packed))]
@@ -113,26 +121,27 @@ def test_packing_loses_nothing(lengths, T):
     for row in rows:
         for number in row["document_ids"].unique():
             members = row["document_ids"] == number
-            ids, labels = row["input_ids"][members], row["labels"][members]
+            ids = row["input_ids"][members]
+            labels = row["labels"][members]
             assert row["position_ids"][members].tolist() == list(range(len(ids)))
             if number == -1:
                 assert (labels == -100).all() and (ids == 0).all() and members[-1]
                 continue
             assert labels.tolist() == [-100, *ids[1:].tolist()]
-            assert (ids.diff() == 1).all()  # of one document
+            assert (ids.diff() == 1).all()  # the tokens belong to one document
             whole = len(documents[int(ids[0]) // 100 - 1])
             assert len(ids) == whole if whole <= T else len(ids) in (T, whole % T)
 
 
-def test_best_fit_by_hand():
-    """5 5 4 3 3 2 into rows of 8: 5 + 3, 5 + 3, 4 + 2."""
+def test_best_fit_equals_an_example_by_hand():
+    """Lengths 5 5 4 3 3 2 fill rows of 8 as 5 + 3, 5 + 3, 4 + 2."""
     assert best_fit(np.array([3, 5, 2, 4, 5, 3]), 8).tolist() == [1, 0, 2, 2, 1, 0]
     assert best_fit(np.array([], np.int64), 8).tolist() == []
-    # 6 leaves 4 and 7 leaves 3: 3 goes to the row of 7
+    # 6 leaves space for 4 and 7 leaves space for 3, so 3 goes to the row of 7
     assert best_fit(np.array([6, 7, 3]), 10).tolist() == [1, 0, 0]
 
 
-def test_packed_rows_of_a_corpus(tmp_path):
+def test_packed_rows_of_a_corpus_have_the_shape_of_a_batch(tmp_path):
     make_corpus(tmp_path / "c", ["abc", "defgh", "i" * 30] * 30, documents=True)
     documents = DocumentDataset(tmp_path / "c" / "train", max_length=20)
     packed = pack_documents(documents, 16)
@@ -163,7 +172,7 @@ def test_the_docstring_examples_of_rows():
     assert packed["labels"].tolist() == [-100, 6, EOT, -100, EOT, -100]
 
 
-def test_wrong_use_is_refused(tmp_path):
+def test_wrong_arguments_are_errors(tmp_path):
     make_corpus(tmp_path / "c", ["one running text, " * 100])
     with pytest.raises(ValueError, match=r"one running text without documents.*TextDataset"):
         DocumentDataset(tmp_path / "c" / "train", 512)

@@ -10,8 +10,8 @@ PROJECT = {path.stem for path in ROOT.glob("*.py")}
 PROJECT |= {path.parent.name for path in ROOT.glob("*/*.py")}
 
 
-def imported(path):
-    """The full names of all modules that a file imports, in functions, too."""
+def imported_modules(path):
+    """Yield the full names of all modules that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -21,12 +21,12 @@ def imported(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_imports_go_one_way(path):
-    used = {name.split(".")[0] for name in imported(path)} & PROJECT
+    used = {name.split(".")[0] for name in imported_modules(path)} & PROJECT
     assert used <= {"batches", "corpus", "common"}
 
 
 def test_there_is_no_cycle():
-    edges = {f"batches.{path.stem}": set(imported(path)) for path in MODULES}
+    edges = {f"batches.{path.stem}": set(imported_modules(path)) for path in MODULES}
     while edges:
         leaves = [name for name in edges if not edges[name] & edges.keys()]
         assert leaves, f"a cycle among {sorted(edges)}"

@@ -1,3 +1,5 @@
+"""StreamingTextDataset and tokenize: raw text to windows without a prepared corpus."""
+
 import gzip
 import io
 import itertools
@@ -18,18 +20,19 @@ TEXTS = [f"document {i} " + "word " * (i % 37) for i in range(400)]
 
 
 def windows(data):
+    """Return the T + 1 token ids of each window."""
     return [x.tolist() + y[-1:].tolist() for x, y in data]
 
 
 def expected_windows(texts, T):
-    """The windows over the ids of all documents, with an end of text after each document."""
+    """Return the expected windows: blocks of the ids of all documents and their ends of text."""
     ids = [i for text in texts for i in (*text.encode(), EOT)]
     return [ids[k : k + T + 1] for k in range(0, len(ids) - T, T)]
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The documents in two .jsonl files that are read in several spans."""
+    """A glob of two .jsonl files with the documents, which are read in several spans."""
     monkeypatch.setattr(streaming, "SPAN_BYTES", 5000)
     for name, texts in (("a", TEXTS[:250]), ("b", TEXTS[250:])):
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -44,7 +47,7 @@ def stream(source, T=32, **options):
 def test_windows_are_those_of_the_joined_documents(files):
     data = stream(files)
     assert len(data._spans(data.sources, 1)) > 5
-    assert windows(data) == expected_windows(TEXTS, 32) == windows(data)  # pass after pass
+    assert windows(data) == expected_windows(TEXTS, 32) == windows(data)  # every pass
     assert windows(stream(lambda: TEXTS)) == expected_windows(TEXTS, 32)
     assert windows(stream(iter(TEXTS))) == expected_windows(TEXTS, 32)
     tokens = sum(len(text) + 1 for text in TEXTS)
@@ -52,16 +55,19 @@ def test_windows_are_those_of_the_joined_documents(files):
     assert data.count_tokens()["trained"] == 32 * len(expected_windows(TEXTS, 32))
 
 
-def test_they_are_the_windows_of_the_prepared_corpus(tmp_path, tinyshakespeare, gpt2_tokenizer):
-    """A running text is read in several texts, whose ids are those of the whole."""
+def test_windows_equal_those_of_the_prepared_corpus(tmp_path, tinyshakespeare, gpt2_tokenizer):
+    """A running text is read in parts, and the parts give the ids of the whole text."""
     text = tinyshakespeare.read_text(encoding="utf-8")[:300_000]
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
     data = StreamingTextDataset(tmp_path / "my.txt", gpt2_tokenizer, 64)
     expected = TextDataset(gpt2_tokenizer.encode(text), 64, stride=64)
     found = list(data)
     assert len(found) == len(expected)
-    for (x, y), (a, b) in zip(found, (expected[i] for i in range(len(expected)))):
-        assert torch.equal(x, a) and torch.equal(y, b) and x.dtype == torch.int64
+    for i, (x, y) in enumerate(found):
+        expected_x, expected_y = expected[i]
+        assert x.dtype == torch.int64
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 2), (2, 0), (2, 2)])
@@ -75,13 +81,13 @@ def test_readers_have_each_document_once(files, by, world_size, workers):
             seen += zip(x[:, 0].tolist(), y[:, 0].tolist())
     num_readers = world_size * max(1, workers)
     pairs = Counter(p for text in TEXTS for p in itertools.pairwise([EOT, *text.encode(), EOT]))
-    pairs[EOT, ord("d")] -= num_readers  # no token comes before a reader's first document
+    pairs[EOT, ord("d")] -= num_readers  # no token precedes the first document of a reader
     assert Counter(seen) == pairs
 
 
 @pytest.mark.parametrize("by", ["files", "documents", "text"])
 @pytest.mark.parametrize("shuffle_buffer", [0, 1, 50, 10_000])
-def test_resumed_at_any_item(tmp_path, files, by, shuffle_buffer):
+def test_a_stream_resumes_after_any_window(tmp_path, files, by, shuffle_buffer):
     (tmp_path / "one.txt").write_text(" ".join(TEXTS))
     source = {"files": files, "documents": lambda: TEXTS, "text": str(tmp_path / "one.txt")}[by]
     options = dict(shuffle_buffer=shuffle_buffer, seed=3, T=64)
@@ -90,7 +96,8 @@ def test_resumed_at_any_item(tmp_path, files, by, shuffle_buffer):
     assert sorted(whole) == sorted(plain)
     assert (whole == plain) == (shuffle_buffer < 2)
     for stops in ([0], [1, 5], [40, 41], [len(whole) - 2], [len(whole)]):
-        data, used = stream(source, **options), []
+        data = stream(source, **options)
+        used = []
         for stop in stops:
             used += windows(itertools.islice(data, stop - len(used)))
             assert used == whole[:stop]
@@ -102,7 +109,7 @@ def test_resumed_at_any_item(tmp_path, files, by, shuffle_buffer):
         assert used == whole
 
 
-def test_each_pass_is_shuffled_anew(files):
+def test_each_pass_has_another_order(files):
     data = stream(files, shuffle_buffer=100)
     first, second = windows(data), windows(data)
     assert first != second and sorted(first) == sorted(second)
@@ -113,9 +120,11 @@ def test_each_pass_is_shuffled_anew(files):
 
 def test_torchdatas_loader_resumes(files):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
-    loader = lambda: stateful.StatefulDataLoader(  # noqa: E731
-        stream(files, shuffle_buffer=20), batch_size=4, num_workers=2
-    )
+
+    def loader():
+        data = stream(files, shuffle_buffer=20)
+        return stateful.StatefulDataLoader(data, batch_size=4, num_workers=2)
+
     whole = [x.tolist() for x, _ in loader()]
     first = loader()
     used = [x.tolist() for x, _ in itertools.islice(first, 7)]
@@ -124,12 +133,10 @@ def test_torchdatas_loader_resumes(files):
     assert used + [x.tolist() for x, _ in last] == whole
 
 
-def test_small_raw_text_in_memory(files, tmp_path):
+def test_tokenize_returns_the_tokens_of_raw_text(files, tmp_path):
     tokens = tokenize(files, get_tokenizer("bytes"))
     data = TextDataset(tokens, 32, stride=32)
-    assert [
-        x.tolist() + y[-1:].tolist() for x, y in (data[i] for i in range(len(data)))
-    ] == expected_windows(TEXTS, 32)
+    assert windows(data[i] for i in range(len(data))) == expected_windows(TEXTS, 32)
     documents = DocumentDataset(tokens)
     assert [bytes(d.tolist()[:-1]).decode() for d in documents] == TEXTS
     (tmp_path / "my.txt").write_text(" one \n\ntwo\nlines\n\n\nthree")
@@ -150,7 +157,7 @@ NUM_READERS = [(1, 2), (2, 0), (3, 0), (2, 2), (8, 0)]
 
 
 def windows_of_ranks(make, world_size, workers):
-    """The windows of each rank."""
+    """Return the windows of each rank."""
     found = []
     for rank in range(world_size):
         data = make(rank=rank, world_size=world_size)
@@ -161,7 +168,7 @@ def windows_of_ranks(make, world_size, workers):
 
 @pytest.mark.parametrize("world_size, workers", NUM_READERS)
 def test_every_rank_gets_a_share_of_a_small_file(tmp_path, world_size, workers):
-    """A file of one span is divided into smaller ones: about equal shares for all ranks."""
+    """A file that fits in one span is divided into smaller spans of about equal size."""
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     ranks = windows_of_ranks(
@@ -191,7 +198,7 @@ def test_a_rank_without_a_window_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("by", ["files", "documents"])
 def test_a_state_belongs_to_its_number_of_readers(files, by):
-    """At another number of ranks or workers, documents would come twice."""
+    """With another number of ranks or workers, some documents would be repeated."""
     source = files if by == "files" else lambda: TEXTS
     data = stream(source, rank=1, world_size=2)
     used = windows(itertools.islice(data, 3))
@@ -222,7 +229,7 @@ def test_a_state_belongs_to_its_number_of_readers(files, by):
 
 
 def test_the_state_is_small(files):
-    """Numbers and tensors of ids that are read and not used, which torch.load takes as safe."""
+    """The state has numbers and the ids that are read but not used; torch.load accepts it."""
     for shuffle_buffer in (0, 20):
         data = stream(files, shuffle_buffer=shuffle_buffer)
         assert data.state_dict() == {}
@@ -240,23 +247,27 @@ def test_the_state_is_small(files):
         assert windows(rest) == whole[30:]
 
 
-def test_resuming_tokenizes_nothing_twice(files, monkeypatch):
+def test_resuming_tokenizes_no_document_twice(files, monkeypatch):
     data = stream(files)
     windows(itertools.islice(data, 100))
-    state, rest = data.state_dict(), stream(files)
-    rest.load_state_dict(state)
+    rest = stream(files)
+    rest.load_state_dict(data.state_dict())
     tokenized = []
-    encode = rest.tokenizer.encode_documents
-    monkeypatch.setattr(
-        rest.tokenizer, "encode_documents", lambda texts: tokenized.extend(texts) or encode(texts)
-    )
+    encode_documents = rest.tokenizer.encode_documents
+
+    def record(texts):
+        tokenized.extend(texts)
+        return encode_documents(texts)
+
+    monkeypatch.setattr(rest.tokenizer, "encode_documents", record)
     used = windows(rest)
     assert used and sum(len(text) + 1 for text in tokenized) <= 32 * len(used) + 33
     assert tokenized == TEXTS[-len(tokenized) :]
 
 
-def test_sources_of_every_kind(files, tmp_path):
-    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+def test_valid_and_invalid_types_of_a_source(files, tmp_path):
+    a = str(tmp_path / "a.jsonl")
+    b = str(tmp_path / "b.jsonl")
     expected = expected_windows(TEXTS, 32)
     for source in (
         (a, b),
@@ -284,7 +295,7 @@ def test_a_generator_gives_one_pass_only():
         next(iter(data))
 
 
-def test_wrong_use_is_refused(files):
+def test_wrong_arguments_are_value_errors(files):
     with pytest.raises(ValueError, match=r"sequence_length \(0\) must be at least 1"):
         stream(files, 0)
     with pytest.raises(ValueError, match=r"shuffle_buffer \(-1\) at least 0"):
@@ -297,7 +308,7 @@ def test_wrong_use_is_refused(files):
             tokenize(empty, get_tokenizer("bytes"))
 
 
-def test_text_in_memory_knows_its_vocabulary(tmp_path):
+def test_tokenized_text_has_a_vocabulary(tmp_path):
     tokens = tokenize(lambda: ["ab", "c"], get_tokenizer("bytes"))
     assert tokens.read([0], 5)[0].tolist() == [97, 98, EOT, 99, EOT]
     assert (tokens.vocab_size, tokens.eot_token, tokens.has_documents) == (257, EOT, True)

@@ -1,4 +1,4 @@
-"""Files written by several processes at once, and locks among processes."""
+"""Files that several processes write at once, and locks between processes."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ import pytest
 from common.files import ABANDONED_SECONDS, atomic_write, exclusive_lock
 
 
-def hold(path, ready):
+def hold_lock(path, ready):
     with exclusive_lock(path):
         ready.set()
         signal.pause()
@@ -24,7 +24,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / ".lock"
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
-    process = context.Process(target=hold, args=(path, ready))
+    process = context.Process(target=hold_lock, args=(path, ready))
     process.start()
     assert ready.wait(60)
     with pytest.raises(BlockingIOError, match="wait for it"), exclusive_lock(path, "wait for it"):
@@ -37,8 +37,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys, number):
-    """Some network and cluster file systems have none (Lustre, NFS, FUSE)."""
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys, number):
+    """Some network file systems (Lustre, NFS, FUSE) have no locks."""
 
     def flock(*args):
         raise OSError(number, os.strerror(number))
@@ -51,7 +51,7 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys, number)
     assert f"warning: the file system of {tmp_path} has no locks" in warning
 
 
-def test_other_errors_name_the_file(tmp_path):
+def test_another_error_of_a_lock_names_its_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as error, exclusive_lock(tmp_path / "file" / ".lock"):
         pass
@@ -59,7 +59,7 @@ def test_other_errors_name_the_file(tmp_path):
 
 
 def test_two_interleaved_writers(tmp_path):
-    """Each writes a temporary file of its own; the last one to finish wins."""
+    """Each writer has its own temporary file, and the last writer to finish wins."""
     path = tmp_path / "vocabulary"
     with atomic_write(path) as first:
         first.write(b"first, ")
@@ -125,7 +125,7 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
 
 
 def test_leftovers_of_another_machine_go_after_a_day(tmp_path):
-    """Nobody can see from here whether the other machine's writer is alive."""
+    """A machine cannot know whether a writer on another machine is alive."""
     path = tmp_path / "a.json"
     leftover = tmp_path / f"a.json.not-{platform.node()}-1-0.tmp"
     leftover.touch()

@@ -1,4 +1,4 @@
-"""Flags of the command line to settings, and the checks of the settings."""
+"""Flags become settings, and settings are checked."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -49,11 +49,11 @@ def parse(monkeypatch):
         ("--sizes 3", {"sizes": (3,)}),
     ],
 )
-def test_flags(parse, flags, expected):
+def test_flags_give_settings(parse, flags, expected):
     assert parse(*flags.split()) == Settings(**expected)
 
 
-def test_what_is_not_given_is_as_in_the_defaults(parse):
+def test_a_missing_flag_keeps_its_default(parse):
     defaults = Settings("my", 3, "val", 0.1, True, False, ("a", "b"), (7,))
     assert parse(defaults=defaults) == defaults
     assert parse("--input", "c", "--no_plot", defaults=defaults) == Settings(
@@ -126,7 +126,7 @@ def test_help_has_the_docstring_and_each_setting_with_its_comment_and_default(
         ("n_layer", 8, None),
     ],
 )
-def test_ranges(name, value, message):
+def test_a_value_outside_its_range_is_an_error(name, value, message):
     ranges = {"n_layer": (1, 8)} if value in (0, 8, 9) else None
     if message is None:
         check_ranges(Settings(**{name: value}), ranges)
@@ -136,7 +136,7 @@ def test_ranges(name, value, message):
     assert str(error.value) == message
 
 
-def test_conflicts():
+def test_conflicting_settings_are_an_error():
     excludes, requires = {"plot": ("rate",)}, {"corpus": "split val", "input": "plot"}
     check_conflicts(Settings(rate=1.0))
     check_conflicts(Settings(plot=True, input=("a",)), excludes, requires)
@@ -147,11 +147,11 @@ def test_conflicts():
         check_conflicts(Settings(corpus="my"), excludes, requires)
 
 
-def test_the_nearest_name():
+def test_near_suggests_the_nearest_name():
     assert near("gtp2", ["gpt2", "bytes"]) == "; did you mean gpt2?"
     assert near("zzz", ["gpt2", "bytes"]) == ""
 
 
-def test_the_settings_in_use_are_printed_without_the_empty_ones(capsys):
+def test_print_settings_leaves_out_empty_values(capsys):
     print_settings(Settings(corpus="my", rate=1e-4, quiet=False, input=("a", "b")))
     assert capsys.readouterr().out == "corpus=my split=train rate=0.0001 input=a b sizes=1 2\n"

@@ -1,6 +1,6 @@
 """A running text is divided only where its parts give the token ids of the whole."""
 
-# ruff: noqa: RUF001  (Chinese punctuation is what it looks like)
+# ruff: noqa: RUF001  (the test needs Chinese punctuation)
 
 import io
 import itertools
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from corpus import boundaries
 from corpus.boundaries import BOUNDARY, next_boundary, record_ends
 
-# GPT-2's ranks under the patterns of tiktoken's other encodings: where a text may be divided
-# depends on the pattern alone
+# Patterns of tiktoken's other encodings. The tests use them with GPT-2's ranks, because the
+# boundaries depend on the pattern only.
 PATTERNS = {
     "cl100k": "|".join(
         [
@@ -38,8 +38,8 @@ PATTERNS = {
 }  # fmt: skip
 NAMES = ["gpt2", *PATTERNS]
 
-# a character of each kind that a pattern or BOUNDARY tells from the others
-KINDS = "a漢L1²'/。!\u0301\u200b \t\u3000\n\r\u2028"
+# one character of each kind that a pattern or BOUNDARY distinguishes
+KINDS_OF_CHARACTERS = "a漢L1²'/。!\u0301\u200b \t\u3000\n\r\u2028"
 SCRIPTS = {
     "Georgian": "ყველა ადამიანი იბადება თავისუფალი და თანასწორი. ",
     "Amharic": "የሰው፡ልጅ፡ሁሉ፡ሲወለድ፡ነጻ፡ነው። ",
@@ -69,9 +69,9 @@ HOSTILE = st.text(
 
 @pytest.fixture(scope="module")
 def encodings():
-    """Encodings by name; skips without GPT-2's vocabulary."""
+    """The encodings by name; tests skip without GPT-2's vocabulary."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set (.ci/run sets it where the files lie)")
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set (.ci/run sets it if the files exist)")
     gpt2 = tiktoken.get_encoding("gpt2")
     others = {
         name: tiktoken.Encoding(
@@ -83,7 +83,10 @@ def encodings():
 
 
 def assert_exact(text, encode):
-    """Wherever `text` may be divided, the parts give the ids of the whole; returns the places."""
+    """Assert that the parts before and after each boundary give the ids of the whole text.
+
+    Returns the positions of all boundaries.
+    """
     places = [match.start() for match in BOUNDARY.finditer(text)]
     if places:
         whole = encode(text)
@@ -104,15 +107,15 @@ def test_no_token_reaches_over_a_boundary(text, name, encodings):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_token_reaches_over_a_boundary_among_all_kinds_of_characters(name, encodings):
-    """All strings of four kinds of characters."""
+    """The test tries all strings of four characters, one of each kind."""
     encode = encodings[name].encode_ordinary
-    for characters in itertools.product(KINDS, repeat=4):
+    for characters in itertools.product(KINDS_OF_CHARACTERS, repeat=4):
         assert_exact("".join(characters), encode)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_letter_and_punctuation_mark_is_one_to_tiktoken(name, encodings):
-    """Each character of BOUNDARY's sets, before and after one of another kind."""
+def test_tiktoken_agrees_on_every_letter_and_punctuation_mark(name, encodings):
+    """Each character of BOUNDARY's sets stands before and after a character of another kind."""
     encode = encodings[name].encode_ordinary
     for letter in characters(boundaries._LETTERS):
         text = f"{letter}, {letter}\n{letter}1{letter}"
@@ -129,7 +132,7 @@ def characters(members: str) -> list[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_text_of_every_script_is_divided(script, encodings):
-    """It has a boundary within 100 characters, found in UTF-8 from any byte."""
+    """A boundary lies within 100 characters, and next_boundary finds it from any byte."""
     text = SCRIPTS[script] * 20
     for encoding in encodings.values():
         places = assert_exact(text, encoding.encode_ordinary)
@@ -144,7 +147,7 @@ def test_a_text_of_every_script_is_divided(script, encodings):
     assert record_ends(data, "") == [ends[-2]]
 
 
-def test_a_boundary_is_found_far_away_in_windows(monkeypatch):
+def test_a_boundary_is_found_beyond_the_first_window(monkeypatch):
     monkeypatch.setattr(boundaries, "WINDOW", 64)
     for length in range(1, 200):
         data = ("\u0301" * length + " x").encode()
@@ -154,8 +157,8 @@ def test_a_boundary_is_found_far_away_in_windows(monkeypatch):
     assert record_ends(b"word next" + b"\xcc\x81" * 9000, "") == [4]
 
 
-def test_bytes_that_are_not_utf8_move_no_boundary():
-    """The reader finds them where they are."""
+def test_bytes_that_are_not_utf8_do_not_move_a_boundary():
+    """The reader reports invalid bytes at their true position."""
     assert record_ends(b"caf\xe9 au lait, \xff\xfe", "") == [13]
     assert next_boundary(io.BytesIO(b"\xe9\xe9\xe9\xe9\xe9 x"), 0, 7) == 5
     assert record_ends(b"one\n\xe3\x80", "") == [3]  # not 4: a space may begin there

@@ -1,6 +1,6 @@
-"""Memory is bounded by the size of a block, whatever the format and the script of the text."""
+"""The size of a block bounds the memory for every format and every script."""
 
-# ruff: noqa: RUF001  (Chinese punctuation is what it looks like)
+# ruff: noqa: RUF001  (the test needs Chinese punctuation)
 
 import os
 import random
@@ -18,19 +18,19 @@ CHARACTERS = {
 
 
 def peak_mib(path, *flags) -> float:
-    """Memory of python prepare_data.py on a file, with one worker."""
+    """Return the peak memory of prepare_data.py with one worker, in MiB."""
     command = [sys.executable, ROOT / "prepare_data.py", "--input", path, "--workers", "1", *flags]
     return whole_process(command, cwd=path.parent, env=os.environ | DEAD_PROXY)[1]
 
 
 @pytest.mark.parametrize("script", CHARACTERS)
-def test_a_running_text_of_any_script(tmp_path, script, gpt2_tokenizer):
+def test_a_running_text_of_any_script_needs_little_memory(tmp_path, script, gpt2_tokenizer):
     line = CHARACTERS[script].encode()
     (tmp_path / "my.txt").write_bytes(line * (20_000_000 // len(line)))
-    assert peak_mib(tmp_path / "my.txt") < 150  # 270 if it is one chunk
+    assert peak_mib(tmp_path / "my.txt") < 150  # 270 if the text is one chunk
 
 
-def test_a_table_with_long_rows(tmp_path):
+def test_a_table_with_long_rows_needs_little_memory(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
     import pyarrow.parquet as pq
 

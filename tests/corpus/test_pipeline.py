@@ -1,4 +1,4 @@
-"""Several calls of prepare for one corpus: what one of them leaves to the others."""
+"""Several calls of prepare for one corpus do not disturb each other."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from corpus.tokenizer import get_tokenizer
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A corpus of three tasks."""
+    """A source that prepare() divides into three tasks."""
     monkeypatch.setattr(pipeline, "TASK_BYTES", (2000, 2000))
     path = tmp_path / "my.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i:010}"}) + "\n" for i in range(150)))
@@ -25,13 +25,13 @@ def source(tmp_path, monkeypatch):
 
 
 def prepare(folder, *sources, **settings):
+    corpus = Corpus("my", {}, list(sources))
     with open_engine("processes", workers=1) as run_tasks:
-        corpus = Corpus("my", {}, list(sources))
         return pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **settings)
 
 
-def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatch):
-    """While it waits for the lock, a run with other settings may have removed finished tasks."""
+def test_a_part_whose_tasks_were_removed_is_an_error(tmp_path, source, monkeypatch):
+    """A run with other settings may remove the tasks while the part waits for the lock."""
     folder = tmp_path / "c"
     lock = pipeline._Preparation.lock
 
@@ -49,7 +49,7 @@ def test_a_part_that_waited_finds_its_tasks_removed(tmp_path, source, monkeypatc
     assert prepare(folder, source, part="0/1")
 
 
-def test_parts_remove_what_other_settings_left(tmp_path, source, capsys):
+def test_parts_remove_finished_tasks_of_other_settings(tmp_path, source, capsys):
     folder = tmp_path / "c"
     prepare(folder, source, part="0/2", seed=1)
     assert list(folder.glob(".work/*/*.json"))
@@ -59,7 +59,7 @@ def test_parts_remove_what_other_settings_left(tmp_path, source, capsys):
 
 
 def test_a_test_split_of_empty_documents_is_refused(tmp_path, source):
-    """A corpus that is "done" must not be "damaged" for its readers."""
+    """Readers refuse a split without text, so prepare() must not write one."""
     empty = tmp_path / "test.jsonl"
     empty.write_text('{"text": ""}\n')
     folder = tmp_path / "c"
@@ -69,7 +69,7 @@ def test_a_test_split_of_empty_documents_is_refused(tmp_path, source):
 
 
 def test_a_corpus_can_be_prepared_again_as_verify_says(tmp_path, source, monkeypatch):
-    """verify names the file to remove; then preparing again with the same settings mends it."""
+    """verify() names the file to remove, and preparing again then repairs the corpus."""
     folder = tmp_path / "c"
     prepare(folder, source)
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -86,7 +86,7 @@ def test_a_corpus_can_be_prepared_again_as_verify_says(tmp_path, source, monkeyp
 
 
 @pytest.mark.parametrize("field", ["seed", "source", "train_split_ratio", "corpus"])
-def test_verify_of_metadata_without_a_field(tmp_path, source, field):
+def test_verify_refuses_metadata_without_a_field(tmp_path, source, field):
     folder = tmp_path / "c"
     prepare(folder, source)
     metadata = read_metadata(folder)
@@ -97,8 +97,8 @@ def test_verify_of_metadata_without_a_field(tmp_path, source, field):
         verify.verify(folder)
 
 
-def test_a_part_beside_a_plain_run(tmp_path, source, monkeypatch):
-    """Same settings: a plain run may publish, and clean up, between two tasks of a part."""
+def test_a_part_may_run_beside_a_run_without_parts(tmp_path, source, monkeypatch):
+    """A run without parts may finish and clean up between two tasks of a part."""
     prepare(tmp_path / "expected", source)
     folder = tmp_path / "c"
     tokenize = pipeline._Preparation.tokenize
@@ -116,10 +116,10 @@ def test_a_part_beside_a_plain_run(tmp_path, source, monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["3/8", "0/8"])
-def test_a_part_without_finished_tasks_leaves_the_others_folder(
+def test_a_part_without_finished_tasks_keeps_the_tasks_of_others(
     tmp_path, monkeypatch, source, other
 ):
-    """An array may have more parts than tasks (3/8), and a part may fail at once (0/8)."""
+    """A job array may have more parts than tasks (3/8), and a part may fail at once (0/8)."""
     folder = tmp_path / "c"
     tokenize = pipeline._Preparation.tokenize
 
@@ -141,8 +141,8 @@ def fail(*task):
     raise ValueError("an invalid document")
 
 
-def test_a_late_part_leaves_no_folder(tmp_path, source, monkeypatch):
-    """Another part may publish between a part's first look and its start."""
+def test_a_part_that_starts_late_leaves_no_work_folder(tmp_path, source, monkeypatch):
+    """Another part may finish the corpus between the first check of a part and its start."""
     folder = tmp_path / "c"
     prepare(folder, source, part="0/2")
     make_tasks_dir = pipeline._Preparation.make_tasks_dir
@@ -169,8 +169,8 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, source):
     assert mine.read_text() == "keep"
 
 
-def test_an_up_to_date_corpus_of_someone_else(tmp_path, monkeypatch, capsys):
-    """Its date cannot be set by others; that it is prepared already can be said."""
+def test_an_up_to_date_corpus_of_another_user_is_not_prepared_again(tmp_path, monkeypatch, capsys):
+    """A user cannot set the modification time of another user's file."""
     (tmp_path / "c.txt").write_text("some text " * 50)
     corpus = Corpus("c", {}, [Source(str(tmp_path / "c.txt"))])
 

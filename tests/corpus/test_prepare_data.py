@@ -1,3 +1,5 @@
+"""prepare_data.py: splits, metadata, substitutes without a network, and errors."""
+
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import tiktoken
-from conftest import DEAD_PROXY, assert_one_line_error, files, make_corpus, run_script
+from conftest import DEAD_PROXY, assert_one_line_error, make_corpus, read_files, run_script
 
 import prepare_data
 from corpus import tasks
@@ -22,23 +24,21 @@ from corpus.tokenizer import get_tokenizer
 from corpus.verify import verify
 
 
-def read(folder, name):
+def read_ids(folder, name):
+    """Return the token ids in a file of a corpus."""
     metadata = json.loads((folder / "metadata.json").read_text())
     return np.fromfile(folder / name, dtype=np.dtype(metadata["dtype"]))
 
 
-def test_running_text_is_cut_by_character(tmp_path):
+def test_a_running_text_is_divided_between_characters(tmp_path):
     text = "é" * 7 + "abc"  # 10 characters, 17 bytes
     metadata = make_corpus(tmp_path / "c", [text], train_split_ratio=0.75)
-    assert bytes(read(tmp_path / "c", "train.bin").astype(np.uint8)).decode() == "é" * 7
-    assert bytes(read(tmp_path / "c", "val.bin").astype(np.uint8)).decode() == "abc"
+    assert bytes(read_ids(tmp_path / "c", "train.bin").astype(np.uint8)).decode() == "é" * 7
+    assert bytes(read_ids(tmp_path / "c", "val.bin").astype(np.uint8)).decode() == "abc"
     splits = metadata["splits"]
-    assert (splits["train"]["tokens"], splits["train"]["bytes"]) == (14, 14)
-    assert (splits["val"]["tokens"], splits["val"]["bytes"], splits["val"]["documents"]) == (
-        3,
-        3,
-        1,
-    )
+    assert splits["train"]["tokens"] == splits["train"]["bytes"] == 14
+    assert splits["val"]["tokens"] == splits["val"]["bytes"] == 3
+    assert splits["val"]["documents"] == 1
 
 
 def test_metadata_describes_the_files(tmp_path):
@@ -52,11 +52,9 @@ def test_metadata_describes_the_files(tmp_path):
     ]
     tokenizer = get_tokenizer("bytes")
     assert metadata["tokenizer"] == {"name": "bytes", "sha256": tokenizer.sha256}
-    assert (metadata["vocab_size"], metadata["eot_token"], metadata["dtype"]) == (
-        257,
-        256,
-        "uint16",
-    )
+    assert metadata["vocab_size"] == 257
+    assert metadata["eot_token"] == 256
+    assert metadata["dtype"] == "uint16"
     for split in metadata["splits"].values():
         (file,) = split["files"]
         data = (folder / file["name"]).read_bytes()
@@ -64,27 +62,29 @@ def test_metadata_describes_the_files(tmp_path):
         assert len(data) == 2 * file["tokens"] == 2 * split["tokens"]
 
 
-def test_documents_end_with_an_end_of_text_and_split_by_place(tmp_path):
+def test_documents_end_with_an_end_of_text_and_their_position_decides_the_split(tmp_path):
     texts = [f"document {i}" for i in range(200)] + [""]
     make_corpus(tmp_path / "c", texts, documents=True)
     found = {}
     for name in ("train.bin", "val.bin"):
-        ids = read(tmp_path / "c", name).tolist()
+        ids = read_ids(tmp_path / "c", name).tolist()
         assert ids[-1] == 256
         documents = bytes(i if i < 256 else 0 for i in ids[:-1]).decode().split("\0")
         found[name] = documents
         assert documents == [text for text in texts if text in documents]  # in order
     assert sorted(found["train.bin"] + found["val.bin"]) == sorted(texts)
-    assert 5 <= len(found["val.bin"]) <= 40  # a tenth, about
-    # a document's side depends on its place and the seed, not on what comes after it
+    assert 5 <= len(found["val.bin"]) <= 40  # about a tenth
+    # the split of a document depends on its position and the seed, not on later documents
     make_corpus(tmp_path / "few", texts[:50], documents=True)
-    n = len(read(tmp_path / "few", "val.bin"))
-    assert np.array_equal(read(tmp_path / "few", "val.bin"), read(tmp_path / "c", "val.bin")[:n])
+    n = len(read_ids(tmp_path / "few", "val.bin"))
+    assert np.array_equal(
+        read_ids(tmp_path / "few", "val.bin"), read_ids(tmp_path / "c", "val.bin")[:n]
+    )
     make_corpus(tmp_path / "few", texts[:50], documents=True, seed=1)
-    assert len(read(tmp_path / "few", "val.bin")) != n
+    assert len(read_ids(tmp_path / "few", "val.bin")) != n
 
 
-def test_python_documentation_comes_back(tmp_path):
+def test_the_built_in_corpus_decodes_to_pythons_documentation(tmp_path):
     texts = [topics[key] for key in sorted(topics)]
     assert len(texts) > 70
     result = run_script(
@@ -94,44 +94,45 @@ def test_python_documentation_comes_back(tmp_path):
     metadata = json.loads((tmp_path / "data/python-docs/metadata.json").read_text())
     documents = []
     for name in ("train.bin", "val.bin"):
-        ids = read(tmp_path / "data" / "python-docs", name)
+        ids = read_ids(tmp_path / "data" / "python-docs", name)
         ends = np.flatnonzero(ids == 256)
         documents += [bytes(d[d < 256].astype(np.uint8)).decode() for d in np.split(ids, ends)[:-1]]
     assert sorted(documents) == sorted(texts)
     assert sum(split["documents"] for split in metadata["splits"].values()) == len(texts)
 
 
-def test_a_literal_end_of_text_is_no_boundary(tmp_path, gpt2_tokenizer):
+def test_a_literal_end_of_text_marker_is_ordinary_text(tmp_path, gpt2_tokenizer):
     text = "a <|endoftext|> b\n" * 20
     make_corpus(tmp_path / "c", [text], tokenizer="gpt2")
-    assert 50256 not in read(tmp_path / "c", "train.bin")
+    assert 50256 not in read_ids(tmp_path / "c", "train.bin")
 
 
-def test_tinyshakespeare_is_what_nanogpt_writes(tmp_path, tinyshakespeare, gpt2_tokenizer):
+def test_tinyshakespeare_equals_the_files_of_nanogpt(tmp_path, tinyshakespeare, gpt2_tokenizer):
     flags = ["--corpus", "tinyshakespeare", "--input", tinyshakespeare]
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "data" / "tinyshakespeare"
     text = tinyshakespeare.read_text(encoding="utf-8")
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    cut = int(len(text) * 0.9)
-    for name, part, tokens in (("train", text[:cut], 301_966), ("val", text[cut:], 36_059)):
-        expected = np.array(encode(part), dtype=np.uint16)  # as nanoGPT's prepare.py has it
+    end_of_train = int(len(text) * 0.9)
+    parts = {"train": (text[:end_of_train], 301_966), "val": (text[end_of_train:], 36_059)}
+    for name, (part, tokens) in parts.items():
+        expected = np.array(encode(part), dtype=np.uint16)  # as in nanoGPT's prepare.py
         assert len(expected) == tokens
         assert (folder / f"{name}.bin").read_bytes() == expected.tobytes()
         assert f"{tokens:,} tokens" in result.stdout
 
 
-def test_a_text_of_ones_own_takes_its_files_name(tmp_path):
+def test_a_corpus_takes_the_name_of_its_file(tmp_path):
     (tmp_path / "my.txt").write_bytes(b"one line\r\n" * 50)
     result = run_script(
         "prepare_data.py", "--input", "my.txt", "--tokenizer", "bytes", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert read(tmp_path / "data" / "my", "train.bin").tolist() == list(b"one line\r\n" * 45)
+    assert read_ids(tmp_path / "data" / "my", "train.bin").tolist() == list(b"one line\r\n" * 45)
 
 
-def test_without_a_network_the_built_in_corpus_comes_instead(tmp_path):
+def test_without_a_network_the_built_in_corpus_is_prepared(tmp_path):
     result = run_script("prepare_data.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "No network" in result.stdout
@@ -141,8 +142,8 @@ def test_without_a_network_the_built_in_corpus_comes_instead(tmp_path):
     assert metadata["tokenizer"]["name"] == "bytes"
 
 
-def test_without_a_vocabulary_the_built_in_corpus_comes_instead(tmp_path, tinyshakespeare):
-    """The text is here, but what GPT-2's vocabulary is made of isn't."""
+def test_without_a_vocabulary_the_built_in_corpus_is_prepared(tmp_path, tinyshakespeare):
+    """The text of TinyShakespeare exists, and the files of GPT-2's vocabulary are missing."""
     folder = tmp_path / "data" / "tinyshakespeare"
     folder.mkdir(parents=True)
     shutil.copy(tinyshakespeare, folder / "input.txt")
@@ -155,39 +156,41 @@ def test_without_a_vocabulary_the_built_in_corpus_comes_instead(tmp_path, tinysh
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """refused(*flags): why python prepare_data.py FLAGS does nothing where there is no network;
-    without the pauses between attempts."""
+def offline_error(tmp_path, monkeypatch):
+    """A function that returns the error of prepare_data.py without a network.
+
+    The fixture removes the pauses between the attempts to download.
+    """
     for name, value in DEAD_PROXY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "vocabulary"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
 
-    def refused(*flags):
+    def offline_error(*flags):
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *flags])
         with pytest.raises((ValueError, OSError)) as error:
             prepare_data.main()
         return str(error.value)
 
-    return refused
+    return offline_error
 
 
 @pytest.mark.parametrize("flags", [["--corpus", "tinyshakespeare"], ["--tokenizer", "bytes"]])
-def test_what_is_asked_for_by_name_has_no_substitute(tmp_path, refused, flags):
-    error = refused(*flags)
+def test_a_named_corpus_or_tokenizer_has_no_substitute(tmp_path, offline_error, flags):
+    error = offline_error(*flags)
     assert "no connection" in error and "--input" in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vocabulary_that_cannot_be_had(tmp_path, refused):
+def test_a_missing_vocabulary_is_an_error_with_remedies(tmp_path, offline_error):
     (tmp_path / "my.txt").write_text("some text")
-    error = refused("--input", "my.txt")
+    error = offline_error("--input", "my.txt")
     assert all(word in error for word in ("vocab.bpe", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes"))
     assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
 
 
-WRONG = {
+WRONG_FLAGS = {  # case -> flags, words of the error
     "no such flag": (["--corpsu", "x"], ["--corpsu"]),
     "wrong type": (["--seed", "1.5"], ["--seed", "1.5"]),
     "not a number": (["--train_split_ratio", "nan"], ["--train_split_ratio", "nan"]),
@@ -209,9 +212,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, case):
-    flags, words = WRONG[case]
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_wrong_flags_are_a_one_line_error_and_leave_no_file(tmp_path, case):
+    flags, words = WRONG_FLAGS[case]
     (tmp_path / "ok.txt").write_text("text " * 100)
     (tmp_path / "latin1.txt").write_bytes("fine\ncafé".encode("latin1"))
     (tmp_path / "utf16.txt").write_text("fine", encoding="utf-16")
@@ -221,27 +224,28 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, case):
     assert not (tmp_path / "data").exists()
 
 
-def test_full_disk_leaves_no_corpus(tmp_path):
+def test_a_full_disk_leaves_no_corpus(tmp_path):
     """A limit on file sizes stands in for a disk that is full in the middle of a file."""
     (tmp_path / "my.txt").write_text("text " * 10_000)
     flags = ["--input", "my.txt", "--tokenizer", "bytes"]
-    result = run_script("prepare_data.py", *flags, cwd=tmp_path, largest_file=20_000)
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=20_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data").exists()
 
 
-def test_preparing_again_replaces(tmp_path):
+def test_preparing_again_replaces_the_corpus(tmp_path):
     folder = tmp_path / "c"
     make_corpus(folder, ["old " * 100])
     make_corpus(folder, ["new " * 100])
-    assert bytes(read(folder, "val.bin").astype(np.uint8)) == b"new " * 10
+    assert bytes(read_ids(folder, "val.bin").astype(np.uint8)) == b"new " * 10
     make_corpus(tmp_path / "d", ["new " * 100])
     for name in ("train.bin", "val.bin"):
         assert (folder / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
 
 
-def test_preparing_again_takes_no_other_file_away(tmp_path):
-    folder, old = tmp_path / "c", "train-00001-of-00003.bin"
+def test_preparing_again_removes_only_files_of_the_corpus(tmp_path):
+    folder = tmp_path / "c"
+    old = "train-00001-of-00003.bin"
     folder.mkdir()
     for name in ("value.bin", "train_old.bin"):
         (folder / name).write_text("mine")
@@ -258,12 +262,14 @@ def test_tokens_of_another_program_are_not_overwritten(tmp_path):
     (folder / "train.bin").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=r"c/train\.bin has no metadata\.json beside it"):
         make_corpus(folder, ["text " * 100])
-    assert files(folder) == {"train.bin": b"mine"}
+    assert read_files(folder) == {"train.bin": b"mine"}
 
 
-def test_one_definition_of_the_same_source(tmp_path, capsys):
-    """Its size and its date decide, for preparing again and for verifying: also where the date is
-    older than the corpus, or lies in the future."""
+def test_preparing_and_verifying_agree_on_whether_a_source_has_changed(tmp_path, capsys):
+    """Size and modification time of the source decide.
+
+    The modification time may lie before the preparation or in the future.
+    """
     folder = tmp_path / "c"
     make_corpus(folder, ["one text " * 100])
     source = tmp_path / "c.txt"
@@ -287,7 +293,7 @@ def prepare_again(folder, source):
 
 
 def test_a_split_of_empty_documents_is_refused(tmp_path):
-    """Its ids are ends of text alone; such a corpus once was "done", and damaged for ever."""
+    """The tokens of such a split would be end-of-text tokens only, which readers refuse."""
     texts = ["", *[f"document {i}" for i in range(5)]]
     seeds = range(200)
     refused = 0
@@ -315,13 +321,14 @@ def test_a_vocabulary_beyond_uint16_takes_uint32(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "get_tokenizer", lambda name: Wide())
     metadata = make_corpus(tmp_path / "c", ["x" * 100])
     assert metadata["dtype"] == "uint32"
-    assert read(tmp_path / "c", "val.bin").tolist() == [65_536] * 10
-    Wide.vocab_size = 65_536  # now the id lies outside, and 16 bits would make a 0 of it
+    assert read_ids(tmp_path / "c", "val.bin").tolist() == [65_536] * 10
+    # the id lies outside the vocabulary now, and uint16 would turn it into 0
+    Wide.vocab_size = 65_536
     with pytest.raises(ValueError, match="65536"):
         make_corpus(tmp_path / "d", ["x" * 100])
 
 
-def test_a_folder_can_be_moved(tmp_path):
+def test_a_corpus_can_be_moved(tmp_path):
     make_corpus(tmp_path / "c", ["text " * 100])
     shutil.move(tmp_path / "c", tmp_path / "elsewhere")
     text = (tmp_path / "elsewhere" / "metadata.json").read_text()

@@ -1,4 +1,4 @@
-"""Files to documents: every format, every place to cut, everything a file may hold."""
+"""Readers: files of every format become documents, for any division into chunks."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiktoken
-from conftest import flat
+from conftest import read_documents
 
 from common.files import atomic_write
 from corpus import reader
@@ -19,19 +19,19 @@ TEXT = (
     "\n \n = One = \n \n First line , with a word .\nSecond line .\n \n = = Part = = \n \n"
     " More .\n \n = Two = \r\n \n\n\n\t\nÄ é 漢字 。\nx\n \n = Three = \n"
 )
-LONG = "word " * 5000
-TEXTS = ["", "one", "two\nlines\r\n", "é" * 50, "\0", "<|endoftext|>", " \n ", LONG, "end"]
+LONG_TEXT = "word " * 5000
+TEXTS = ["", "one", "two\nlines\r\n", "é" * 50, "\0", "<|endoftext|>", " \n ", LONG_TEXT, "end"]
 
 
 def documents(source, size):
-    """All (position, text) of a source that is cut into pieces of about `size` bytes."""
-    parts = divide(source, size)
-    assert len(parts) == 1 or all(n >= size for _, n in parts[:-1])
-    return [document for part, _ in parts for document in flat(part)]
+    """Return the (position, text) pairs of a source that is divided into chunks of `size` bytes."""
+    chunks = divide(source, size)
+    assert all(num_bytes >= size for _, num_bytes in chunks[:-1])
+    return [document for chunk, _ in chunks for document in read_documents(chunk)]
 
 
-def written(path, data: bytes) -> str:
-    """The path of `data` on disk, compressed where its name says so."""
+def write(path, data: bytes) -> str:
+    """Write a file, compressed if its suffix says so, and return its path."""
     if path.suffix == ".gz":
         data = gzip.compress(data)
     if path.suffix == ".zst":
@@ -42,18 +42,18 @@ def written(path, data: bytes) -> str:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000, 1 << 20])
-def test_jsonl_gives_its_texts_wherever_it_is_divided(tmp_path, size, suffix):
+def test_jsonl_gives_the_same_documents_for_any_chunk_size(tmp_path, size, suffix):
     lines = "\ufeff" + "\n\n".join(json.dumps({"text": text}) for text in TEXTS)
-    source = Source(written(tmp_path / f"a.jsonl{suffix}", lines.encode()), "jsonl")
+    source = Source(write(tmp_path / f"a.jsonl{suffix}", lines.encode()), "jsonl")
     found = documents(source, size)
     assert [text for _, text in found] == TEXTS  # the last line has no line feed
-    assert found == documents(source, 1 << 30)  # at the same places
+    assert found == documents(source, 1 << 30)  # the same positions, too
 
 
 @pytest.mark.parametrize("kind", ["line", "blank-line", "article", "file", ""])
 @pytest.mark.parametrize("size", [1, 5, 40, 1 << 20])
-def test_plain_text_is_the_same_wherever_it_is_divided(tmp_path, kind, size):
-    source = Source(written(tmp_path / "a.txt", TEXT.encode()), division=kind)
+def test_plain_text_gives_the_same_documents_for_any_chunk_size(tmp_path, kind, size):
+    source = Source(write(tmp_path / "a.txt", TEXT.encode()), division=kind)
     texts = [text for _, text in documents(source, size)]
     expected = {
         "line": [line.strip() for line in TEXT.split("\n") if line.strip()],
@@ -75,25 +75,26 @@ def test_plain_text_is_the_same_wherever_it_is_divided(tmp_path, kind, size):
 
 @pytest.mark.parametrize("size", [1, 300, 1 << 30])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_parquet(tmp_path, size, suffix):
+def test_parquet_gives_the_same_documents_for_any_chunk_size(tmp_path, size, suffix):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
     import pyarrow.parquet as pq
 
     texts = [f"document {i} " * (i % 7) for i in range(100)]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": range(100), "text": texts}), path, row_group_size=9)
-    source = Source(written(tmp_path / f"b.parquet{suffix}", path.read_bytes()), "parquet")
+    source = Source(write(tmp_path / f"b.parquet{suffix}", path.read_bytes()), "parquet")
     assert [text for _, text in documents(source, size)] == texts
     assert [position for position, _ in documents(source, size)] == list(range(100))
-    bad = [text for _, text in flat(Source(source.path, "parquet", field="body", stop=9))]
-    assert len(bad) == 9  # each row counts
-    assert str(bad[8]).startswith(f"{source.path}, row 8: no field 'body'; it has n, text: ")
+    without_field = Source(source.path, "parquet", field="body", stop=9)
+    invalid = [text for _, text in read_documents(without_field)]
+    assert len(invalid) == 9  # one for each row
+    assert str(invalid[8]).startswith(f"{source.path}, row 8: no field 'body'; it has n, text: ")
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cut\.parquet: a damaged \.parquet file"):
         divide(Source(str(tmp_path / "cut.parquet"), "parquet"), size)
 
 
-BAD = {
+INVALID_LINES = {  # case -> line, reason
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9)"),
     "broken": (b'{"text": "a"', "not JSON"),
     "not an object": (b"[1, 2]", "no field 'text'"),
@@ -105,49 +106,51 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_what_is_no_document_is_named_and_the_next_one_read(tmp_path, case):
-    line, reason = BAD[case]
+@pytest.mark.parametrize("case", INVALID_LINES)
+def test_an_invalid_document_has_a_place_and_a_reason_and_the_next_one_is_read(tmp_path, case):
+    line, reason = INVALID_LINES[case]
     data = b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n'
-    source = Source(written(tmp_path / "a.jsonl", data), "jsonl")
-    (_, a), (position, bad), (_, b) = flat(source)
-    assert (a, b) == ("a", "b")
-    assert isinstance(bad, InvalidDocument) and reason in bad.reason
-    assert bad.place == f"{source.path}, line 2"
-    assert place_of(source, position) == bad.place
-    assert str(bad) == f"{bad.place}: {bad.reason}"
+    source = Source(write(tmp_path / "a.jsonl", data), "jsonl")
+    (_, first), (position, invalid), (_, last) = read_documents(source)
+    assert first == "a"
+    assert last == "b"
+    assert isinstance(invalid, InvalidDocument)
+    assert reason in invalid.reason
+    assert invalid.place == f"{source.path}, line 2"
+    assert place_of(source, position) == invalid.place
+    assert str(invalid) == f"{invalid.place}: {invalid.reason}"
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_compressed_file_that_is_cut_short(tmp_path, suffix):
+def test_a_truncated_compressed_file_gives_its_documents_and_then_an_invalid_one(tmp_path, suffix):
     noise = random.Random(0).randbytes(100_000).hex()
     lines = b"".join(
         json.dumps({"text": noise[90 * i : 90 * i + 90]}).encode() + b"\n" for i in range(2000)
     )
     path = tmp_path / f"a.jsonl{suffix}"
-    written(path, lines)
+    write(path, lines)
     path.write_bytes(path.read_bytes()[:-20_000])
-    *whole, (_, bad) = flat(Source(str(path), "jsonl"))
+    *whole, (_, bad) = read_documents(Source(str(path), "jsonl"))
     assert whole and not any(isinstance(text, InvalidDocument) for _, text in whole)
     assert [text for _, text in whole] == [noise[90 * i : 90 * i + 90] for i in range(len(whole))]
     assert isinstance(bad, InvalidDocument) and "damaged from here on" in bad.reason
 
 
 def test_a_running_text_gives_the_ids_of_the_whole(tmp_path, monkeypatch, tinyshakespeare):
-    """In parts of a small block, from pieces of any size, a text without boundaries included."""
+    """The text has scripts without spaces and is read in small blocks and in chunks of any size."""
     encoding = tiktoken.get_encoding("gpt2")
     monkeypatch.setattr(reader, "BLOCK", 3000)
     text = tinyshakespeare.read_text()[:60_000] + "x" * 20_000 + "漢字。\n" * 3000
-    source = Source(written(tmp_path / "a.txt", text.encode()))
+    source = Source(write(tmp_path / "a.txt", text.encode()))
     expected = encoding.encode_ordinary(text)
     for size in (5000, 1 << 30):
         parts = [part for _, part in documents(source, size)]
         assert len(parts) > 25
-        ids = np.concatenate([encoding.encode_to_numpy(p) for p in parts])
+        ids = np.concatenate([encoding.encode_to_numpy(part) for part in parts])
         assert ids.tolist() == expected
 
 
-def test_a_damaged_packed_table_is_told(tmp_path):
+def test_a_damaged_compressed_table_is_an_error(tmp_path):
     pytest.importorskip("pyarrow", reason="needs pyarrow")
     pytest.importorskip("backports.zstd", reason="needs backports.zstd")
     path = tmp_path / "a.parquet.zst"
@@ -156,8 +159,8 @@ def test_a_damaged_packed_table_is_told(tmp_path):
         list(read(Source(str(path), "parquet")))
 
 
-def test_the_size_of_a_part_of_packed_text_is_the_files(tmp_path):
-    """Where its other end lies is known in the unpacked text alone."""
+def test_a_part_of_a_compressed_text_has_the_size_of_the_file(tmp_path):
+    """Start and stop are positions in the decompressed text."""
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"some words " * 10_000))
     size = path.stat().st_size
@@ -165,74 +168,81 @@ def test_the_size_of_a_part_of_packed_text_is_the_files(tmp_path):
         assert divide(part, 1000) == [(part, size)]
 
 
-def test_what_fails_inside_a_write_is_named_by_its_own_name(tmp_path):
+def test_an_error_inside_a_write_keeps_the_name_of_its_file(tmp_path):
     with pytest.raises(FileNotFoundError) as error, atomic_write(tmp_path / "out.bin"):
         open(tmp_path / "gone.jsonl")
     assert error.value.filename == str(tmp_path / "gone.jsonl")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_room_for_a_table_is_reckoned_by_its_unpacked_size(tmp_path):
-    """Parquet tells it: it isn't guessed from the file's, as for a .gz."""
+def test_the_size_of_a_table_is_its_uncompressed_size(tmp_path):
+    """A parquet file contains this size; for a .gz file, the reader estimates the size."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     path = tmp_path / "a.parquet"
     texts = ["one for sorrow, two for mirth " * 100] * 1000
     parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
     ((_, size),) = divide(Source(str(path), "parquet"), 1 << 30)
-    assert path.stat().st_size < size / 4  # packed well
+    assert path.stat().st_size < size / 4  # the file is well compressed
     assert abs(size - sum(map(len, texts))) < size / 50
 
 
 @pytest.mark.parametrize("rows", [10, 2000, 5000])
-def test_a_table_from_any_row_to_any_row(tmp_path, rows):
-    """Streaming goes on at the row where it was, which no group of rows may begin with."""
+def test_a_table_is_read_from_any_row_to_any_row(tmp_path, rows):
+    """Streaming may resume at a row in the middle of a row group."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     table = pyarrow.table({"n": range(5000), "text": map(str, range(5000))})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
     with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
-        out.write_table(table, max_chunksize=rows)  # as `datasets` does
+        out.write_table(table, max_chunksize=rows)  # `datasets` writes such files
     for kind in ("parquet", "arrow"):
         source = Source(str(tmp_path / f"a.{kind}"), kind)
-        for start, stop in (0, None), (1024, None), (1024, 3000), (4999, 5000), (7, 8):
+        for start, stop in ((0, None), (1024, None), (1024, 3000), (4999, 5000), (7, 8)):
             part = replace(source, start=start, stop=stop)
-            assert flat(part) == [(i, str(i)) for i in range(5000)][start:stop], (kind, start, stop)
-        assert documents(source, 9000) == flat(source)
+            assert read_documents(part) == [(i, str(i)) for i in range(5000)][start:stop], (
+                kind,
+                start,
+                stop,
+            )
+        assert documents(source, 9000) == read_documents(source)
 
 
-def test_a_zst_file_with_a_long_window(tmp_path):
-    """As `zstd --long=31` writes it: a frame by hand that names a window of 2 GiB."""
+def test_a_zst_file_with_a_window_of_2_gib_is_read(tmp_path):
+    """`zstd --long=31` writes such files; the test writes the frame by hand."""
     text = b"the same words again\n" * 1000
     header = b"\x28\xb5\x2f\xfd" + bytes([0, 21 << 3])  # no size, no checksum; a window of 2^31
     block = (1 | len(text) << 3).to_bytes(3, "little")  # last, not compressed
     path = tmp_path / "a.txt.zst"
     path.write_bytes(header + block + text)
     source = Source(str(path), division="line")
-    assert [text for _, text in flat(source)] == ["the same words again"] * 1000
+    assert [text for _, text in read_documents(source)] == ["the same words again"] * 1000
 
 
 def test_lines_are_counted_while_a_chunk_is_read(tmp_path, monkeypatch):
     """The lines before a chunk are counted once, not for each invalid document."""
     lines = [b'{"text": "a"}', b"{broken", b"", b'{"text": 1}'] * 500
-    source = Source(written(tmp_path / "a.jsonl", b"\n".join(lines)), "jsonl")
+    source = Source(write(tmp_path / "a.jsonl", b"\n".join(lines)), "jsonl")
     counted = []
-    count = reader._count_line_feeds
-    monkeypatch.setattr(
-        reader, "_count_line_feeds", lambda path, stop: counted.append(stop) or count(path, stop)
-    )
+    count_line_feeds = reader._count_line_feeds
+
+    def record(path, stop):
+        counted.append(stop)
+        return count_line_feeds(path, stop)
+
+    monkeypatch.setattr(reader, "_count_line_feeds", record)
     monkeypatch.setattr(reader, "BLOCK", 700)
     for size in (1 << 20, 5000, 1):
         chunks = [chunk for chunk, _ in divide(source, size)]
         counted.clear()
-        found = [document for chunk in chunks for document in flat(chunk)]
-        bad = [text.place for _, text in found if isinstance(text, InvalidDocument)]
+        found = [document for chunk in chunks for document in read_documents(chunk)]
+        places = [text.place for _, text in found if isinstance(text, InvalidDocument)]
         numbers = [n for n, line in enumerate(lines, 1) if line in (lines[1], lines[3])]
-        assert bad == [f"{source.path}, line {n}" for n in numbers]
+        assert places == [f"{source.path}, line {n}" for n in numbers]
         assert len(counted) <= len(chunks)
 
 
-def test_only_the_text_counts_for_the_size_of_a_table(tmp_path):
+def test_the_size_of_a_table_counts_the_text_column_only(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     images = [random.Random(i).randbytes(100_000) for i in range(20)]
@@ -259,11 +269,11 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path):
         assert [text for group in groups for text in group] == table["text"].to_pylist()
 
 
-def test_every_row_of_a_table_without_the_column_counts(tmp_path):
+def test_every_row_of_a_table_without_the_column_is_an_invalid_document(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     parquet.write_table(pyarrow.table({"body": ["a"] * 3000}), tmp_path / "a.parquet")
     source = Source(str(tmp_path / "a.parquet"), "parquet")
-    found = [document for chunk, _ in divide(source, 1) for document in flat(chunk)]
+    found = [document for chunk, _ in divide(source, 1) for document in read_documents(chunk)]
     assert [position for position, _ in found] == list(range(3000))
     assert str(found[-1][1]).startswith(f"{source.path}, row 2999: no field 'text'; it has body")

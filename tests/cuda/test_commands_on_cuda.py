@@ -1,4 +1,4 @@
-"""README's commands as processes of their own, on a real GPU and without a network."""
+"""README's commands run in separate processes, on a real GPU and without a network."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ SMALL = ["--size", "tiny", "--max_steps", "20", "--eval_every", "10", "--log_eve
 
 @pytest.fixture
 def command(tmp_path, device):
-    """command("train_gpt2.py", ...) runs a script to its end and returns what it prints."""
+    """A function command("train_gpt2.py", ...) that runs a script and returns its output."""
 
     def command(*arguments, start=(sys.executable,)) -> str:
         script = ROOT / arguments[0]
@@ -28,11 +28,13 @@ def command(tmp_path, device):
     return command
 
 
-def test_prepare_train_sample(command, device, tmp_path):
-    """Also resumes, and exports the run for --init_from."""
+def test_preparing_training_and_sampling_succeed(command, device, tmp_path):
+    """The test also resumes the run and exports it for --init_from."""
     (tmp_path / "my.txt").write_text(TEXT)
     command("prepare_data.py", "--input", "my.txt", "--tokenizer", "bytes")
-    on_device = ["--device", "cpu"] if device.type == "cpu" else []  # auto takes the GPU
+    on_device = (
+        ["--device", "cpu"] if device.type == "cpu" else []
+    )  # the default auto takes the GPU
     printed = command("train_gpt2.py", *SMALL, "--run_name", "mine", "--stop_at", 10, *on_device)
     assert f"device {device}" in printed
     assert "best validation" in command("train_gpt2.py", "--resume", "out/mine")
@@ -45,7 +47,7 @@ def test_prepare_train_sample(command, device, tmp_path):
     assert "best validation" in command("train_gpt2.py", *tuning, *on_device)
 
 
-def test_torchrun_with_one_process(command, device, tmp_path):
+def test_torchrun_with_one_process_trains(command, device, tmp_path):
     """The launcher's variables choose the GPU. One process joins no process group."""
     (tmp_path / "my.txt").write_text(TEXT)
     command("prepare_data.py", "--input", "my.txt", "--tokenizer", "bytes")

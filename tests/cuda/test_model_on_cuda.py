@@ -1,4 +1,4 @@
-"""The model on a real GPU: masks, number types, dropout, the KV cache, DDP, peak FLOP/s."""
+"""The model on a real GPU: masks, dtypes, dropout, the KV cache, DDP, peak FLOP/s."""
 
 import copy
 
@@ -21,7 +21,7 @@ EOT = 256
 
 @pytest.fixture
 def model(device) -> GPT:
-    """Two heads of 32 channels."""
+    """A model with two heads of 32 channels per layer."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=257, n_positions=256, n_layer=2, n_head=2, n_embd=64)
     return GPT(config).to(device)
@@ -29,7 +29,7 @@ def model(device) -> GPT:
 
 @pytest.fixture
 def batch(device):
-    """x, y: (4, 256) ids with about one end of text in forty tokens."""
+    """The pair (x, y) of shape (4, 256), with an end of text in about one of forty tokens."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 256, (4, 257), generator=generator)
     tokens[torch.rand(tokens.shape, generator=generator) < 1 / 40] = EOT
@@ -49,19 +49,20 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_flex_attention_equals_the_dense_mask(device, model, batch, monkeypatch):
-    """Logits and gradients. A CPU has no backward pass of flex_attention: logits alone."""
+    """The test compares logits and, on a GPU, gradients: flex_attention does not train on a CPU."""
     x, y = batch
     ids = document_ids(x, EOT)
     positions = document_positions(ids)
-    dense, blocks = document_mask(ids), document_block_mask(ids)
+    dense = document_mask(ids)
+    blocks = document_block_mask(ids)
     if device.type == "cpu":
         monkeypatch.setattr(model_module, "compiled_flex_attention", lambda: flex_attention)
     with torch.no_grad():
         expected, _ = model(x, positions=positions, mask=dense)
         actual, _ = model(x, positions=positions, mask=blocks)
-        apart, _ = model(x)
+        without_mask, _ = model(x)
     assert relative_error(actual, expected) < 1e-3
-    assert relative_error(apart, expected) > 1e-2  # the mask makes a difference
+    assert relative_error(without_mask, expected) > 1e-2  # the mask makes a difference
     if device.type == "cuda":
         expected = gradients(model, x, y, positions, dense)
         actual = gradients(model, x, y, positions, blocks)
@@ -101,8 +102,8 @@ def test_dropout_follows_the_seed_and_ends_with_eval(device, batch):
     assert loss(1) == loss(2)
 
 
-def test_the_cache_gives_the_tokens_of_whole_passes(device, model, batch):
-    """The largest logit each time, in float32; the embedding is scaled to make it distinct."""
+def test_the_cache_gives_the_tokens_of_a_model_without_cache(device, model, batch):
+    """Generation is greedy in float32; a scaled embedding makes the largest logit distinct."""
     model.eval()
     with torch.no_grad():
         model.transformer.wte.weight.mul_(20)
@@ -116,7 +117,7 @@ def test_the_cache_gives_the_tokens_of_whole_passes(device, model, batch):
     assert torch.equal(generated, ids[:, 16:])
 
 
-def test_a_generator_on_the_device_repeats(device, model, batch):
+def test_sampling_repeats_with_the_seed_of_a_generator_on_the_device(device, model, batch):
     def sample():
         generator = torch.Generator(device).manual_seed(3)
         return torch.stack(list(model.generate(batch[0][:1], 20, generator=generator)))
@@ -124,10 +125,10 @@ def test_a_generator_on_the_device_repeats(device, model, batch):
     assert torch.equal(sample(), sample())
 
 
-def test_ddp_of_one_process(device, model, batch, tmp_path):
-    """nccl (gloo in a rehearsal) loads, and DDP's gradients are the model's own.
+def test_ddp_of_one_process_gives_the_same_gradients(device, model, batch, tmp_path):
+    """nccl (gloo in a rehearsal) loads, and DDP gives the gradients of the plain model.
 
-    One process sends nothing to another GPU: this does not cover communication.
+    The test does not cover communication between GPUs.
     """
     x, y = batch
     expected = gradients(model, x, y, None, None)
@@ -147,7 +148,7 @@ def test_ddp_of_one_process(device, model, batch, tmp_path):
 
 
 def test_no_matrix_product_exceeds_the_peak(gpu):
-    """The table of training/device.py holds the card at hand, or says that it does not."""
+    """The table of training/device.py has the peak of this GPU, or None."""
     dtype = torch.bfloat16 if torch.cuda.get_device_capability(gpu) >= (8, 0) else torch.float16
     measured, peak = measure_matmul(gpu, dtype), peak_flops(gpu, dtype)
     name = torch.cuda.get_device_name(gpu)

@@ -1,4 +1,4 @@
-"""train_gpt2.py on a real GPU: number types, compiling, resuming, accumulation, out of memory."""
+"""train_gpt2.py on a real GPU: dtypes, compiling, resuming, accumulation, out of memory."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHAPE = {"n_embd": 64, "sequence_length": 64, "compile": "false"}  # heads of 32
 
 @pytest.fixture
 def run(train, device):
-    """run(max_steps=8, ...) trains on the device and returns the folder of the run."""
+    """A function run(max_steps=8, ...) that trains on the device and returns the run's folder."""
 
     def run(**flags):
         if "resume" not in flags:
@@ -30,26 +30,26 @@ def assert_near(actual: dict, expected: dict, rel: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_number_types(run, device, dtype):
+def test_every_dtype_trains(run, device, dtype):
     if dtype == "float16" and device.type == "cpu":
         pytest.skip("float16 trains on CUDA alone")
     expected = losses(run(run_name="float32"))
     actual = losses(run(run_name=dtype, dtype=dtype))
-    # float16's scaler may skip first steps, which moves the losses by that many steps
+    # the scaler of float16 may skip the first steps, which shifts the losses
     assert actual[1] == pytest.approx(expected[1], rel=0.01)
     assert actual[8] < actual[1]
     if dtype == "bfloat16":
         assert_near(actual, expected, 0.03)
 
 
-def test_compiled_and_not_give_the_same_losses(run, gpu):
+def test_a_compiled_model_gives_the_same_losses(run, gpu):
     expected = losses(run(run_name="eager"))
     assert_near(losses(run(run_name="compiled", compile="true")), expected, 0.005)
 
 
 @pytest.mark.parametrize("compile", ["false", "true"])
-def test_documents(run, device, tmp_path, compile, capsys):
-    """compile true takes flex_attention, compile false the dense mask: nearly equal losses."""
+def test_both_document_masks_give_the_same_losses(run, device, tmp_path, compile, capsys):
+    """--compile true takes flex_attention, and --compile false takes the dense mask."""
     if compile == "true" and device.type == "cpu":
         pytest.skip("flex_attention does not train on a CPU")
     texts = [f"{i} for sorrow, {i} for mirth" for i in range(300)]
@@ -69,7 +69,7 @@ def test_small_heads_take_the_dense_mask(run, gpu, tmp_path, capsys):
     assert "it needs heads of at least 16 channels" in capsys.readouterr().out
 
 
-def test_dropout_trains(run):
+def test_dropout_follows_the_seed_of_the_run(run):
     with_dropout = losses(run(run_name="dropout", dropout=0.5))
     assert with_dropout == pytest.approx(losses(run(run_name="again", dropout=0.5)), rel=1e-3)
     assert with_dropout != losses(run(run_name="none"))
@@ -80,20 +80,20 @@ def test_accumulated_micro_batches_equal_one(run):
     assert_near(losses(run(run_name="four", micro_batch_size=1)), expected, 1e-3)
 
 
-def test_init_from(run, tmp_path):
-    """A folder by save_pretrained gives the loss of its weights at the first step."""
+def test_init_from_starts_with_the_loss_of_the_weights(run, tmp_path):
+    """save_pretrained has written the folder of the weights."""
     torch.manual_seed(0)
     GPT(GPTConfig(257, 64, n_layer=1, n_head=2, n_embd=32)).save_pretrained(tmp_path / "weights")
     names = ("batch_size", "eval_every", "log_every", "warmup_steps", "dtype")
     flags = {name: TINY[name] for name in names}
     flags |= {"init_from": tmp_path / "weights", "max_steps": 4, "sequence_length": 64}
-    result = train_with(run, flags)
+    result = run_without_shape(run, flags)
     assert last_checkpoint(result)["model_config"]["n_embd"] == 32
     assert losses(result)[1] == pytest.approx(5.55, abs=0.3)
 
 
-def train_with(run, flags):
-    """--init_from has its own shape: the flags of TINY and SHAPE are left out."""
+def run_without_shape(run, flags):
+    """Run without the shape in TINY and SHAPE, because --init_from has a shape."""
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))
     with pytest.MonkeyPatch.context() as patch:
         for name in shape:
@@ -102,8 +102,8 @@ def train_with(run, flags):
         return run(**flags)
 
 
-def test_out_of_memory_names_two_flags(run, gpu):
-    """The process may use a little of the card: the real allocator then fails for real."""
+def test_out_of_memory_is_an_error_that_names_two_flags(run, gpu):
+    """The process may use a small part of the memory, so the real allocator fails."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.set_per_process_memory_fraction(64 * 2**20 / total, gpu)
@@ -119,7 +119,7 @@ def test_out_of_memory_names_two_flags(run, gpu):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_resume_on_the_same_device(run, device, dtype):
+def test_a_run_resumes_on_the_same_device(run, device, dtype):
     if dtype == "float16" and device.type == "cpu":
         pytest.skip("float16 trains on CUDA alone")
     whole = run(run_name="whole", dtype=dtype)
@@ -137,7 +137,7 @@ def test_resume_on_the_same_device(run, device, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_resume_is_exact_with_deterministic_kernels(run, device, dtype, monkeypatch):
-    """Bit for bit: attention by plain matrix products, cuBLAS with a fixed workspace."""
+    """Attention uses plain matrix products, and cuBLAS has a fixed workspace."""
     if dtype == "float16" and device.type == "cpu":
         pytest.skip("float16 trains on CUDA alone")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -155,7 +155,7 @@ def test_resume_is_exact_with_deterministic_kernels(run, device, dtype, monkeypa
         assert torch.equal(weights[name], value), name
 
 
-def test_resume_on_the_cpu_and_back(run, device):
+def test_a_run_resumes_on_the_cpu_and_back(run, device):
     whole = run(run_name="whole", max_steps=9)
     part = run(run_name="part", max_steps=9, stop_at=3)
     run(resume=part, device="cpu", stop_at=6)
@@ -163,8 +163,8 @@ def test_resume_on_the_cpu_and_back(run, device):
     assert_near(losses(part), losses(whole), 5e-3)
 
 
-def test_the_device_is_free_after_a_run(run, gpu):
-    """Nothing keeps a run's tensors alive: a second run needs no more memory than the first."""
+def test_a_run_frees_its_memory(run, gpu):
+    """A second run leaves no more memory allocated than the first run."""
     run(run_name="first")
     before = torch.cuda.memory_allocated(gpu)
     run(run_name="second")

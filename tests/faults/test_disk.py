@@ -1,7 +1,7 @@
-"""A disk that is full, read-only or damaged: an error that names the file and what to do, and
-nothing half-written. See also test_killed.py, for what a failed write leaves.
+"""A full, read-only or damaged disk gives an error that names the file and the remedy.
 
---verify finds what changed in a shard: tests/corpus/test_inputs.py, test_verify_finds_what_changed.
+No test leaves a half-written corpus or checkpoint. test_killed.py tests interrupted writes, and
+test_verify_finds_what_changed in tests/corpus/test_inputs.py tests damaged shards.
 """
 
 import concurrent.futures.process
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, files, losses, make_corpus, tiny_checkpoint
+from conftest import ROOT, TINY, losses, make_corpus, read_files, tiny_checkpoint
 
 import train_gpt2
 from batches.tokens import Tokens
@@ -36,21 +36,21 @@ from training.checkpoint import last_checkpoint, load_checkpoint, save_checkpoin
 
 
 @pytest.fixture
-def tmp_path(in_memory):
-    return in_memory
+def tmp_path(memory_folder):
+    return memory_folder
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """resize(kilobytes) makes disk.folder a file system of that size."""
+    """A function disk(kilobytes) that mounts or resizes the file system at disk.folder."""
 
     def resize(kilobytes):
-        how = "remount," if folder.is_mount() else ""
-        options = f"{how}size={kilobytes}k"
+        action = "remount," if folder.is_mount() else ""
+        options = f"{action}size={kilobytes}k"
         mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         result = subprocess.run(mount, capture_output=True, text=True)
         if result.returncode:
-            pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
+            pytest.skip(f"this machine cannot mount a file system: {result.stderr.strip()}")
 
     folder = tmp_path / "out"
     folder.mkdir()
@@ -66,59 +66,70 @@ def prepare(folder, path, **options):
         pipeline.prepare(corpus, get_tokenizer("bytes"), folder, run_tasks, **options)
 
 
+def path_and_remedy(error: OSError, reason: str) -> tuple[Path, str]:
+    """Return the path and the remedy that the message of an error names around its reason."""
+    path, _, remedy = sentence(error).partition(f": {reason}; ")
+    return Path(path), remedy
+
+
 @pytest.fixture
-def lines(tmp_path, monkeypatch):
-    """Sixty documents, in several pieces."""
+def documents(tmp_path, monkeypatch):
+    """The path of a .jsonl file of sixty documents, which several tasks read."""
     monkeypatch.setattr(pipeline, "TASK_BYTES", (5_000, 5_000))
     lines = [json.dumps({"text": f"document {i} " * (i % 40)}) + "\n" for i in range(60)]
     (tmp_path / "c.jsonl").write_text("".join(lines))
     return tmp_path / "c.jsonl"
 
 
-def test_preparing_on_a_disk_that_fills_up(disk, lines, tmp_path, monkeypatch):
-    """By others, say: at the start there was room enough. With some made, it goes on."""
-    prepare(tmp_path / "whole" / "c", lines)
-    enough = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: enough)
-    folder, full = disk.folder / "c", set()
-    for kilobytes in range(4, 1000, 4):  # a page more each time
+def test_preparing_resumes_after_the_disk_filled_up(disk, documents, tmp_path, monkeypatch):
+    """The disk has enough space at the start, and another program fills it."""
+    prepare(tmp_path / "whole" / "c", documents)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    folder = disk.folder / "c"
+    unwritten = set()
+    for kilobytes in range(4, 1000, 4):  # one more page each time
         disk(kilobytes)
         try:
-            prepare(folder, lines)
+            prepare(folder, documents)
             break
         except OSError as error:
-            path, _, remedy = sentence(error).partition(": No space left on device; ")
-            assert folder in (Path(path).parent, *Path(path).parents) and "make room" in remedy
-            full.add(Path(path).name)
+            path, remedy = path_and_remedy(error, "No space left on device")
+            assert folder in path.parents
+            assert "make room" in remedy
+            unwritten.add(path.name)
         assert not (folder / "metadata.json").exists()
         disk(1000)
-        prepare(folder, lines)
-        assert files(folder) == files(tmp_path / "whole" / "c")
+        prepare(folder, documents)
+        assert read_files(folder) == read_files(tmp_path / "whole" / "c")
         shutil.rmtree(folder)
-    assert {"000000.train.bin", "000002.json", "train.bin", "val.bin", "metadata.json"} <= full
+    expected = {"000000.train.bin", "000002.json", "train.bin", "val.bin", "metadata.json"}
+    assert expected <= unwritten
 
 
-def test_pieces_that_are_done_need_no_room_again(disk, lines, monkeypatch):
-    """Where there was just enough, there is just enough after a stop."""
+def test_finished_tasks_need_no_space_again(disk, documents, monkeypatch):
+    """A disk with just enough space for a run has just enough space for the resumed run."""
     monkeypatch.setattr(pipeline, "TASK_BYTES", (200_000, 200_000))
-    lines.write_bytes(lines.read_bytes() * 20)
-    needed = 2 * 2 * lines.stat().st_size  # a token a byte, of two bytes, in pieces and in shards
-    folder, some = disk.folder / "c", 100_000
+    documents.write_bytes(documents.read_bytes() * 20)
+    # one token per byte, two bytes per token, once in the files of the tasks and once in shards
+    needed = 2 * 2 * documents.stat().st_size
+    margin = 100_000
+    folder = disk.folder / "c"
     disk(2000)
-    (disk.folder / "others").write_bytes(bytes(2000 * 1024 - needed - some))
-    prepare(folder, lines, part="0/2")
-    assert shutil.disk_usage(folder).free < needed - 2 * some
-    prepare(folder, lines)
+    (disk.folder / "others").write_bytes(bytes(2000 * 1024 - needed - margin))
+    prepare(folder, documents, part="0/2")
+    assert shutil.disk_usage(folder).free < needed - 2 * margin
+    prepare(folder, documents)
     assert read_metadata(folder)
 
 
-def test_training_on_a_disk_that_fills_up(disk, train, tmp_path):
-    """It ends with the file's name, and the last checkpoint as it was; with some room, it goes on
-    as if it had never ended."""
+def test_training_resumes_exactly_after_the_disk_filled_up(disk, train, tmp_path):
+    """The error names the file, and the last checkpoint stays as it was."""
     flags = dict(max_steps=4, eval_every=2, checkpoint_minutes=0)
     disk(4000)
     whole = train(**flags, run_name="whole")
-    folder, full = train(**flags, run_name="mine", stop_at=1), []
+    folder = train(**flags, run_name="mine", stop_at=1)
+    unwritten = []
     shutil.copytree(folder, "kept")
     for kilobytes in (0, 20, 40, 100):
         shutil.rmtree(folder)
@@ -127,18 +138,20 @@ def test_training_on_a_disk_that_fills_up(disk, train, tmp_path):
         with pytest.raises(OSError) as error:
             train(resume=folder)
         disk(4000)
-        path, _, remedy = sentence(error.value).partition(": No space left on device; ")
-        full.append(Path(path).name)
-        assert Path(path).parent == folder and "make room" in remedy
+        path, remedy = path_and_remedy(error.value, "No space left on device")
+        unwritten.append(path.name)
+        assert path.parent == folder
+        assert "make room" in remedy
         assert last_checkpoint(folder)["step"] in (1, 2)
         assert not list(folder.glob("*.tmp"))
-    assert full[0] == "config.json" and full[-1] == "last.pt"
+    assert unwritten[0] == "config.json"
+    assert unwritten[-1] == "last.pt"
     train(resume=folder, stop_at=99)
     assert losses(folder) == losses(whole)
     assert losses(folder, "val_loss") == losses(whole, "val_loss")
 
 
-def test_metrics_that_find_no_room(disk, train):
+def test_a_full_disk_names_the_metrics_file(disk, train):
     disk(4000)
     folder = train(max_steps=200, eval_every=200, stop_at=1)
     disk(shutil.disk_usage(disk.folder).used // 1024 + 4)
@@ -152,7 +165,7 @@ def test_metrics_that_find_no_room(disk, train):
 
 @pytest.fixture
 def home():
-    """A folder that every user can enter (tmp_path is its owner's alone)."""
+    """A folder that every user can enter; only its owner can enter tmp_path."""
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         yield Path(home)
@@ -160,12 +173,14 @@ def home():
 
 @contextlib.contextmanager
 def read_only(folder):
-    """Nobody can write to the folder inside the `with` block. Permissions do not bind root, so root
-    becomes the user `nobody` until the end of the block."""
+    """Forbid writes to the folder until the end of the `with` block.
+
+    Permissions do not bind root, so root becomes the user `nobody` for the block.
+    """
     folder = folder.absolute()
     is_root = os.geteuid() == 0
-    importlib.import_module("torch._dynamo")  # a module that only root may read, on some machines
-    concurrent.futures.process._check_system_limits()  # imports modules, too
+    importlib.import_module("torch._dynamo")  # on some machines only root may read it
+    concurrent.futures.process._check_system_limits()  # it imports modules, too
     folder.chmod(0o555)
     if is_root:
         os.seteuid(65534)
@@ -177,42 +192,52 @@ def read_only(folder):
         folder.chmod(0o755)
 
 
-def test_preparing_into_a_folder_that_is_read_only(home, lines):
-    path = Path(shutil.copy(lines, home))
+def test_preparing_into_a_read_only_folder_is_an_error(home, documents):
+    path = Path(shutil.copy(documents, home))
     with read_only(home), pytest.raises(OSError) as error:
         prepare(home / "data" / "c", path)
     message = sentence(error.value)
     assert message.startswith(f"{home}/data: Permission denied; change the permissions")
 
 
-@pytest.mark.parametrize("given", ["", "out/mine"])
-def test_training_into_a_folder_that_is_read_only(home, train, monkeypatch, given):
+def test_a_new_run_in_a_read_only_folder_is_an_error(home, train, monkeypatch):
     shutil.copytree("data", home / "data")
     monkeypatch.chdir(home)
-    if given:
-        train(max_steps=3, stop_at=1, run_name="mine")
-    with read_only(Path(given)), pytest.raises(OSError) as error:
-        train(resume=given, **{} if given else TINY)
-    path, _, remedy = sentence(error.value).partition(": Permission denied; ")
-    assert path == (f"{given}/.lock" if given else "out")
+    with read_only(home), pytest.raises(OSError) as error:
+        train(resume="", **TINY)
+    path, remedy = path_and_remedy(error.value, "Permission denied")
+    assert path == Path("out")
     assert "change the permissions" in remedy
 
 
-# ---- damage
+def test_resuming_a_read_only_run_is_an_error(home, train, monkeypatch):
+    shutil.copytree("data", home / "data")
+    monkeypatch.chdir(home)
+    train(max_steps=3, stop_at=1, run_name="mine")
+    with read_only(Path("out/mine")), pytest.raises(OSError) as error:
+        train(resume="out/mine")
+    path, remedy = path_and_remedy(error.value, "Permission denied")
+    assert path == Path("out/mine/.lock")
+    assert "change the permissions" in remedy
 
 
-def flips(data: bytes, places):
-    """`data` with one bit flipped, at each of the places in turn."""
-    for place in places:
-        yield data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+# damaged files
 
 
-def test_a_bit_of_metadata_json(tmp_path):
-    """It is found, or of no consequence."""
+def flip_bits(data: bytes, positions):
+    """Yield copies of `data`, each with one bit flipped in the byte at one of the positions."""
+    for position in positions:
+        flipped = bytes([data[position] ^ 1 << position % 8])
+        yield data[:position] + flipped + data[position + 1 :]
+
+
+def test_a_flipped_bit_in_metadata_json_is_an_error_or_harmless(tmp_path):
     make_corpus(tmp_path / "c", [f"document {i}" for i in range(99)], documents=True)
-    path, good = tmp_path / "c" / "metadata.json", read_metadata(tmp_path / "c")
-    content, harmless = path.read_bytes(), 0
-    for damaged in flips(content, range(len(content))):
+    path = tmp_path / "c" / "metadata.json"
+    good = read_metadata(tmp_path / "c")
+    content = path.read_bytes()
+    harmless = 0
+    for damaged in flip_bits(content, range(len(content))):
         path.write_bytes(damaged)
         try:
             found = read_metadata(tmp_path / "c")
@@ -220,44 +245,47 @@ def test_a_bit_of_metadata_json(tmp_path):
             assert all(found.get(name) == good[name] for name in good if name != "sha256"), damaged
         except ValueError as error:
             assert str(path) in str(error) and "run python prepare_data.py again" in str(error)
-    assert harmless < 8  # a bit of the name of the sha256 itself
+    assert harmless < 8  # a changed name of the field "sha256" removes the check
 
 
-def test_a_damaged_metadata_json_is_mended_by_preparing_again(tmp_path, lines):
-    prepare(tmp_path / "c", lines)
-    good, path = read_metadata(tmp_path / "c"), tmp_path / "c" / "metadata.json"
-    size = good["splits"]["val"]["bytes"]  # which nothing else would tell
+def test_preparing_again_repairs_a_damaged_metadata_json(tmp_path, documents):
+    prepare(tmp_path / "c", documents)
+    good = read_metadata(tmp_path / "c")
+    path = tmp_path / "c" / "metadata.json"
+    size = good["splits"]["val"]["bytes"]  # no other field depends on this number
     path.write_text(path.read_text().replace(f'"bytes": {size}', f'"bytes": {size + 1}'))
     with pytest.raises(ValueError, match=r"metadata\.json is damaged"):
         read_metadata(tmp_path / "c")
-    prepare(tmp_path / "c", lines)
+    prepare(tmp_path / "c", documents)
     assert read_metadata(tmp_path / "c") == good
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_a_bit_of_a_checkpoint(tmp_path, name):
-    """Of any of its parts, and of what holds them together."""
+def test_a_flipped_bit_in_a_checkpoint_is_an_error_or_harmless(tmp_path, name):
+    """The bits lie in all members of the zip file and in its directory."""
     save_checkpoint(tmp_path / "last.pt", tiny_checkpoint(1))
     path = (tmp_path / "last.pt").rename(tmp_path / name)
     (tmp_path / "last.pt").touch()
-    good, content, harmless = load_checkpoint(path), path.read_bytes(), 0
+    good = load_checkpoint(path)
+    content = path.read_bytes()
+    harmless = 0
     remedy = "remove it to use last.pt" if name == "best.pt" else "name another, or start a new run"
-    for damaged in flips(content, range(0, len(content), 13)):
+    for damaged in flip_bits(content, range(0, len(content), 13)):
         path.write_bytes(damaged)
         try:
             found = load_checkpoint(path)
             model = found.pop("model")
             assert all(torch.equal(model[key], weight) for key, weight in good["model"].items())
             assert found.items() <= good.items()
-            harmless += 1  # in the padding between parts, or a date
+            harmless += 1  # the bit lies in a date or in the padding between members
         except ValueError as error:
             assert str(error).startswith(f"{path} is not a readable checkpoint (")
             assert str(error).endswith(remedy)
     assert harmless < 0.6 * len(content) / 13, harmless
 
 
-def test_the_one_before_is_gone_on_with(train, capsys):
-    """A run whose newest checkpoint is damaged ends as if it weren't."""
+def test_a_run_with_a_damaged_last_checkpoint_resumes_from_the_previous_one(train, capsys):
+    """The run ends like a whole run."""
     flags = dict(max_steps=4, checkpoint_minutes=0)
     whole = train(**flags, run_name="whole")
     folder = train(**flags, run_name="mine", stop_at=3)
@@ -270,24 +298,28 @@ def test_the_one_before_is_gone_on_with(train, capsys):
     assert f"{folder}/last.pt is not a readable checkpoint" in out
     assert f"continuing from the checkpoint before it: {folder}/previous.pt" in out
     assert losses(folder) == losses(whole)
-    assert files(folder).keys() == files(whole).keys()
-    one, other = (load_checkpoint(run / "last.pt")["model"] for run in (folder, whole))
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert read_files(folder).keys() == read_files(whole).keys()
+    found = load_checkpoint(folder / "last.pt")["model"]
+    expected = load_checkpoint(whole / "last.pt")["model"]
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
 
 
-# ---- files that go or are cut while they are in use
+# files that are removed or truncated while they are in use
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path, monkeypatch, several):
-    """To read behind the end would be SIGBUS."""
-    if several:
+@pytest.mark.parametrize("num_shards", [1, 5])
+def test_a_shard_that_is_truncated_while_it_is_mapped_is_an_error(
+    tmp_path, monkeypatch, num_shards
+):
+    """A read past the end of the file would raise SIGBUS."""
+    if num_shards > 1:
         monkeypatch.setattr(pipeline, "TASK_BYTES", (20_000, 20_000))
         monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
     make_corpus(tmp_path / "c", ["some text, " * 20_000])
     tokens = Tokens(tmp_path / "c" / "train")
     path = sorted((tmp_path / "c").glob("train*.bin"))[-1]
-    assert len(tokens.shards) == (5 if several else 1)
+    assert len(tokens.shards) == num_shards
     os.truncate(path, 5000)
     reads = {
         "a batch": lambda: tokens.read([0, len(tokens) - 65], 65),
@@ -300,28 +332,29 @@ def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path, monkeypatch, several):
     path.unlink()
 
 
-def test_a_shard_that_vanishes_is_there_until_it_is_closed(train, rhyme):
-    tokens, ids = Tokens(rhyme / "train"), np.fromfile(rhyme / "train.bin", np.uint16)
+def test_a_removed_shard_is_readable_while_it_is_open(train, rhyme):
+    tokens = Tokens(rhyme / "train")
+    ids = np.fromfile(rhyme / "train.bin", np.uint16)
     (rhyme / "train.bin").unlink()
     assert np.array_equal(tokens.read([0], len(ids))[0], ids)
     with pytest.raises(FileNotFoundError, match=r"train.bin is missing: run python prepare_data"):
         train(max_steps=3)
 
 
-def test_training_on_what_is_cut_meanwhile(train, rhyme, monkeypatch):
+def test_training_on_a_truncated_shard_is_an_error(train, rhyme, monkeypatch):
     compute_loss = train_gpt2.compute_loss
 
-    def cut(*args):
+    def truncate(*args):
         os.truncate(rhyme / "train.bin", 100)
         return compute_loss(*args)
 
-    monkeypatch.setattr(train_gpt2, "compute_loss", cut)
+    monkeypatch.setattr(train_gpt2, "compute_loss", truncate)
     with pytest.raises(ValueError, match=r"train.bin was cut from .* to 100 while it was in use"):
         train(max_steps=3)
 
 
-def test_a_crash_in_c_tells_where(tmp_path):
-    """What is cut in the moment between the look at its length and the read."""
+def test_a_crash_in_c_code_prints_the_python_function(tmp_path):
+    """A file may be truncated between the check of its length and the read."""
     (tmp_path / "cut.py").write_text(
         "import mmap, os\n"
         "from common.script import run_script\n"
@@ -341,29 +374,30 @@ def test_a_crash_in_c_tells_where(tmp_path):
     assert "Bus error" in result.stderr and "in main" in result.stderr
 
 
-def test_a_source_that_changes_while_it_is_read(tmp_path, lines):
-    """Nothing is made of the half that was there."""
-    corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path, documents):
+    """The failed run leaves no corpus, and the next run reads the changed source."""
+    corpus = Corpus("c", {"made": "by a test"}, [Source(str(documents), "jsonl")])
 
-    def run_tasks(function, calls):
-        for i, call in enumerate(calls):
-            yield i, function(*call)
-            lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-9]))
+    def run_tasks(function, tasks):
+        for i, task in enumerate(tasks):
+            yield i, function(*task)
+            lines = documents.read_text().splitlines(keepends=True)
+            documents.write_text("".join(lines[:-9]))
 
     with pytest.raises(ValueError, match="the text of c has changed while it was read"):
         pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
     assert not (tmp_path / "c").exists()
-    prepare(tmp_path / "c", lines)
+    prepare(tmp_path / "c", documents)
 
 
-def test_a_source_that_vanishes_while_it_is_read(tmp_path, lines):
-    corpus = Corpus("c", {"made": "by a test"}, [Source(str(lines), "jsonl")])
+def test_a_source_that_is_removed_while_it_is_read_is_an_error(tmp_path, documents):
+    corpus = Corpus("c", {"made": "by a test"}, [Source(str(documents), "jsonl")])
 
-    def run_tasks(function, calls):
-        for i, call in enumerate(calls):
-            lines.unlink(missing_ok=True)
-            yield i, function(*call)
+    def run_tasks(function, tasks):
+        for i, task in enumerate(tasks):
+            documents.unlink(missing_ok=True)
+            yield i, function(*task)
 
     with pytest.raises(OSError) as error:
         pipeline.prepare(corpus, get_tokenizer("bytes"), tmp_path / "c", run_tasks)
-    assert sentence(error.value) == f"{lines}: No such file or directory"
+    assert sentence(error.value) == f"{documents}: No such file or directory"

@@ -1,6 +1,6 @@
-"""Killed before any one of the calls that change the disk, and started again: as if nothing was.
+"""A process that is killed before any call that changes the disk, and restarted, loses nothing.
 
-bench/faults.py does the same at random moments, hundreds of times, and with Ray.
+bench/faults.py kills processes at random moments, hundreds of times, and also with Ray.
 """
 
 import functools
@@ -17,7 +17,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import TINY, files, losses, tiny_checkpoint
+from conftest import TINY, losses, read_files, tiny_checkpoint
 from tqdm import tqdm
 
 from common.files import atomic_write
@@ -35,32 +35,51 @@ WRITES = {"write", "writelines", "flush", "fsync", "replace", "link", "unlink", 
 
 
 def fork() -> int:
-    """os.fork. The child has a lock of its own for tqdm, whose usual one all processes share: a
-    child that is killed while it has that one keeps it for ever."""
-    if not (pid := os.fork()):
+    """Fork this process; the child gets a new lock for tqdm.
+
+    All processes share tqdm's default lock. A child that is killed while it holds the default lock
+    would never release it.
+    """
+    pid = os.fork()
+    if pid == 0:
         tqdm.set_lock(threading.RLock())
     return pid
 
 
-def killed(function, before: int, worker=False) -> bool:
-    """Runs function() in a process that SIGKILLs itself before its call number `before` of those
-    that change the disk, the first being 0; tells whether it came to that. worker: the process's
-    own workers count and die instead, and function() has to bear it."""
-    if pid := fork():
+def run_and_kill(function, before: int, worker=False) -> bool:
+    """Run function() in a child process that kills itself at a chosen point.
+
+    Args:
+        function: Function to run.
+        before: Number of the call that the kill precedes, counted from 0 over all calls that
+            change the disk.
+        worker: Whether to count the calls of the child's workers and to kill a worker instead;
+            function() must then handle the loss of the worker.
+
+    Returns:
+        Whether the kill happened; False if function() ended earlier.
+    """
+    pid = fork()
+    if pid:
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "function() failed"
         return os.WIFSIGNALED(status)
-    parent, calls = os.getpid(), itertools.count()
+    child = os.getpid()
+    calls = itertools.count()
 
-    def watch(frame, event, function):
-        counts = event == "c_call" and function.__name__ in WRITES
-        counts = counts and not isinstance(function.__self__, str)  # "".replace
-        if counts and worker == (os.getpid() != parent) and next(calls) == before:
+    def changes_disk(event, function):
+        if event != "c_call" or function.__name__ not in WRITES:
+            return False
+        return not isinstance(function.__self__, str)  # str.replace is not os.replace
+
+    def profile(frame, event, function):
+        is_worker = os.getpid() != child
+        if changes_disk(event, function) and worker == is_worker and next(calls) == before:
             os.kill(os.getpid(), signal.SIGKILL)
 
     code = 1
     try:
-        sys.setprofile(watch)
+        sys.setprofile(profile)
         function()
         code = 0
     except BaseException:
@@ -70,13 +89,13 @@ def killed(function, before: int, worker=False) -> bool:
 
 
 @pytest.fixture
-def tmp_path(in_memory):
-    return in_memory
+def tmp_path(memory_folder):
+    return memory_folder
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """prepare(FOLDER) makes FOLDER/c of tmp_path/c.jsonl, in two pieces; seed: of the split."""
+    """A function prepare(folder, workers, seed) that prepares the corpus folder/c in two tasks."""
     monkeypatch.setattr(pipeline, "TASK_BYTES", (3_000, 3_000))
     lines = [json.dumps({"text": f"document {i} " * (i % 30)}) + "\n" for i in range(30)]
     (tmp_path / "c.jsonl").write_text("".join(lines))
@@ -89,38 +108,41 @@ def prepare(tmp_path, monkeypatch):
     return prepare
 
 
-def unreadable(folder) -> None:
-    """Nothing takes FOLDER/c for a corpus."""
-    for refuse in (
-        lambda: newest_corpus(folder),
-        lambda: read_metadata(folder / "c"),
-        lambda: open_tokens(folder / "c" / "train"),
-    ):
-        with pytest.raises(FileNotFoundError):
-            refuse()
+def assert_no_corpus(folder) -> None:
+    """Assert that no reader accepts folder/c as a corpus."""
+    with pytest.raises(FileNotFoundError):
+        newest_corpus(folder)
+    with pytest.raises(FileNotFoundError):
+        read_metadata(folder / "c")
+    with pytest.raises(FileNotFoundError):
+        open_tokens(folder / "c" / "train")
 
 
 @pytest.mark.slow
-def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
-    """At any time there is the old corpus, or none, or the new one; never parts of both."""
+def test_a_kill_leaves_the_old_corpus_or_none_or_the_new_one(tmp_path, prepare):
+    """A reader never sees parts of both corpora."""
     prepare(tmp_path / "old", seed=0)
     prepare(tmp_path / "new")
-    old, new = (files(tmp_path / name / "c") for name in ("old", "new"))
+    old = read_files(tmp_path / "old" / "c")
+    new = read_files(tmp_path / "new" / "c")
     states = []
     for before in itertools.count():
         folder = tmp_path / f"killed-{before}"
         shutil.copytree(tmp_path / "old", folder)
-        ended = not killed(functools.partial(prepare, folder), before)
-        there = files(folder / "c")
-        if "metadata.json" in there:
-            states.append("new" if there["metadata.json"] == new["metadata.json"] else "old")
-            assert {"old": old, "new": new}[states[-1]].items() <= there.items(), before
-        else:
+        killed = run_and_kill(functools.partial(prepare, folder), before)
+        found = read_files(folder / "c")
+        if "metadata.json" not in found:
             states.append("none")
-            unreadable(folder)
+            assert_no_corpus(folder)
+        elif found["metadata.json"] == new["metadata.json"]:
+            states.append("new")
+            assert new.items() <= found.items(), before
+        else:
+            states.append("old")
+            assert old.items() <= found.items(), before
         prepare(folder)
-        assert files(folder / "c") == new, before
-        if ended:
+        assert read_files(folder / "c") == new, before
+        if not killed:
             break
     assert [state for state, _ in itertools.groupby(states)] == ["old", "none", "new"]
     assert len(states) > 50
@@ -128,56 +150,61 @@ def test_preparing_in_place_of_another_corpus(tmp_path, prepare):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 5])
-def test_one_worker_alone(tmp_path, prepare, before, monkeypatch):
-    """The rest of them stops with an error; finished tasks are kept, and resumed from."""
-    # another test may have imported it: workers would be spawned, without what kills them
+def test_a_killed_worker_stops_the_run_with_an_error(tmp_path, prepare, before, monkeypatch):
+    """The next run writes the same bytes as a run without a kill."""
+    # another test may have imported pyarrow: the engine would then spawn its workers, and a
+    # spawned worker has no profile function that kills it
     monkeypatch.delitem(sys.modules, "pyarrow", raising=False)
 
-    def bear():
+    def expect_error():
         with pytest.raises(OSError, match="a worker process was killed"):
             prepare(tmp_path / "killed", workers=2)
 
-    assert not killed(bear, before, worker=True)
-    unreadable(tmp_path / "killed")
+    assert not run_and_kill(expect_error, before, worker=True)
+    assert_no_corpus(tmp_path / "killed")
     for name in ("killed", "whole"):
         prepare(tmp_path / name)
-    assert files(tmp_path / "killed" / "c") == files(tmp_path / "whole" / "c")
+    assert read_files(tmp_path / "killed" / "c") == read_files(tmp_path / "whole" / "c")
 
 
 @pytest.mark.slow
-def test_all_processes_at_any_moment(tmp_path, prepare, monkeypatch):
+def test_a_run_resumes_after_a_kill_of_all_its_processes(tmp_path, prepare, monkeypatch):
     prepare(tmp_path / "whole")
     monkeypatch.setattr(pipeline, "TASK_BYTES", (200, 200))
-    choose = random.Random(0)
+    rng = random.Random(0)
     for number in range(5):
-        if not (pid := fork()):
+        pid = fork()
+        if pid == 0:
             prepare(tmp_path / f"{number}", workers=2)
             os._exit(0)
         os.setpgid(pid, pid)
-        time.sleep(choose.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         prepare(tmp_path / f"{number}", workers=2)
-        assert files(tmp_path / f"{number}" / "c") == files(tmp_path / "whole" / "c")
+        assert read_files(tmp_path / f"{number}" / "c") == read_files(tmp_path / "whole" / "c")
 
 
-def test_two_that_do_one_piece_at_the_same_time(tmp_path):
-    """As a worker does that outlives its parent, or a node that Ray takes for dead."""
+def test_two_processes_may_write_the_same_file_at_once(tmp_path):
+    """A worker may outlive its parent, and a node that Ray considers dead may still write."""
     path = tmp_path / "000000.train.bin"
-    with atomic_write(path) as one:
-        one.write(b"the same")
-        with atomic_write(path) as other:
-            other.write(b"the same bytes")
+    with atomic_write(path) as first:
+        first.write(b"the same")
+        with atomic_write(path) as second:
+            second.write(b"the same bytes")
         assert path.read_bytes() == b"the same bytes"
-        one.write(b" bytes")
-    assert files(tmp_path) == {path.name: b"the same bytes"}
+        first.write(b" bytes")
+    assert read_files(tmp_path) == {path.name: b"the same bytes"}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_saving_a_checkpoint(tmp_path, damaged):
-    """At any time there are two, whole; where the newest is damaged, the one before is kept until
-    there is a new one."""
-    run, steps = tmp_path / "run", []
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, damaged):
+    """A run has two whole checkpoints at any time.
+
+    If the newest checkpoint is damaged, the older one stays until a new checkpoint is complete.
+    """
+    run = tmp_path / "run"
+    steps = []
     for before in itertools.count():
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
@@ -186,7 +213,7 @@ def test_saving_a_checkpoint(tmp_path, damaged):
         if damaged:
             (run / "last.pt").write_bytes(b"")
         save = functools.partial(save_checkpoint, run / "last.pt", tiny_checkpoint(3))
-        ended = not killed(save, before)
+        killed = run_and_kill(save, before)
         steps.append(last_checkpoint(run)["step"])
         if not damaged:
             (run / "last.pt").write_bytes(b"")
@@ -194,29 +221,34 @@ def test_saving_a_checkpoint(tmp_path, damaged):
         save()
         assert load_checkpoint(run / "last.pt")["step"] == 3
         assert sorted(path.name for path in run.iterdir()) == ["last.pt", "previous.pt"]
-        if ended:
+        if not killed:
             break
     old = 1 if damaged else 2
-    assert steps[0] == old and steps[-1] == 3 and set(steps) == {old, 3} and len(steps) > 5
+    assert steps[0] == old
+    assert steps[-1] == 3
+    assert set(steps) == {old, 3}
+    assert len(steps) > 5
 
 
 @pytest.mark.slow
-def test_training_again_and_again(train, tmp_path, monkeypatch):
-    """Killed before its first call, after a restart before its 16th, and so on to its end: it ends
-    as if it had never been killed."""
-    monkeypatch.setattr("training.metrics.plot_losses", plot_losses)  # which writes, too
+def test_a_run_that_is_killed_many_times_ends_like_a_whole_run(train, tmp_path, monkeypatch):
+    """Each restart makes 15 more writes than the one before until the next kill."""
+    monkeypatch.setattr("training.metrics.plot_losses", plot_losses)  # a plot writes to the disk
     flags = TINY | {"max_steps": 4, "eval_every": 2, "checkpoint_minutes": 0, "resume": "auto"}
     whole = train(**flags, run_name="whole")
-    go_on = functools.partial(train, **flags, run_name="killed")
-    restarts = next(i for i in itertools.count() if not killed(go_on, before=15 * i))
+    resume = functools.partial(train, **flags, run_name="killed")
+    restarts = next(i for i in itertools.count() if not run_and_kill(resume, before=15 * i))
     assert restarts > 4
-    (tmp_path / "out" / "killed" / "previous.pt.tmp").touch()  # by a kill in the very last save
-    go_on()
+    (tmp_path / "out" / "killed" / "previous.pt.tmp").touch()  # left by a kill in the last save
+    resume()
     run = tmp_path / "out" / "killed"
     for name in ("train_loss", "learning_rate", "val_loss", "val_bpb"):
         assert losses(run, name) == losses(whole, name)
     for name in ("last.pt", "best.pt"):
-        one, other = (load_checkpoint(folder / name) for folder in (run, whole))
-        assert one["step"] == other["step"] and one["best"] == other["best"]
-        assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+        found = load_checkpoint(run / name)
+        expected = load_checkpoint(whole / name)
+        assert found["step"] == expected["step"]
+        assert found["best"] == expected["best"]
+        for key, weight in found["model"].items():
+            assert torch.equal(weight, expected["model"][key]), key
     assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}

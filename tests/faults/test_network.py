@@ -1,4 +1,4 @@
-"""download.download against a real server on this machine that misbehaves on purpose."""
+"""Downloads from a real HTTP server on this machine that misbehaves on purpose."""
 
 import contextlib
 import hashlib
@@ -25,8 +25,11 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def server():
-    """Serves what `server.answer(handler, n)` writes for its n-th request; `server.ranges` keeps
-    their Range headers; `server.stall()` waits for the end of the test."""
+    """An HTTP server whose answer to request n is server.answer(handler, n); n counts from 1.
+
+    server.ranges lists the Range headers of all requests. server.stall() blocks until the end of
+    the test.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -37,20 +40,29 @@ def server():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.ranges, over = [], threading.Event()
-    server.stall = over.wait
+    server.ranges = []
+    end_of_test = threading.Event()
+    server.stall = end_of_test.wait
     server.url = f"http://127.0.0.1:{server.server_port}/input.txt"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
-    over.set()
+    end_of_test.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 def reply(handler, status=200, body=BODY, sent=None, **headers):
-    """Promises `body` and sends its first `sent` bytes. A header that is None isn't sent."""
+    """Send an answer.
+
+    Args:
+        handler: Handler of the request.
+        status: Status code of the answer.
+        body: Body whose length the answer announces.
+        sent: Number of bytes of `body` to send; all of them if None.
+        **headers: Additional headers; a header that is None is left out.
+    """
     handler.send_response(status)
     for name, value in ({"Content_Length": len(body)} | headers).items():
         if value is not None:
@@ -59,46 +71,49 @@ def reply(handler, status=200, body=BODY, sent=None, **headers):
     handler.wfile.write(body[:sent])
 
 
-def rest(handler, body=BODY, **options):
-    """What is asked for of `body`, by a server that knows ranges."""
+def reply_with_range(handler, body=BODY, **options):
+    """Send the part of `body` that the Range header of the request asks for."""
     start = int((handler.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
     reply(handler, 206 if start else 200, body[start:], **options)
 
 
 def fetch(server, tmp_path, **options):
+    """Download from the server to tmp_path/corpus/input.txt and return this path."""
     path = tmp_path / "corpus" / "input.txt"
     options = {"size": len(BODY), "sha256": SHA256, "pause": 0.01} | options
     download.download([server.url], path, **options)
     return path
 
 
-def refused(server, tmp_path, match, **options):
-    """It fails with those words and leaves nothing behind."""
+def assert_fails(server, tmp_path, match, **options):
+    """Assert that a download raises an error that matches `match` and leaves no file."""
     with pytest.raises(ConnectionError, match=match):
         fetch(server, tmp_path, **options)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_whole(server, tmp_path):
+def test_a_download_writes_the_file_alone(server, tmp_path):
     server.answer = lambda handler, n: reply(handler)
     path = fetch(server, tmp_path)
     assert path.read_bytes() == BODY
     assert [p.name for p in path.parent.iterdir()] == ["input.txt"]
 
 
-def test_broken_connection_goes_on_where_it_broke(server, tmp_path):
-    # in whole blocks of the reader
-    server.answer = lambda handler, n: rest(handler, sent=(6 if n == 1 else 9) << 14)
+def test_a_download_resumes_after_a_broken_connection(server, tmp_path):
+    def answer(handler, n):  # sends whole blocks of the reader
+        reply_with_range(handler, sent=(6 if n == 1 else 9) << 14)
+
+    server.answer = answer
     assert fetch(server, tmp_path).read_bytes() == BODY
     assert server.ranges == [None, f"bytes={6 << 14}-", f"bytes={15 << 14}-"]
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
+def test_a_download_starts_again_if_the_server_has_no_ranges(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, sent=1000 if n == 1 else None)
     assert fetch(server, tmp_path).read_bytes() == BODY
 
 
-def test_goes_on_with_what_a_killed_run_left(server, tmp_path):
+def test_a_download_resumes_the_part_of_a_killed_process(server, tmp_path):
     part = tmp_path / "corpus" / "input.txt.part"
     part.parent.mkdir()
     part.write_bytes(BODY[:1000])
@@ -107,16 +122,23 @@ def test_goes_on_with_what_a_killed_run_left(server, tmp_path):
     assert server.ranges == ["bytes=1000-"]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path):
+def test_a_part_of_an_older_file_is_downloaded_again(server, tmp_path):
     part = tmp_path / "corpus" / "input.txt.part"
     part.parent.mkdir()
     part.write_bytes(b"x" * 1000)
-    server.answer = lambda h, n: reply(h, 206, BODY[1000:]) if n == 1 else reply(h)
+
+    def answer(handler, n):
+        if n == 1:
+            reply(handler, 206, BODY[1000:])
+        else:
+            reply(handler)
+
+    server.answer = answer
     assert fetch(server, tmp_path).read_bytes() == BODY
     assert server.ranges == ["bytes=1000-", None]
 
 
-def test_leftovers_of_another_file_are_thrown_away(server, tmp_path):
+def test_a_part_that_is_longer_than_the_file_is_downloaded_again(server, tmp_path):
     part = tmp_path / "corpus" / "input.txt.part"
     part.parent.mkdir()
     part.write_bytes(b"x" * 400_000)  # longer than the file
@@ -125,53 +147,66 @@ def test_leftovers_of_another_file_are_thrown_away(server, tmp_path):
 
 
 @pytest.mark.parametrize("sha256", [SHA256, ""])
-def test_a_file_that_changes_between_two_ranges(server, tmp_path, sha256):
-    """What came in two parts is of one file by its sha256, or it is fetched anew."""
+def test_a_file_that_changes_between_two_ranges_is_downloaded_again(server, tmp_path, sha256):
+    """Without a sha256, no check proves that two ranges belong to one file."""
 
     def answer(handler, n):
-        rest(handler, BODY if n > 1 else BODY[::-1], sent=6 << 14 if n == 1 else None)
+        if n == 1:
+            reply_with_range(handler, BODY[::-1], sent=6 << 14)
+        else:
+            reply_with_range(handler)
 
     server.answer = answer
     assert fetch(server, tmp_path, size=None, sha256=sha256).read_bytes() == BODY
     assert server.ranges == [None, f"bytes={6 << 14}-", None]
 
 
-def test_a_file_that_never_stays_the_same(server, tmp_path):
-    server.answer = lambda h, n: rest(h, bytes([n]) * len(BODY), sent=6 << 14 if n % 2 else None)
-    refused(server, tmp_path, "the file changes while it is downloaded")
-    refused(server, tmp_path, "no sha256 can prove", size=None, sha256="")
+def test_a_file_that_changes_all_the_time_is_an_error(server, tmp_path):
+    def answer(handler, n):
+        sent = 6 << 14 if n % 2 else None
+        reply_with_range(handler, bytes([n]) * len(BODY), sent=sent)
+
+    server.answer = answer
+    assert_fails(server, tmp_path, "the file changes while it is downloaded")
+    assert_fails(server, tmp_path, "no sha256 can prove", size=None, sha256="")
 
 
-@pytest.mark.parametrize("asked", [None, "1", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 5000])
-def test_busy_then_well(server, tmp_path, asked):
-    server.answer = lambda h, n: reply(h, {1: 503, 2: 429}.get(n, 200), Retry_After=asked)
-    began = time.monotonic()
+@pytest.mark.parametrize(
+    "retry_after", [None, "1", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 5000]
+)
+def test_a_busy_server_is_asked_again(server, tmp_path, retry_after):
+    def answer(handler, n):
+        status = {1: 503, 2: 429}.get(n, 200)
+        reply(handler, status, Retry_After=retry_after)
+
+    server.answer = answer
+    start = time.monotonic()
     assert fetch(server, tmp_path).read_bytes() == BODY
     assert len(server.ranges) == 3
-    assert time.monotonic() - began >= (2 if asked == "1" else 0)
+    assert time.monotonic() - start >= (2 if retry_after == "1" else 0)
 
 
-def test_always_busy(server, tmp_path):
+def test_a_server_that_is_always_busy_is_an_error(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 503)
-    refused(server, tmp_path, "503 Service Unavailable", tries=3)
+    assert_fails(server, tmp_path, "503 Service Unavailable", tries=3)
     assert len(server.ranges) == 3
 
 
-def test_busy_for_an_hour_is_not_waited_for(server, tmp_path):
+def test_a_download_does_not_wait_for_an_hour(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 429, Retry_After=3600)
-    refused(server, tmp_path, "429 Too Many Requests.*try again in 3,600 s")
+    assert_fails(server, tmp_path, "429 Too Many Requests.*try again in 3,600 s")
     assert len(server.ranges) == 1
 
 
-def test_a_stalled_server_is_left_and_asked_again(server, tmp_path, monkeypatch):
+def test_a_stalled_server_is_asked_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", (10, 0.5))
 
-    def answer(handler, n):  # before the first byte, then in the middle, then not at all
-        if n == 1:
+    def answer(handler, n):
+        if n == 1:  # stalls before the first byte
             server.stall()
-        elif handler.headers["Range"]:
-            rest(handler)
-        else:
+        elif handler.headers["Range"]:  # does not stall
+            reply_with_range(handler)
+        else:  # stalls in the middle
             reply(handler, sent=6 << 14)
             server.stall()
 
@@ -181,38 +216,44 @@ def test_a_stalled_server_is_left_and_asked_again(server, tmp_path, monkeypatch)
     assert server.ranges[-1].startswith("bytes=")
 
 
-def test_a_server_that_always_stalls(server, tmp_path, monkeypatch):
+def test_a_server_that_always_stalls_is_an_error(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", (10, 0.2))
     server.answer = lambda handler, n: server.stall()
-    refused(server, tmp_path, "no answer in time", tries=2)
-    server.answer = lambda handler, n: (reply(handler, sent=1000), server.stall())
-    refused(server, tmp_path, "no answer in time", tries=2)
+    assert_fails(server, tmp_path, "no answer in time", tries=2)
+
+    def answer(handler, n):
+        reply(handler, sent=1000)
+        server.stall()
+
+    server.answer = answer
+    assert_fails(server, tmp_path, "no answer in time", tries=2)
 
 
-def reset(handler):
-    """Ends the connection as a firewall does."""
+def reset_connection(handler):
+    """End the connection with a TCP reset, which a firewall may send."""
     linger = struct.pack("ii", 1, 0)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     handler.connection.close()
 
 
-def test_a_connection_that_is_reset(server, tmp_path):
-    server.answer = lambda handler, n: reset(handler) if n < 3 else reply(handler)
+def test_a_reset_connection_is_tried_again(server, tmp_path):
+    server.answer = lambda handler, n: reset_connection(handler) if n < 3 else reply(handler)
     assert fetch(server, tmp_path).read_bytes() == BODY
-    server.answer = lambda handler, n: reset(handler)
+    server.answer = lambda handler, n: reset_connection(handler)
     (tmp_path / "corpus" / "input.txt").unlink()
-    refused(server, tmp_path, "no connection")
+    assert_fails(server, tmp_path, "no connection")
 
 
-def test_what_is_no_http(server, tmp_path):
+def test_an_answer_that_is_not_http_is_an_error(server, tmp_path):
     server.answer = lambda handler, n: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
-    refused(server, tmp_path, "no connection")
+    assert_fails(server, tmp_path, "no connection")
 
 
-LENGTHS = {  # promised -> what a download says that knows its size, and one that doesn't
+# announced length -> error of a download that knows the size, error of one that does not
+LENGTHS = {
     len(BODY) + 1000: ("301,000 bytes where 300,000", "the connection broke"),
     len(BODY) - 1000: ("299,000 bytes where 300,000", "another file: its sha256"),
-    "many": (None, None),  # as good as not told
+    "many": (None, None),  # an invalid length counts as no length
     "-5": (None, None),
     None: (None, None),
     0: ("the connection broke after 0 of 300,000 bytes", "another file: its sha256"),
@@ -220,21 +261,21 @@ LENGTHS = {  # promised -> what a download says that knows its size, and one tha
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_server_that_lies_about_the_length(server, tmp_path, length):
+def test_a_false_length_is_an_error_or_ignored(server, tmp_path, length):
     server.answer = lambda handler, n: reply(handler, Content_Length=length)
     for size, words in zip((len(BODY), None), LENGTHS[length]):
         if words:
-            refused(server, tmp_path, words, size=size)
+            assert_fails(server, tmp_path, words, size=size)
         else:
             path = fetch(server, tmp_path, size=size)
             assert path.read_bytes() == BODY
             path.unlink()
 
 
-def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(server, tmp_path):
+def test_a_download_without_length_and_sha256_needs_a_marked_end(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, sent=1000, Content_Length=None)
-    refused(server, tmp_path, "does not send the length", size=None, sha256="")
-    chunks = b"3e8\r\n" + BODY[:1000] + b"\r\n0\r\n\r\n"  # their end is told
+    assert_fails(server, tmp_path, "does not send the length", size=None, sha256="")
+    chunks = b"3e8\r\n" + BODY[:1000] + b"\r\n0\r\n\r\n"  # the last chunk marks the end
     server.answer = lambda handler, n: reply(
         handler, body=chunks, Content_Length=None, Transfer_Encoding="chunked"
     )
@@ -244,10 +285,10 @@ def test_without_length_and_sha256_there_is_no_telling_whether_it_is_whole(serve
     server.answer = lambda handler, n: reply(
         handler, body=chunks, sent=500, Content_Length=None, Transfer_Encoding="chunked"
     )
-    refused(server, tmp_path, "the connection broke", size=None, sha256="")
+    assert_fails(server, tmp_path, "the connection broke", size=None, sha256="")
 
 
-def test_an_answer_without_length_or_end_does_not_fill_the_disk(server, tmp_path, monkeypatch):
+def test_an_endless_answer_does_not_fill_the_disk(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "MOST_BYTES", 100_000)
 
     def answer(handler, n):
@@ -257,60 +298,63 @@ def test_an_answer_without_length_or_end_does_not_fill_the_disk(server, tmp_path
                 handler.wfile.write(b"3e8\r\n" + BODY[:1000] + b"\r\n")
 
     server.answer = answer
-    refused(server, tmp_path, "sent more than 300,000 bytes")
-    refused(server, tmp_path, "sent more than 100,000 bytes", size=None)
+    assert_fails(server, tmp_path, "sent more than 300,000 bytes")
+    assert_fails(server, tmp_path, "sent more than 100,000 bytes", size=None)
     assert len(server.ranges) == 2
 
 
 @pytest.mark.parametrize("status", [202, 204, 206, 300, 304, 416])
-def test_an_answer_that_is_not_the_file(server, tmp_path, status):
-    """206 and 416 answer what wasn't asked."""
+def test_an_unexpected_status_is_an_error(server, tmp_path, status):
+    """206 and 416 are unexpected, because the request has no Range header."""
     server.answer = lambda handler, n: reply(handler, status)
-    refused(server, tmp_path, f": {status} ")
+    assert_fails(server, tmp_path, f": {status} ")
     assert len(server.ranges) == 1
 
 
 def test_not_found_is_not_tried_again(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 404)
-    refused(server, tmp_path, "404 Not Found")
+    assert_fails(server, tmp_path, "404 Not Found")
     assert len(server.ranges) == 1
 
 
-def test_login_page(server, tmp_path):
+def test_a_login_page_is_an_error(server, tmp_path):
     page = b"<html>Welcome to our hotel</html>"
     server.answer = lambda handler, n: reply(handler, body=page, Content_Type="text/html")
-    refused(server, tmp_path, r"sent text/html of 33 bytes where 300,000 were.*login page")
-    refused(server, tmp_path, "sent text/html; perhaps it is the login page", size=None, sha256="")
-    server.answer = lambda handler, n: reply(handler, body=page.ljust(len(BODY)))  # no type told
-    refused(server, tmp_path, "another file: its sha256")
+    assert_fails(server, tmp_path, r"sent text/html of 33 bytes where 300,000 were.*login page")
+    assert_fails(
+        server, tmp_path, "sent text/html; perhaps it is the login page", size=None, sha256=""
+    )
+    server.answer = lambda handler, n: reply(handler, body=page.ljust(len(BODY)))  # no type
+    assert_fails(server, tmp_path, "another file: its sha256")
 
 
-def test_other_bytes_of_the_right_length(server, tmp_path):
+def test_another_file_of_the_same_length_is_an_error(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, body=BODY[::-1])
-    refused(server, tmp_path, "another file: its sha256")
+    assert_fails(server, tmp_path, "another file: its sha256")
 
 
-def test_circle(server, tmp_path):
+def test_a_circle_of_redirects_is_an_error(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 302, b"", Location=f"{server.url}?{n % 2}")
-    refused(server, tmp_path, "circle")
+    assert_fails(server, tmp_path, "circle")
 
 
 @pytest.mark.parametrize(
-    "place", ["file:///etc/passwd", "http://[", f"http://{'a' * 70}.test/", "http:///x", "\xff://"]
+    "location",
+    ["file:///etc/passwd", "http://[", f"http://{'a' * 70}.test/", "http:///x", "\xff://"],
 )
-def test_redirected_to_nowhere(server, tmp_path, place):
-    server.answer = lambda handler, n: reply(handler, 302, b"", Location=place)
-    refused(server, tmp_path, "input.txt: (no connection|redirected in a circle)", tries=1)
+def test_a_redirect_to_an_invalid_address_is_an_error(server, tmp_path, location):
+    server.answer = lambda handler, n: reply(handler, 302, b"", Location=location)
+    assert_fails(server, tmp_path, "input.txt: (no connection|redirected in a circle)", tries=1)
 
 
-def test_no_server(tmp_path):
-    class Gone:
+def test_an_unreachable_server_is_an_error(tmp_path):
+    class UnreachableServer:
         url = "http://127.0.0.1:9/input.txt"
 
-    refused(Gone, tmp_path, "127.0.0.1:9/input.txt: no connection")
+    assert_fails(UnreachableServer, tmp_path, "127.0.0.1:9/input.txt: no connection")
 
 
-def test_second_address_serves_when_the_first_does_not(server, tmp_path):
+def test_the_second_address_is_used_if_the_first_fails(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 404 if n == 1 else 200)
     path = tmp_path / "input.txt"
     download.download([server.url, server.url], path, len(BODY), SHA256, pause=0.01)
@@ -318,7 +362,7 @@ def test_second_address_serves_when_the_first_does_not(server, tmp_path):
 
 
 def run_download(server, tmp_path, **options):
-    """What a script's user sees: (exit code, error), and that no file is left."""
+    """Download in a separate process, assert that no file stays, return the CompletedProcess."""
     code = (
         "import sys, pathlib\n"
         "from common.script import run_script\n"
@@ -335,34 +379,40 @@ def run_download(server, tmp_path, **options):
     return result
 
 
-def test_what_a_person_sees(server, tmp_path):
+def test_a_failed_download_is_a_one_line_error(server, tmp_path):
     server.answer = lambda handler, n: reply(handler, 404)
     assert_one_line_error(run_download(server, tmp_path), "input.txt: 404 Not Found")
-    server.answer = lambda handler, n: reply(handler, sent=1000)  # always cut there
+    server.answer = lambda handler, n: reply(handler, sent=1000)  # always breaks
     result = run_download(server, tmp_path)
     assert_one_line_error(result, "the connection broke")
 
 
-def test_full_disk(server, tmp_path):
+def test_a_full_disk_is_a_one_line_error(server, tmp_path):
     """A limit on file sizes stands in for the disk."""
     server.answer = lambda handler, n: reply(handler)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    result = run_download(server, tmp_path, preexec_fn=limit)
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = run_download(server, tmp_path, preexec_fn=limit_file_size)
     assert_one_line_error(result, "input.txt: File too large; make room")
 
 
-def test_folder_that_cannot_be_made(server, tmp_path):
+def test_a_file_in_place_of_the_folder_is_an_error(server, tmp_path):
     server.answer = lambda handler, n: reply(handler)
     (tmp_path / "corpus").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="corpus"):
         fetch(server, tmp_path)
 
 
-def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, capsys):
-    """What lies in a corpus's folder is the download, or it is fetched again."""
+def test_another_file_in_the_folder_of_a_corpus_is_downloaded_again(
+    server, tmp_path, monkeypatch, capsys
+):
+    """The other file has the right length, and stays until the download is complete."""
     entry = inputs.CATALOG["tinyshakespeare"]
-    made = replace(entry.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
-    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", replace(entry, downloads=(made,)))
+    download_file = replace(entry.downloads[0], urls=(server.url,), size=len(BODY), sha256=SHA256)
+    entry = replace(entry, downloads=(download_file,))
+    monkeypatch.setitem(inputs.CATALOG, "tinyshakespeare", entry)
     server.answer = lambda handler, n: reply(handler)
     path = tmp_path / "input.txt"
     path.write_bytes(BODY[::-1])
@@ -376,13 +426,13 @@ def test_a_file_of_the_right_length_is_looked_at(server, tmp_path, monkeypatch, 
     )
     path.write_bytes(BODY[::-1])
     server.answer = lambda handler, n: reply(handler, 404)
-    with pytest.raises(ConnectionError, match="404"):  # and until then it stays
+    with pytest.raises(ConnectionError, match="404"):
         inputs.load_corpus("tinyshakespeare", tmp_path)
     assert path.read_bytes() == BODY[::-1]
 
 
 def start_download(server, folder) -> subprocess.Popen:
-    """Start a process that downloads folder/input.txt; return it when it is about to begin."""
+    """Start a process that downloads folder/input.txt; return once the process has its imports."""
     code = (
         "import pathlib, sys\n"
         "import requests\n"
@@ -399,14 +449,14 @@ def start_download(server, folder) -> subprocess.Popen:
 
 
 @pytest.fixture
-def held_back(server):
-    """The server sends half of the file, and the other half when `held_back.release` is set."""
+def slow_server(server):
+    """The server, which sends the second half of the file when `release` is set."""
     server.half_sent = threading.Event()
     server.release = threading.Event()
 
     def answer(handler, n):
         if n > 1:
-            rest(handler)
+            reply_with_range(handler)
             return
         reply(handler, sent=9 << 14)
         handler.wfile.flush()
@@ -420,44 +470,44 @@ def held_back(server):
     server.release.set()
 
 
-def test_processes_that_want_one_file_download_it_once(held_back, tmp_path):
-    first = start_download(held_back, tmp_path)
-    assert held_back.half_sent.wait(60)
-    others = [start_download(held_back, tmp_path) for _ in range(2)]
+def test_several_processes_download_a_file_once(slow_server, tmp_path):
+    first = start_download(slow_server, tmp_path)
+    assert slow_server.half_sent.wait(60)
+    others = [start_download(slow_server, tmp_path) for _ in range(2)]
     with pytest.raises(subprocess.TimeoutExpired):
-        others[0].wait(0.5)  # it waits for the first process
-    held_back.release.set()
+        others[0].wait(0.5)  # the process waits for the first one
+    slow_server.release.set()
     assert [process.wait(60) for process in (first, *others)] == [0, 0, 0]
-    assert held_back.ranges == [None]
+    assert slow_server.ranges == [None]
     assert (tmp_path / "input.txt").read_bytes() == BODY
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
 
 
-def test_a_process_resumes_what_a_killed_one_began(held_back, tmp_path):
-    first = start_download(held_back, tmp_path)
-    assert held_back.half_sent.wait(60)
+def test_a_waiting_process_resumes_the_part_of_a_killed_process(slow_server, tmp_path):
+    first = start_download(slow_server, tmp_path)
+    assert slow_server.half_sent.wait(60)
     part = tmp_path / "input.txt.part"
     while not part.exists() or part.stat().st_size < 9 << 14:
         assert first.poll() is None
         time.sleep(0.01)
-    second = start_download(held_back, tmp_path)
+    second = start_download(slow_server, tmp_path)
     first.kill()
     assert second.wait(60) == 0
     assert first.wait(60) != 0
-    assert held_back.ranges == [None, f"bytes={9 << 14}-"]
+    assert slow_server.ranges == [None, f"bytes={9 << 14}-"]
     assert (tmp_path / "input.txt").read_bytes() == BODY
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
 
 
-def test_an_interrupted_process_leaves_what_another_one_downloads(held_back, tmp_path):
-    first = start_download(held_back, tmp_path)
-    assert held_back.half_sent.wait(60)
-    second = start_download(held_back, tmp_path)
+def test_an_interrupted_process_keeps_the_part_of_another_process(slow_server, tmp_path):
+    first = start_download(slow_server, tmp_path)
+    assert slow_server.half_sent.wait(60)
+    second = start_download(slow_server, tmp_path)
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(0.5)
     second.send_signal(signal.SIGINT)
     assert second.wait(60) != 0
-    held_back.release.set()
+    slow_server.release.set()
     assert first.wait(60) == 0
-    assert held_back.ranges == [None]
+    assert slow_server.ranges == [None]
     assert (tmp_path / "input.txt").read_bytes() == BODY

@@ -1,5 +1,4 @@
-"""Wrong use: whatever a flag is given, it works, or it is refused in a line or two, and nothing is
-written."""
+"""Every value of every flag works, or it gives an error of one or two lines and writes nothing."""
 
 import dataclasses
 import io
@@ -9,6 +8,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import DEAD_PROXY, ROOT, flat
+from conftest import DEAD_PROXY, ROOT, read_documents
 
 import dataset
 import prepare_data
@@ -38,7 +38,7 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.distributed import Ranks
 from training.run_folder import RunLock
 
-TINY = (
+TINY_RUN = (
     "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 16 --batch_size 2 --stop_at 1 "
     "--device cpu --compile false"
 )
@@ -47,15 +47,16 @@ SCRIPTS = {
         prepare_data,
         "--input raw/a.jsonl --corpus mine --tokenizer bytes --workers 1",
     ),
-    "train_gpt2.py": (train_gpt2, f"{TINY} --max_steps 9"),
+    "train_gpt2.py": (train_gpt2, f"{TINY_RUN} --max_steps 9"),
     "sample.py": (sample, "--max_new_tokens 1"),
     "dataset.py": (dataset, "--rows 1"),
 }
-ALONE = {  # flags that the others wouldn't go with
+# The tests give these flags together with other flags than the ones in SCRIPTS, which conflict.
+FLAGS_BESIDE = {
     "list": "", "describe": "", "verify": "",
     **dict.fromkeys(("description", "source", "sub_corpora"), "--describe raw"),
     "prefetch": "--corpus python-docs --tokenizer bytes",
-    "train_flops": TINY,
+    "train_flops": TINY_RUN,
 }  # fmt: skip
 VALUES = {
     bool: ["x"],
@@ -63,10 +64,12 @@ VALUES = {
     float: ["", "x", "nan", "inf", "-inf", "0", "-1", "1e30"],
     str: ["", "x", "../x", "-x", "a\n?*[", "x" * 300],
 }
-NEVER = {"", "x", "1.5", "nan", "inf", "-inf", "-1", str(10**30)}  # what no number may be
+# no setting that is a number accepts these values
+INVALID_NUMBERS = {"", "x", "1.5", "nan", "inf", "-inf", "-1", str(10**30)}
 
 
 def settings_class(script):
+    """Return the dataclass with the settings of a script."""
     module, _ = SCRIPTS[script]
     return getattr(module, "Settings", None) or module.Config
 
@@ -80,7 +83,7 @@ FIELDS = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with raw/a.jsonl, data/mine/ made of it, and out/run/, never trained."""
+    """A folder with raw/a.jsonl, the corpus data/mine/ and the untrained run out/run/."""
     folder = tmp_path_factory.mktemp("use")
     (folder / "raw").mkdir()
     rows = [json.dumps({"text": f"document {i}, one for sorrow, two for mirth"}) for i in range(30)]
@@ -101,12 +104,14 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def call(prepared, tmp_path, monkeypatch, capsys):
-    """call(script, *flags) is `python SCRIPT FLAGS`, offline and without a terminal, in a folder
-    of its own: (exit code, its errors)."""
+    """A function call(script, *flags) that returns the exit code and the errors of a script.
+
+    The script runs offline, without a terminal, in a copy of the folder `prepared`.
+    """
     for name, value in DEAD_PROXY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tokenizers"))
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # slow, and no power is cut here
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # fsync is slow
     shutil.copytree(prepared, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
 
@@ -120,47 +125,53 @@ def call(prepared, tmp_path, monkeypatch, capsys):
     return call
 
 
-def files(folder):
+def files_and_folders(folder):
+    """Return the content of each file in a folder, and False for each folder."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def kind(script, name):
-    of = get_type_hints(settings_class(script))[name]
-    if get_origin(of) is Literal:
+def setting_type(script, name):
+    """Return the type of a setting: a key of VALUES."""
+    hint = get_type_hints(settings_class(script))[name]
+    if get_origin(hint) is Literal:
         return str
-    return next((t for t in get_args(of) if t in VALUES), of)
+    return next((argument for argument in get_args(hint) if argument in VALUES), hint)
 
 
 @pytest.mark.parametrize(("script", "name"), FIELDS)
-def test_any_value_of_any_flag_works_or_is_refused_in_a_line(
-    call, tmp_path, monkeypatch, script, name
-):
+def test_any_value_of_any_flag_works_or_is_a_short_error(call, tmp_path, monkeypatch, script, name):
     for module in ("metrics", "report"):
         monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
-    base = ALONE.get(name, SCRIPTS[script][1]).split()
-    values = [v for v in VALUES[kind(script, name)] if (name, v) != ("max_new_tokens", str(10**9))]
-    for value in values[1:] if name in ("tokenizer", "describe", "verify") else values:
-        before = files(tmp_path)
-        code, err = call(script, *base, f"--{name}", value)
-        assert code or kind(script, name) is str or value not in NEVER, value
+    other_flags = FLAGS_BESIDE.get(name, SCRIPTS[script][1]).split()
+    values = list(VALUES[setting_type(script, name)])
+    if name == "max_new_tokens":
+        values.remove(str(10**9))  # a valid value, which would take too long
+    if name in ("tokenizer", "describe", "verify"):
+        values.remove("")  # the default of these flags, which is valid
+    for value in values:
+        before = files_and_folders(tmp_path)
+        code, err = call(script, *other_flags, f"--{name}", value)
+        if value in INVALID_NUMBERS and setting_type(script, name) is not str:
+            assert code, value
         if code:
-            assert err.startswith("error: ") and len(err.splitlines()) <= 2, (value, err)
-            if "at step 1:" not in err:  # a run that went wrong
-                assert files(tmp_path) == before, (value, err)
+            assert err.startswith("error: "), (value, err)
+            assert len(err.splitlines()) <= 2, (value, err)
+            if "at step 1:" not in err:  # a run with a NaN loss has written its files
+                assert files_and_folders(tmp_path) == before, (value, err)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_misspelt_flag_gets_the_nearest(call, script):
+def test_a_misspelt_flag_suggests_the_nearest_flag(call, script):
     for field in dataclasses.fields(settings_class(script)):
         code, err = call(script, f"--{field.name}x", "1")
         assert err.startswith(
             f"error: unknown --{field.name}x; did you mean --{field.name}? (python"
         )
         assert (code, err.count("\n")) == (2, 1)
-        assert call(script, f"--{field.name[:-1]}", "1")[0] == 2  # nor is it cut short
+        assert call(script, f"--{field.name[:-1]}", "1")[0] == 2  # a prefix is not a flag
 
 
-def test_of_a_flag_given_twice_the_last_value_counts_or_all(call, capsys):
+def test_a_repeated_flag_takes_its_last_value_and_input_takes_all(call, capsys):
     shutil.copy("raw/a.jsonl", "raw/b.jsonl")
     flags = ["--tokenizer", "bytes", "--workers", 1, "--seed", 7, "--seed", 8, "--corpus", "two"]
     code, _ = call("prepare_data.py", *flags, "--input", "raw/a.jsonl", "--input", "raw/b.jsonl")
@@ -170,7 +181,7 @@ def test_of_a_flag_given_twice_the_last_value_counts_or_all(call, capsys):
 
 
 PREPARE, TRAIN, SAMPLE = "prepare_data.py", "train_gpt2.py", "sample.py"
-REFUSED = [  # flags, and words of the line
+REFUSED = [  # script, flags, words of the error
     (PREPARE, "--input raw --documents line", "--documents has no effect on raw"),
     (
         PREPARE,
@@ -234,19 +245,20 @@ REFUSED = [  # flags, and words of the line
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), REFUSED)
-def test_what_makes_no_sense_is_refused(call, monkeypatch, script, flags, words):
+def test_conflicting_or_useless_flags_are_an_error(call, monkeypatch, script, flags, words):
     Path("a.txt").write_text("text " * 100)
     Path("table.json").write_text('[{"text": "a"}]')
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts to download
-    there = [*Path().rglob("*.bin"), *Path("out").iterdir()]
+    before = [*Path().rglob("*.bin"), *Path("out").iterdir()]
     code, err = call(script, *flags.split(" "))
     assert code == (2 if "must be one of" in words else 1), err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
     assert words in err
-    assert [*Path().rglob("*.bin"), *Path("out").iterdir()] == there
+    assert [*Path().rglob("*.bin"), *Path("out").iterdir()] == before
 
 
-def test_the_same_corpus_with_other_flags_or_more_files_is_prepared_anew(call):
+def test_a_corpus_with_other_flags_or_more_files_is_prepared_again(call):
     flags = ["--corpus", "mine", "--tokenizer", "bytes", "--max_length", "5", "--input"]
     assert call("prepare_data.py", *flags, "raw/a.jsonl")[0] == 0
     assert read_metadata("data/mine")["max_length"] == 5
@@ -254,25 +266,26 @@ def test_the_same_corpus_with_other_flags_or_more_files_is_prepared_anew(call):
     assert call("prepare_data.py", *flags, "raw/b.jsonl", "raw/a.jsonl")[0] == 0
 
 
-def test_out_of_memory_is_told(monkeypatch, capsys):
-    """Where the machine has less than the check of sizes believes."""
-    with pytest.raises(ValueError, match="out of memory: lower --this"):
-        device.memory_errors("--this")(lambda: torch.empty(1 << 60))()
+def test_out_of_memory_is_an_error_that_names_a_flag(monkeypatch, capsys):
+    """The machine may have less memory than the check of sizes assumes."""
+    with pytest.raises(ValueError, match="out of memory: lower --flag"):
+        device.memory_errors("--flag")(lambda: torch.empty(1 << 60))()
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: np.empty(1 << 60, np.uint8))
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: there is not enough memory: Unable to alloc")
 
 
-def test_output_that_nobody_takes(monkeypatch, capfd):
-    """A disk that is full, a reader that has gone, and streams that are closed."""
+def test_output_to_a_full_disk_a_closed_pipe_or_closed_streams(monkeypatch, capfd):
     reader, writer = os.pipe()
     os.close(reader)
-    for file, code in (open("/dev/full", "w"), 1), (os.fdopen(writer, "w"), 128 + 13):
+    full_disk = open("/dev/full", "w")
+    closed_pipe = os.fdopen(writer, "w")
+    for file, code in ((full_disk, 1), (closed_pipe, 128 + signal.SIGPIPE)):
         monkeypatch.setattr(sys, "stdout", file)
         with pytest.raises(SystemExit) as stop:
             run_script(lambda: print("text"))
-        file.close()  # as Python does at its end: what was left went nowhere
+        file.close()  # Python closes it at its exit: no buffered text may be left
         assert stop.value.code == code
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
@@ -282,9 +295,12 @@ def test_output_that_nobody_takes(monkeypatch, capfd):
     assert capfd.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
-def test_a_run_without_a_terminal_a_home_or_a_temporary_folder(call):
-    """In a locale without characters, under a name that is not text, with ends of lines as Windows
-    writes them. Nothing is there to write to but the run's own folder."""
+def test_training_without_a_terminal_a_home_or_a_temporary_folder(call):
+    """Training writes to the folder of the run only.
+
+    The locale is C, the name of the corpus is not valid text, and metadata.json has Windows line
+    ends.
+    """
     name = os.fsdecode(b"\xff $x$ 'q'\n*")
     os.rename("data/mine", f"data/{name}")
     metadata = Path("data", name, "metadata.json")
@@ -292,39 +308,41 @@ def test_a_run_without_a_terminal_a_home_or_a_temporary_folder(call):
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), "/proc/none")
     env |= {"LC_ALL": "C", "TERM": "dumb", "COLUMNS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train_gpt2.py", *TINY.split(), "--max_steps", "1"]
-    closed = ["bash", "-c", 'exec "$@" <&- >&-', "bash", *command, "--run_name", name]
-    result = subprocess.run(closed, env=env, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / "train_gpt2.py", *TINY_RUN.split(), "--max_steps", "1"]
+    with_closed_streams = ["bash", "-c", 'exec "$@" <&- >&-', "bash", *command, "--run_name", name]
+    result = subprocess.run(with_closed_streams, env=env, stderr=subprocess.PIPE)
     assert (result.returncode, result.stderr) == (0, b"")
     files = ["best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "sample.txt"]
     assert {*files} <= {*os.listdir(f"out/{name}")}
 
 
-def hold(folder, held):
-    with RunLock(Ranks()) as lock:  # what a run holds from its first to its last step
+def hold_lock(folder, held):
+    """Hold the lock that a run holds from its first to its last step."""
+    with RunLock(Ranks()) as lock:
         lock.take(folder)
         held.set()
         time.sleep(600)
 
 
 def test_two_processes_cannot_train_one_run(call):
-    flags = [*TINY.split(), "--max_steps", "2", "--run_name", "one"]
+    flags = [*TINY_RUN.split(), "--max_steps", "2", "--run_name", "one"]
     assert call("train_gpt2.py", *flags)[0] == 0
     context = multiprocessing.get_context("fork")
     held = context.Event()
-    other = context.Process(target=hold, args=(Path("out/one"), held), daemon=True)
+    other = context.Process(target=hold_lock, args=(Path("out/one"), held), daemon=True)
     other.start()
     assert held.wait(60)
-    before = files(Path("out"))
+    before = files_and_folders(Path("out"))
     assert call("train_gpt2.py", *flags)[1].startswith(
         "error: out/one holds a run already: continue it with --resume"
     )
     for resume in (["--resume", "out/one"], ["--resume", "auto", "--run_name", "one"]):
         code, err = call("train_gpt2.py", *resume)
-        assert code == 1 and err.startswith("error: out/one is being trained by another process")
-    assert files(Path("out")) == before
+        assert code == 1
+        assert err.startswith("error: out/one is being trained by another process")
+    assert files_and_folders(Path("out")) == before
     other.kill()
-    other.join()  # and the kernel has taken its lock
+    other.join()  # the kernel has released the lock
     assert call("train_gpt2.py", "--resume", "out/one")[0] == 0
     assert load_checkpoint(Path("out/one/last.pt"))["step"] == 2
 
@@ -332,16 +350,19 @@ def test_two_processes_cannot_train_one_run(call):
 @pytest.mark.parametrize(
     ("format", "documents"), [("text", "line"), ("text", "blank-line"), ("jsonl", "")]
 )
-def test_windows_ends_of_lines(tmp_path, format, documents):
-    text = '{"text": "one"}\n\n{"text": "two"}\n  \n{"text": "three"}'
-    (tmp_path / "a").write_bytes(text.encode())
-    (tmp_path / "b").write_bytes(text.replace("\n", "\r\n").encode())
-    ours, theirs = ([text for _, text in flat(Source(str(tmp_path / name), format, documents))]
-                    for name in "ab")  # fmt: skip
-    assert ours == theirs and len(ours) == 3
+def test_windows_line_ends_give_the_same_documents(tmp_path, format, documents):
+    content = '{"text": "one"}\n\n{"text": "two"}\n  \n{"text": "three"}'
+    (tmp_path / "unix").write_bytes(content.encode())
+    (tmp_path / "windows").write_bytes(content.replace("\n", "\r\n").encode())
+    texts = {}
+    for name in ("unix", "windows"):
+        source = Source(str(tmp_path / name), format, documents)
+        texts[name] = [text for _, text in read_documents(source)]
+    assert texts["unix"] == texts["windows"]
+    assert len(texts["unix"]) == 3
 
 
-def test_names_that_are_no_text_in_what_was_skipped(call):
+def test_skipped_txt_keeps_a_file_name_that_is_not_valid_text(call):
     name = os.fsdecode(b"\xff.jsonl")
     Path(name).write_text('{"text": "good"}\n' * 60 + "{bad\n")
     flags = ["--input", name, "--corpus", "c", "--tokenizer", "bytes", "--on_error", "skip"]
@@ -349,7 +370,7 @@ def test_names_that_are_no_text_in_what_was_skipped(call):
     assert os.fsencode(name) in Path("data/c/skipped.txt").read_bytes()
 
 
-def test_the_hub_is_quiet_where_it_cannot_be_reached(tmp_path, monkeypatch):
+def test_an_unreachable_hub_logs_nothing(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -371,7 +392,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(name) for name in NAMES], ids=repr)
-def test_any_name_of_a_file(call, name):
+def test_any_file_name_is_prepared_and_verified(call, name):
     Path(f"{name}.txt").write_text("text " * 100)
     flags = [f"--input={name}.txt", "--tokenizer", "bytes", "--workers", 1]
     assert call("prepare_data.py", *flags) == (0, "")

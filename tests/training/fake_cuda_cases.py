@@ -31,28 +31,29 @@ FLEX = "torch.nn.attention.flex_attention"
 
 
 class Generator(torch.Generator):
-    """A CPU generator that stands for one of another device: a CPU build has no other.
+    """A CPU generator that stands for a generator of another device.
 
-    Operations get a copy of it, which is known again by its seed.
+    A CPU build has no other generators. Operations get a copy of the generator, and the seed of
+    the copy identifies the device.
     """
 
     device_of_seed: ClassVar = {}
 
     def __new__(cls, device="cpu"):
         self = super().__new__(cls, "cpu")
-        self.asked = torch.device(device)
+        self.fake_device = torch.device(device)
         return self.manual_seed(0)
 
     def manual_seed(self, seed):
         super().manual_seed(seed + 1000 * (len(self.device_of_seed) + 1))
-        self.device_of_seed[self.initial_seed()] = self.asked
+        self.device_of_seed[self.initial_seed()] = self.fake_device
         return self
 
 
 class Values(TorchDispatchMode):
-    """What fake tensors cannot do: become numbers (1), be pinned, and check a generator."""
+    """Let fake tensors become the number 1, be pinned, and check the device of a generator."""
 
-    supports_higher_order_operators = True  # flex_attention is one
+    supports_higher_order_operators = True  # flex_attention is such an operator
 
     def __init__(self, fake_mode):
         super().__init__()
@@ -60,7 +61,7 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._to_copy.default:  # without these it would copy for real
+        if func is torch.ops.aten._to_copy.default:  # a real copy would need a GPU
             if not isinstance(args[0], FakeTensor):
                 args = (self.fake_mode.from_tensor(args[0]), *args[1:])
             args[0].constant = None
@@ -77,9 +78,9 @@ class Values(TorchDispatchMode):
 
 @pytest.fixture
 def fake_cuda(driver, monkeypatch):
-    """A context in which cuda:0 is there and its tensors are fake."""
+    """A context manager that makes cuda:0 exist with fake tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:  # entered without a GPU, it installs a device guard that does nothing
+    with mode:  # without a GPU, the first entry installs a device guard that does nothing
         pass
     driver(gpus=1)
     monkeypatch.setattr(torch, "Generator", Generator)
@@ -96,15 +97,16 @@ def fake_cuda(driver, monkeypatch):
 
 @pytest.fixture
 def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
-    """run_on_fake_cuda(dtype="float16") trains two steps and returns the checkpoints it saves."""
+    """A function that trains two steps and returns the checkpoints by name."""
     monkeypatch.chdir(tmp_path)
-    create_model, saved = train_gpt2.create_model, {}
+    create_model = train_gpt2.create_model
+    saved = {}
 
     def create_real(*args):
         with unset_fake_temporarily():  # a fake module cannot move to another device
             return create_model(*args)
 
-    def keep(path, checkpoint):  # instead of the bytes, which are not there
+    def keep(path, checkpoint):  # fake tensors have no bytes to save
         saved[path.name] = checkpoint
 
     repeat = train_gpt2.repeat
@@ -119,7 +121,9 @@ def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "repeat", repeat_real)
     monkeypatch.setattr(train_gpt2, "create_model", create_real)
     monkeypatch.setattr("training.checkpoint.save_checkpoint", keep)
-    monkeypatch.setattr(train_gpt2, "print_report", lambda *args: None)  # it reads a checkpoint
+    monkeypatch.setattr(
+        train_gpt2, "print_report", lambda *args: None
+    )  # the report reads a checkpoint
 
     def run(**flags):
         flags = TINY | {"max_steps": 2, "eval_every": 1, "n_embd": 32} | flags
@@ -134,6 +138,7 @@ def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
 
 
 def tensors_of(value):
+    """Yield all tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -156,8 +161,8 @@ def tensors_of(value):
     ],
     ids=lambda flags: ",".join(map(str, flags.values())),
 )
-def test_training(run_on_fake_cuda, tmp_path, flags):
-    """Steps, validations and checkpoints, with everything that lasts on the GPU."""
+def test_training_keeps_its_tensors_on_the_gpu(run_on_fake_cuda, tmp_path, flags):
+    """Weights and optimizer states lie on the GPU during steps, validations and checkpoints."""
     make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     saved = run_on_fake_cuda(**{"corpus": "rhyme"} | flags)
     assert sorted(saved) == ["best.pt", "last.pt"]
@@ -169,11 +174,11 @@ def test_training(run_on_fake_cuda, tmp_path, flags):
     for state in last["optimizers"]:
         assert all(t.device == CUDA for t in tensors_of(state) if t.dim())
     assert bool(last["scaler"]) == (flags["dtype"] == "float16")
-    assert list(losses(tmp_path / "out/documents-small-1" if "corpus" in flags else
-                       tmp_path / "out/rhyme-small-1")) == [1, 2]  # fmt: skip
+    corpus = flags.get("corpus", "rhyme")
+    assert list(losses(tmp_path / f"out/{corpus}-small-1")) == [1, 2]
 
 
-def test_weights_to_start_from_are_padded_too(run_on_fake_cuda, tmp_path, rhyme):
+def test_pretrained_weights_are_padded(run_on_fake_cuda, tmp_path, rhyme):
     model = GPT(GPTConfig(vocab_size=257, n_positions=16, n_layer=2, n_head=2, n_embd=32))
     model.save_pretrained(tmp_path / "weights")
     shape = {"n_layer": 2, "n_head": 2, "init_from": "weights", "dropout": 0}
@@ -182,11 +187,13 @@ def test_weights_to_start_from_are_padded_too(run_on_fake_cuda, tmp_path, rhyme)
     assert saved["last.pt"]["model_config"]["vocab_size"] == 257
 
 
-def test_every_mask(fake_cuda, monkeypatch):
-    """Documents kept apart by flex_attention and by the dense mask, with gradients."""
+def test_both_masks_train_on_the_gpu(fake_cuda, monkeypatch):
+    """flex_attention and the dense mask separate documents, and both have gradients."""
     model = GPT(GPTConfig(vocab_size=31, n_positions=256, n_layer=1, n_head=2, n_embd=32))
     monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
-    monkeypatch.setattr(f"{FLEX}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # nor inside it
+    monkeypatch.setattr(
+        f"{FLEX}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True
+    )  # no compilation inside
     x, y = torch.randint(31, (2, 256)), torch.randint(31, (2, 256))
     with fake_cuda():
         model = model.to(CUDA)
@@ -207,8 +214,8 @@ def choices(**changes):
     return train_gpt2.ComputeChoices(**values | changes)
 
 
-def test_sampling(fake_cuda, train, monkeypatch, capsys):
-    """sample.py from the weights of a real run: with the cache, and beyond the last position."""
+def test_sampling_runs_on_the_gpu(fake_cuda, train, monkeypatch, capsys):
+    """sample.py uses the cache and generates beyond the last position."""
     train(max_steps=2)
     capsys.readouterr()
     flags = ["--device", "cuda", "--max_new_tokens", "40", "--num_samples", "3", "--top_p", "0.9"]
@@ -226,14 +233,14 @@ def test_sampling(fake_cuda, train, monkeypatch, capsys):
     assert capsys.readouterr().out.count("---") == 3
 
 
-def test_a_gpus_checkpoint_continues_on_a_cpu_and_back(train, driver, tmp_path):
-    """What was asked for, "auto", is chosen anew on another type of device, and kept otherwise."""
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu_and_back(train, driver, tmp_path):
+    """A setting "auto" is resolved again on another type of device, and kept on the same type."""
     folder = train(max_steps=4, stop_at=2, dtype="auto", device="auto", run_name="mine")
     checkpoint = load_checkpoint(folder / "last.pt")
     assert checkpoint["config"]["device"] == checkpoint["config"]["dtype"] == "auto"
     assert checkpoint["chosen"]["device"] == "cpu"
     chosen = {"device": "cuda", "dtype": "float16", "compile": "true", "document_mask": "false"}
-    torch.save(checkpoint | {"chosen": chosen}, folder / "last.pt")  # as a T4 would have saved it
+    torch.save(checkpoint | {"chosen": chosen}, folder / "last.pt")  # a checkpoint of a T4
     train(resume="out/mine", stop_at=3)
     now = load_checkpoint(folder / "last.pt")["chosen"]
     assert now["device"] == "cpu" and now["compile"] == "false"
@@ -251,10 +258,10 @@ def test_a_gpus_checkpoint_continues_on_a_cpu_and_back(train, driver, tmp_path):
     assert compute.device == CUDA and compute.dtype == torch.bfloat16
 
 
-# Faults of the kind that hid before, each planted once: the tests above would have seen them.
+# Each of these tests plants one fault and shows that the tests above detect it.
 
 
-def test_a_tensor_left_on_the_cpu_is_seen(run_on_fake_cuda, monkeypatch):
+def test_a_tensor_left_on_the_cpu_is_detected(run_on_fake_cuda, monkeypatch):
     def forget(tensors, device):
         x, *others = tensors
         return (x, *(t.to(device) for t in others))
@@ -264,7 +271,7 @@ def test_a_tensor_left_on_the_cpu_is_seen(run_on_fake_cuda, monkeypatch):
         run_on_fake_cuda()
 
 
-def test_a_missing_index_is_seen(run_on_fake_cuda, monkeypatch):
+def test_a_missing_index_is_detected(run_on_fake_cuda, monkeypatch):
     def without_index(name):
         choice = choose_device(name)
         torch.cuda.set_device(torch.device("cuda"))
@@ -275,7 +282,7 @@ def test_a_missing_index_is_seen(run_on_fake_cuda, monkeypatch):
         run_on_fake_cuda()
 
 
-def test_a_mask_on_the_wrong_device_is_seen(run_on_fake_cuda, monkeypatch, tmp_path):
+def test_a_mask_on_the_wrong_device_is_detected(run_on_fake_cuda, monkeypatch, tmp_path):
     make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     document_mask = train_gpt2.document_mask
     monkeypatch.setattr(train_gpt2, "document_mask", lambda ids: document_mask(ids.cpu()))
@@ -283,10 +290,12 @@ def test_a_mask_on_the_wrong_device_is_seen(run_on_fake_cuda, monkeypatch, tmp_p
         run_on_fake_cuda(corpus="documents", dtype="float32")
 
 
-def test_a_block_mask_on_the_wrong_device_is_seen(fake_cuda, monkeypatch):
+def test_a_block_mask_on_the_wrong_device_is_detected(fake_cuda, monkeypatch):
     model = GPT(GPTConfig(vocab_size=31, n_positions=256, n_layer=1, n_head=2, n_embd=32))
     monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
-    monkeypatch.setattr(f"{FLEX}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # nor inside it
+    monkeypatch.setattr(
+        f"{FLEX}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True
+    )  # no compilation inside
     block_mask = train_gpt2.document_block_mask
     monkeypatch.setattr(train_gpt2, "document_block_mask", lambda ids: block_mask(ids.cpu()))
     x = torch.randint(31, (2, 256))
@@ -296,7 +305,7 @@ def test_a_block_mask_on_the_wrong_device_is_seen(fake_cuda, monkeypatch):
             train_gpt2.compute_loss(model, x, x, choices(flex_attention=True))
 
 
-def test_a_generator_on_the_wrong_device_is_seen(fake_cuda):
+def test_a_generator_on_the_wrong_device_is_detected(fake_cuda):
     model = GPT(GPTConfig(31, 16, 1, 2, 32))
     with fake_cuda():
         model = model.to(CUDA).eval()
@@ -306,7 +315,7 @@ def test_a_generator_on_the_wrong_device_is_seen(fake_cuda):
             list(model.generate(idx, 3, generator=torch.Generator("cpu")))
 
 
-def test_an_optimizer_state_on_the_wrong_device_is_seen(fake_cuda):
+def test_an_optimizer_state_on_the_wrong_device_is_detected(fake_cuda):
     model = GPT(GPTConfig(31, 16, 1, 2, 32))
     with fake_cuda():
         model = model.to(CUDA)

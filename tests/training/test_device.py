@@ -1,4 +1,4 @@
-"""Choices of device, number type and compiler: the real functions, above fakes of the driver."""
+"""Choices of device, dtype and compiler: the real functions above a fake of the driver."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_cuda_device_has_an_index(driver):
-    """torch.cuda.set_device raises for torch.device("cuda")."""
+    """torch.cuda.set_device raises an error for torch.device("cuda")."""
     driver(gpus=2)
     for name in ("auto", "cuda"):
         choice = choose_device(name)
@@ -43,8 +43,8 @@ def test_a_cuda_device_has_an_index(driver):
     "gpus, local_rank, index",
     [(8, 3, 3), (4, 3, 3), (1, 3, 0), (1, 7, 0), (2, 3, 1)],
 )
-def test_each_process_has_a_gpu(driver, monkeypatch, gpus, local_rank, index):
-    """Under Slurm a task sees all GPUs of its node, or (--gpus-per-task=1) only its own."""
+def test_each_process_of_a_node_takes_its_gpu(driver, monkeypatch, gpus, local_rank, index):
+    """A Slurm task sees all GPUs of its node, or one GPU with --gpus-per-task=1."""
     driver(gpus=gpus)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     for name in ("auto", "cuda"):
@@ -59,7 +59,7 @@ def test_processes_that_share_a_gpu_are_refused():
         check_gpus_differ([("a", "1"), ("b", "1"), ("b", "1")])
 
 
-def test_devices_that_are_not_there(driver):
+def test_a_missing_device_is_an_error(driver):
     for name in ("cuda", "cuda:0", "mps", "abacus", "cpu:1", "xpu"):
         with pytest.raises(ValueError, match=f"--device {name}: this machine does not have it"):
             choose_device(name)
@@ -90,14 +90,14 @@ def test_auto_takes_cuda_then_mps_then_cpu(driver, monkeypatch):
         ("Tesla P100-PCIE-16GB", (6, 0), torch.float16),
     ],
 )
-def test_the_number_type_of_a_gpu(driver, name, capability, dtype):
+def test_auto_takes_the_fastest_dtype_of_a_gpu(driver, name, capability, dtype):
     driver(gpus=1, name=name, capability=capability)
     assert choose_dtype("auto", CUDA).value == dtype
     assert choose_dtype("float32", CUDA).value == torch.float32  # by name
     assert choose_dtype("float16", CUDA).value == torch.float16
 
 
-def test_the_number_type_elsewhere(monkeypatch):
+def test_auto_takes_the_dtype_of_a_cpu_or_mps(monkeypatch):
     for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda has_units=has_units: {"avx512_bf16": has_units}
@@ -109,18 +109,22 @@ def test_the_number_type_elsewhere(monkeypatch):
         choose_dtype("float16", mps)
 
 
-def test_what_is_compiled(monkeypatch):
+def test_auto_compiles_where_compilation_pays(monkeypatch):
     mps = torch.device("mps")
     assert not choose_compile("false", CUDA, 1e20).value
-    assert not choose_compile("auto", CPU, 1e12).value  # a short run does not repay it
+    assert not choose_compile(
+        "auto", CPU, 1e12
+    ).value  # compilation takes longer than a short run saves
     assert not choose_compile("auto", mps, 1e20).value
     monkeypatch.setattr(device_module, "compile_failure", lambda device: "")
     assert choose_compile("auto", CPU, 1e15).value
     assert choose_compile("true", CPU, 0).value
 
 
-def test_a_compiler_that_fails_is_found_out_once(monkeypatch, tmp_path):
-    """No compiler, and one that is broken: auto goes without it in one line, true is refused."""
+def test_without_a_working_compiler_auto_does_not_compile_and_true_is_an_error(
+    monkeypatch, tmp_path
+):
+    """The compiler is missing or broken; the reason is one line."""
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -150,7 +154,7 @@ def test_a_compile_cache_that_cannot_be_written(rhyme, tmp_path):
     """A file, and a folder that nobody may write: auto trains uncompiled, true is refused."""
     taken = tmp_path / "taken"
     taken.write_text("")
-    flags = [str(part) for name, value in TINY.items() for part in (f"--{name}", value)]
+    flags = [str(item) for name, value in TINY.items() for item in (f"--{name}", value)]
     flags += ["--max_steps", "2"]
     for folder in (taken, "/proc/self"):
         env = {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
@@ -171,13 +175,13 @@ def test_a_compile_cache_of_a_long_run_is_reported(monkeypatch, tmp_path):
     assert "(TORCHINDUCTOR_CACHE_DIR" in str(choice) and "cannot be written" in str(choice)
 
 
-def test_a_compiler_that_works():
+def test_a_working_compiler_has_no_failure():
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     assert compile_failure(CPU) == ""
 
 
-def test_heads_that_flex_attention_cannot_take():
+def test_flex_attention_fails_for_small_heads():
     assert "at least 16 channels" in flex_attention_failure(CUDA, 8, torch.float32)
 
 
@@ -202,19 +206,19 @@ def test_heads_that_flex_attention_cannot_take():
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
     ],
 )
-def test_a_peak_is_that_of_the_very_device(driver, name, dtype, peak):
+def test_the_peak_belongs_to_the_exact_name_of_a_gpu(driver, name, dtype, peak):
     driver(gpus=1, name=name)
     assert peak_flops(CUDA, dtype) == peak
     assert peak_flops(CPU, dtype) is None
 
 
-def test_memory(driver):
+def test_total_memory_of_a_gpu_and_a_cpu(driver):
     driver(gpus=1)
     assert total_memory(CUDA) == 80e9
     assert total_memory(CPU) > 1e8
 
 
-def test_only_copies_from_pinned_memory_to_cuda_do_not_wait():
+def test_only_copies_to_cuda_are_pinned_and_non_blocking():
     copies = []
 
     class Recorded:
@@ -234,10 +238,11 @@ def test_only_copies_from_pinned_memory_to_cuda_do_not_wait():
 
 
 def test_a_cpu_run_on_a_machine_with_a_gpu_makes_no_cuda_context(driver, train):
-    """Neither pinned memory nor anything else of the run touches the driver."""
+    """No part of the run uses the driver, also not for pinned memory."""
     driver(gpus=1)
     train(max_steps=2)
-    assert driver.current == [] and driver.initialized == 0
+    assert driver.current == []
+    assert driver.initialized == 0
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,7 @@ def test_a_cpu_run_on_a_machine_with_a_gpu_makes_no_cuda_context(driver, train):
         (CUDA, True, 0.0, 4, "it needs heads of at least 16 channels"),
     ],
 )
-def test_where_documents_take_the_dense_mask(device, compiled, dropout, n_head, reason):
+def test_the_reason_for_the_dense_mask(device, compiled, dropout, n_head, reason):
     model = GPT(GPTConfig(31, 16, 1, n_head, 32, dropout=dropout))
     found = why_no_flex_attention(device, torch.float32, compiled, model)
     assert found == reason

@@ -1,4 +1,4 @@
-"""Runs fake_cuda_cases.py in a process of its own, whose torch believes in a GPU."""
+"""Run fake_cuda_cases.py in a separate process, whose torch finds a fake GPU."""
 
 import os
 import re
@@ -16,13 +16,14 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def cuda_stub(tmp_path) -> Path:
-    """The compiled cuda_stub.cpp."""
+    """The path of the library that the test compiles from cuda_stub.cpp."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler:
-        pytest.skip("needs a C++ compiler, for the backend that the fake GPU has")
+        pytest.skip("the backend of the fake GPU needs a C++ compiler")
     torch_folder = Path(torch.__file__).parent
     library = tmp_path / "cuda_stub.so"
-    include, libraries = torch_folder / "include", torch_folder / "lib"
+    include = torch_folder / "include"
+    libraries = torch_folder / "lib"
     command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{include}", HERE / "cuda_stub.cpp"]
     command += ["-o", library, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True)

@@ -1,3 +1,5 @@
+"""Weights and tokenizers of Hugging Face: read, written, fine-fine_tuning_flags and downloaded."""
+
 import hashlib
 import json
 import os
@@ -11,7 +13,7 @@ import tiktoken
 import tiktoken_ext.openai_public as openai_public
 import torch
 from conftest import assert_one_line_error, make_corpus, run_script
-from processes import start
+from processes import start_script
 from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
@@ -29,10 +31,10 @@ from training.huggingface import pretrained_folder, tokenizer_json, write_tokeni
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def small(vocab_size=257) -> GPT:
+def small_model(vocab_size=257) -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size, n_positions=24, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in model.parameters():  # GPT-2's initialisation leaves biases at 0
+    for p in model.parameters():  # GPT-2's initialization sets biases to 0
         torch.nn.init.normal_(p, std=0.2)
     return model
 
@@ -48,9 +50,9 @@ def transformers():
     return pytest.importorskip("transformers", reason="needs transformers")
 
 
-def test_transformers_loads_ours(tmp_path, transformers):
-    """The same logits, and the same greedy text, from the text on."""
-    model, tokenizer = small(), get_tokenizer("bytes")
+def test_transformers_loads_our_weights_and_tokenizer(tmp_path, transformers):
+    """transformers gives the same logits and the same greedy continuation of a text."""
+    model, tokenizer = small_model(), get_tokenizer("bytes")
     model.save_pretrained(tmp_path, tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -65,15 +67,19 @@ def test_transformers_loads_ours(tmp_path, transformers):
     text = theirs.generate(**prompt, max_new_tokens=9, do_sample=False)[0]
     ids = torch.from_numpy(tokenizer.encode("Once more unto").astype("int64"))[None]
     ours = torch.cat([ids[0], *model.generate(ids, 9, temperature=0)])
-    # theirs ends with a document
-    assert text.tolist() == ours.tolist()[: len(text)] and (len(text) == 23 or text[-1] == 256)
+    # transformers stops at the end of a document
+    assert text.tolist() == ours.tolist()[: len(text)]
+    assert len(text) == 23 or text[-1] == 256
     assert their_tokenizer.decode(text) == tokenizer.decode(ours[: len(text)])
 
 
 @pytest.mark.parametrize("as_on_the_hub", [False, True])
-def test_we_load_theirs(tmp_path, transformers, as_on_the_hub):
-    """Also as the hub has GPT-2s: without a prefix, with masks and a head beside the weights, in
-    half precision, the usual width inside the MLP spelt out."""
+def test_from_pretrained_loads_the_weights_of_transformers(tmp_path, transformers, as_on_the_hub):
+    """GPT-2 on the hub differs from what transformers writes.
+
+    The names have no prefix, the file has masks and a head, the weights are in half precision, and
+    config.json names the default width of the MLP.
+    """
     shape = dict(vocab_size=60, n_positions=24, n_layer=2, n_head=2, n_embd=16, n_inner=64)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     if as_on_the_hub:
@@ -95,8 +101,8 @@ def test_we_load_theirs(tmp_path, transformers, as_on_the_hub):
     assert text.tolist() == ours.tolist()
 
 
-def test_there_and_back_is_the_same_model(tmp_path):
-    model = small()
+def test_a_saved_model_loads_as_the_same_model(tmp_path):
+    model = small_model()
     model.save_pretrained(tmp_path)
     back = GPT.from_pretrained(tmp_path)
     assert back.config == model.config
@@ -104,21 +110,21 @@ def test_there_and_back_is_the_same_model(tmp_path):
         assert torch.equal(weight, back.state_dict()[name]), name
 
 
-def test_a_folder_is_for_everyone_to_read_and_a_full_disk_one_line(tmp_path):
-    small().save_pretrained(tmp_path)
+def test_saved_weights_have_default_permissions_and_errors_name_the_folder(tmp_path):
+    small_model().save_pretrained(tmp_path)
     (tmp_path / "other").touch()
-    mode = (tmp_path / "other").stat().st_mode  # as umask has it
+    mode = (tmp_path / "other").stat().st_mode  # the mode by umask
     assert (tmp_path / "model.safetensors").stat().st_mode == mode
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        small().save_pretrained(tmp_path / "file")
+        small_model().save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="the model has 60 ids, fewer than the 257 of bytes"):
-        small(60).save_pretrained(tmp_path / "x", get_tokenizer("bytes"))
+        small_model(60).save_pretrained(tmp_path / "x", get_tokenizer("bytes"))
     assert not (tmp_path / "x").exists()
 
 
-def test_padding_of_the_vocabulary_is_cut(tmp_path, transformers):
-    model = small(320)
+def test_saved_weights_have_no_padding_of_the_vocabulary(tmp_path, transformers):
+    model = small_model(320)
     model.save_pretrained(tmp_path, get_tokenizer("bytes"))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     rows = torch.randint(0, 257, (3, 24))
@@ -142,7 +148,7 @@ def test_transformers_reads_the_same_ids(tmp_path, transformers, name, request, 
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eot_token
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "kept"))
-    again = get_tokenizer(str(tmp_path / "tokenizer.json"))  # and so do we
+    again = get_tokenizer(str(tmp_path / "tokenizer.json"))  # get_tokenizer reads the file, too
     assert again.encode("some text").tolist() == ours.encode("some text").tolist()
 
 
@@ -155,16 +161,17 @@ TEXTS = [
 ]
 
 
-def test_gpt2s_merges_and_ids_are_openais(gpt2_tokenizer):
-    """Its own two files, under the names that tiktoken keeps them by."""
-    model, folder = json.loads(tokenizer_json(gpt2_tokenizer))["model"], vocabulary_folder()
+def test_gpt2s_merges_and_ids_equal_openais_files(gpt2_tokenizer):
+    """tiktoken keeps OpenAI's two files under these names."""
+    model = json.loads(tokenizer_json(gpt2_tokenizer))["model"]
+    folder = vocabulary_folder()
     bpe = (folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").read_text(encoding="utf-8")
     assert [" ".join(pair) for pair in model["merges"]] == bpe.split("\n")[1:-1]
     ids = (folder / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").read_text(encoding="utf-8")
     assert model["vocab"] == json.loads(ids)
 
 
-def test_a_vocabulary_with_gaps_and_pieces_that_no_merge_makes(tmp_path):
+def test_a_vocabulary_with_unused_ids_and_unreachable_tokens_is_written(tmp_path):
     pytest.importorskip("tokenizers", reason="needs tokenizers")
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {b"ab": 256, b"  ": 257, b"tab": 258, b"xyz": 260, "日".encode(): 261}
@@ -173,7 +180,11 @@ def test_a_vocabulary_with_gaps_and_pieces_that_no_merge_makes(tmp_path):
         "made", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials
     )
     ours = TiktokenTokenizer("made", encoding)
-    assert ours.encode("xyz xyz").tolist() == [260, 32, *b"xyz"]  # as a whole alone
+    assert ours.encode("xyz xyz").tolist() == [
+        260,
+        32,
+        *b"xyz",
+    ]  # tiktoken finds the token only as a whole word
     write_tokenizer(tmp_path, ours)
     theirs = HuggingFaceTokenizer("theirs", tmp_path / "tokenizer.json")
     assert (theirs.vocab_size, theirs.eot_token) == (265, 263)
@@ -184,8 +195,8 @@ def test_a_vocabulary_with_gaps_and_pieces_that_no_merge_makes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
-def test_a_text_is_cut_where_tiktoken_cuts_it(name, monkeypatch):
-    """By the expressions alone: the vocabularies need not be here."""
+def test_a_written_pattern_divides_a_text_as_tiktoken_does(name, monkeypatch):
+    """The test needs the patterns only, not the vocabularies."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
     pattern = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
@@ -202,7 +213,7 @@ def test_a_text_is_cut_where_tiktoken_cuts_it(name, monkeypatch):
         assert [part for part, _ in split.pre_tokenize_str(text)] == regex.findall(pattern, text)
 
 
-def damaged(folder, change):
+def change_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -223,15 +234,15 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_weights_of_another_shape_are_refused(tmp_path, fault):
-    small().save_pretrained(tmp_path)
-    damaged(tmp_path, FAULTS[fault])
+    small_model().save_pretrained(tmp_path)
+    change_weights(tmp_path, FAULTS[fault])
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(tmp_path)
     assert fault in str(error.value)
 
 
 def test_other_models_and_damaged_files_are_refused(tmp_path):
-    small().save_pretrained(tmp_path)
+    small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change in ({"model_type": "llama"}, {"activation_function": "relu"}, {"n_inner": 7}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -243,11 +254,11 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
             GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "model.safetensors").read_bytes()
-    for data in (b"\x80\x04 a pickle, say", whole[:-1], b""):
+    for data in (b"\x80\x04 a pickle", whole[:-1], b""):
         (tmp_path / "model.safetensors").write_bytes(data)
         with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
             GPT.from_pretrained(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")  # which is no substitute
+    torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is not a substitute
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"neither a folder with config.json and model.safetensor"
@@ -256,24 +267,27 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
 
 
 @pytest.fixture
-def tuned(tmp_path):
-    """weights/ of a small GPT-2, data/c of its vocabulary, and flags to continue from there."""
-    small().save_pretrained(tmp_path / "weights", get_tokenizer("bytes"))
+def fine_tuning_flags(tmp_path):
+    """Flags for fine-tuning of the folder weights/ on the corpus data/c."""
+    small_model().save_pretrained(tmp_path / "weights", get_tokenizer("bytes"))
     make_corpus(tmp_path / "data" / "c", ["one for sorrow, two for mirth\n" * 60])
     flags = "--init_from weights --sequence_length 16 --batch_size 4 --dropout 0 --device cpu"
     return [*flags.split(), "--eval_every", "2", "--log_every", "1"]
 
 
-def test_fine_tuning_begins_with_the_weights(tmp_path, tuned):
+def test_fine_tuning_starts_from_the_weights(tmp_path, fine_tuning_flags):
     result = run_script(
-        "train_gpt2.py", *tuned, "--max_steps", 4, "--learning_rate", 0, cwd=tmp_path
+        "train_gpt2.py", *fine_tuning_flags, "--max_steps", 4, "--learning_rate", 0, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out" / "c-pretrained-1"
-    kept, first = load_checkpoint(folder / "last.pt"), small().state_dict()
-    assert all(torch.equal(kept["model"][name], weight) for name, weight in first.items())
-    assert kept["model_config"]["n_positions"] == 24
-    result = run_script("train_gpt2.py", *tuned, "--max_steps", 8, "--stop_at", 4, cwd=tmp_path)
+    checkpoint = load_checkpoint(folder / "last.pt")
+    for name, weight in small_model().state_dict().items():
+        assert torch.equal(checkpoint["model"][name], weight), name
+    assert checkpoint["model_config"]["n_positions"] == 24
+    result = run_script(
+        "train_gpt2.py", *fine_tuning_flags, "--max_steps", 8, "--stop_at", 4, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     result = run_script("train_gpt2.py", "--resume", "out/c-pretrained-2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -285,39 +299,43 @@ def test_fine_tuning_begins_with_the_weights(tmp_path, tuned):
         assert torch.equal(weight, best[name])
 
 
-def test_what_does_not_go_with_the_weights_is_refused(tmp_path, tuned, monkeypatch):
+def test_settings_that_contradict_the_weights_are_an_error(
+    tmp_path, fine_tuning_flags, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
 
-    def refused(*more):
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *tuned, *more])
+    def error_of(*more):
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *fine_tuning_flags, *more])
         with pytest.raises((ValueError, OSError)) as error:
             train_gpt2.main()
         return str(error.value)
 
-    error = refused("--sequence_length", "25")
+    error = error_of("--sequence_length", "25")
     assert "--sequence_length 25" in error and "24 positions of weights" in error
-    assert "weights has n_layer 2: leave out --n_layer" in refused("--n_layer", "3")
-    assert "leave out --size" in refused("--size", "tiny")
-    assert "add --init_from" in refused("--size", "pretrained", "--init_from", "")
-    error = refused("--init_from", "nowhere")
+    assert "weights has n_layer 2: leave out --n_layer" in error_of("--n_layer", "3")
+    assert "leave out --size" in error_of("--size", "tiny")
+    assert "add --init_from" in error_of("--size", "pretrained", "--init_from", "")
+    error = error_of("--init_from", "nowhere")
     assert "nowhere is neither a folder with config.json" in error and "gpt2-xl" in error
-    small(60).save_pretrained(tmp_path / "weights")
-    assert "c has 257 ids and weights has 60" in refused()
+    small_model(60).save_pretrained(tmp_path / "weights")
+    assert "c has 257 ids and weights has 60" in error_of()
     assert not list(tmp_path.glob("out/*"))
-    assert_one_line_error(run_script("train_gpt2.py", *tuned, cwd=tmp_path), "c has 257 ids")
+    assert_one_line_error(
+        run_script("train_gpt2.py", *fine_tuning_flags, cwd=tmp_path), "c has 257 ids"
+    )
 
 
 @pytest.fixture
 def hub(server, monkeypatch):
-    """The hub's address of GPT-2, with a small model there."""
-    there = server.folder / "openai-community" / "gpt2" / "resolve" / "main"
-    small().save_pretrained(there)
+    """The folder of a small model that the local server serves as GPT-2 on the hub."""
+    folder = server.folder / "openai-community" / "gpt2" / "resolve" / "main"
+    small_model().save_pretrained(folder)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    return there
+    return folder
 
 
-def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
-    """By two processes at once, as under torchrun, and then by a third."""
+def test_several_processes_download_the_weights_of_the_hub_once(tmp_path, server, hub):
+    """Two processes start at once, as under torchrun, and a third one follows."""
     script = tmp_path / "fetch.py"
     script.write_text(
         "from training.huggingface import pretrained_folder\n"
@@ -325,8 +343,9 @@ def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     )
     processes = []
     for name in ("one", "other"):
-        (streams := tmp_path / name).mkdir()
-        processes.append((start(script, cwd=tmp_path, streams=streams), streams / "out.txt"))
+        streams = tmp_path / name
+        streams.mkdir()
+        processes.append((start_script(script, cwd=tmp_path, streams=streams), streams / "out.txt"))
     for process, out in processes:
         process.join()
         assert out.read_text() == f"{Path('data', 'pretrained', 'gpt2')}\n"
@@ -334,13 +353,13 @@ def test_the_hubs_weights_are_downloaded_once(tmp_path, server, hub):
     assert folder == tmp_path / "data" / "pretrained" / "gpt2"
     names = ["config.json", "model.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    assert [path.rsplit("/", 1)[1] for path in server.asked] == names
+    assert [path.rsplit("/", 1)[1] for path in server.requested_paths] == names
     weights = GPT.from_pretrained(folder).transformer.wte.weight
-    assert torch.equal(weights, small().transformer.wte.weight)
+    assert torch.equal(weights, small_model().transformer.wte.weight)
 
 
-def test_the_hubs_sha256_is_checked(tmp_path, server, hub, monkeypatch):
-    """It stands in the answer that redirects to where the file is."""
+def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path, server, hub, monkeypatch):
+    """The answer that redirects to the file contains the sha256."""
     sha256 = hashlib.sha256((hub / "model.safetensors").read_bytes()).hexdigest()
     (server.folder / "cdn").mkdir()
     (hub / "model.safetensors").rename(server.folder / "cdn" / "blob")

@@ -1,3 +1,5 @@
+"""GPT-2: shapes, logits, masks and generation against references written by hand."""
+
 import math
 import shutil
 
@@ -12,7 +14,7 @@ from model import EMBEDDING, GPT, GPT2_SIZES, GPTConfig, next_token_probs
 from training.huggingface import RELEASED
 
 
-def small(seed=0, **changes) -> GPT:
+def small_model(seed=0, **changes) -> GPT:
     torch.manual_seed(seed)
     shape = {"vocab_size": 50, "n_positions": 16, "n_layer": 3, "n_head": 4, "n_embd": 32}
     return GPT(GPTConfig(**shape | changes)).eval()
@@ -27,17 +29,17 @@ def small(seed=0, **changes) -> GPT:
         ("gpt2-xl", 1_557_611_200),
     ],
 )
-def test_parameter_counts_are_openais(name, parameters):
+def test_parameter_counts_equal_openais(name, parameters):
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**GPT2_SIZES[name]))
     assert model.num_parameters() == parameters
 
 
-def test_the_released_models_are_known_by_the_same_names():
+def test_the_names_of_sizes_equal_those_of_released_models():
     assert tuple(GPT2_SIZES) == RELEASED
 
 
-def test_flops_by_hand():
+def test_flops_equal_a_count_by_hand():
     with torch.device("meta"):
         model = GPT(GPTConfig(**GPT2_SIZES["gpt2"]))
     matrices = 124_439_808 - 1024 * 768
@@ -45,8 +47,8 @@ def test_flops_by_hand():
     assert model.flops_per_token(256) == 6 * matrices + 12 * 12 * 768 * 256
 
 
-def test_names_and_shapes_are_openais():
-    shapes = {name: tuple(p.shape) for name, p in small(n_layer=1).state_dict().items()}
+def test_parameter_names_and_shapes_equal_openais():
+    shapes = {name: tuple(p.shape) for name, p in small_model(n_layer=1).state_dict().items()}
     assert shapes == {
         "transformer.wte.weight": (50, 32),
         "transformer.wpe.weight": (16, 32),
@@ -67,10 +69,10 @@ def test_names_and_shapes_are_openais():
     }
 
 
-def test_logits_are_gpt2_written_out():
-    """The paper's architecture in plain matrix products, for one window."""
-    model, idx = small(), torch.randint(50, (1, 16))
-    for p in model.parameters():  # norms away from 1, biases from 0, GELU's argument from 0
+def test_logits_equal_gpt2_in_plain_matrix_products():
+    model = small_model()
+    idx = torch.randint(50, (1, 16))
+    for p in model.parameters():  # no weight of a norm stays 1, no bias stays 0
         p.data += 0.3 * torch.randn_like(p)
     w = {name.removeprefix("transformer."): p for name, p in model.state_dict().items()}
 
@@ -98,7 +100,7 @@ def test_logits_are_gpt2_written_out():
 
 
 def test_tokens_do_not_see_the_future():
-    model, idx = small(), torch.randint(50, (1, 16))
+    model, idx = small_model(), torch.randint(50, (1, 16))
     changed = idx.clone()
     changed[0, 9:] = (idx[0, 9:] + 1) % 50
     a, b = model(idx)[0], model(changed)[0]
@@ -106,19 +108,19 @@ def test_tokens_do_not_see_the_future():
     assert not torch.allclose(a[0, 9:], b[0, 9:])
 
 
-def test_loss_is_the_mean_over_the_targets_that_are_there():
-    model, idx, targets = small(), torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
+def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
+    model, idx, targets = small_model(), torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
     targets[0, 3:] = -100
     log_probs = model(idx)[0].log_softmax(-1)
-    there = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
-    expected = -sum(log_probs[b, t, targets[b, t]] for b, t in there)
-    torch.testing.assert_close(model(idx, targets)[1], expected / len(there))
+    kept = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    expected = -sum(log_probs[b, t, targets[b, t]] for b, t in kept)
+    torch.testing.assert_close(model(idx, targets)[1], expected / len(kept))
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
 
 
-def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
+def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
     torch.manual_seed(0)
-    model, idx = small(vocab_size=600), torch.randint(600, (20, 15))
+    model, idx = small_model(vocab_size=600), torch.randint(600, (20, 15))
     targets = torch.randint(600, (20, 15))
     targets[::7] = -100
     results = []
@@ -132,9 +134,9 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch):
 
 
 def test_padded_rows_of_the_output_layer_change_nothing(tmp_path):
-    """Neither loss nor logits, gradients, samples or exports; whatever the rows hold."""
-    plain = small()
-    padded = small(vocab_multiple=64)
+    """Loss, logits, gradients and exports do not depend on the values in the padded rows."""
+    plain = small_model()
+    padded = small_model(vocab_multiple=64)
     weights = plain.state_dict()
     rows = torch.cat((weights[EMBEDDING], torch.full((14, 32), 9.0)))
     padded.load_state_dict(weights | {EMBEDDING: rows})
@@ -158,13 +160,13 @@ def test_padded_rows_of_the_output_layer_change_nothing(tmp_path):
     assert GPT.from_pretrained(tmp_path).transformer.wte.weight.shape == (50, 32)
 
 
-def test_initial_loss_is_that_of_a_guess():
+def test_the_initial_loss_is_that_of_a_uniform_guess():
     idx = torch.randint(50, (8, 17))
-    assert abs(small()(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50)) < 0.05
+    assert abs(small_model()(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50)) < 0.05
 
 
-def test_dropout_is_there_in_training_alone():
-    model, idx = small(dropout=0.5), torch.randint(50, (1, 16))
+def test_dropout_acts_in_training_mode_only():
+    model, idx = small_model(dropout=0.5), torch.randint(50, (1, 16))
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
@@ -181,13 +183,13 @@ def test_wrong_shapes_are_refused():
         ({"dropout": 1.0}, "dropout"),
     ]:
         with pytest.raises(ValueError, match=words):
-            small(**wrong)
+            small_model(**wrong)
     with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
-        small()(torch.zeros(1, 17, dtype=torch.long))
+        small_model()(torch.zeros(1, 17, dtype=torch.long))
 
 
-def uncached(model, idx, n):
-    """Greedy continuation, all of the window run again for every token."""
+def generate_without_cache(model, idx, n):
+    """Return a greedy continuation; the model processes the whole window for every token."""
     for _ in range(n):
         logits = model(idx[:, -model.config.n_positions :])[0][:, -1]
         idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
@@ -196,16 +198,16 @@ def uncached(model, idx, n):
 
 @pytest.mark.parametrize("prompt", [1, 5, 16, 20])
 def test_generation_with_the_cache_equals_generation_without(prompt):
-    model, idx = small(), torch.randint(50, (2, prompt))
+    model, idx = small_model(), torch.randint(50, (2, prompt))
     for p in model.parameters():
         p.data *= 5  # far from a uniform guess, so that the tokens differ
     tokens = torch.stack(list(model.generate(idx, 30, temperature=0)), dim=1)
-    assert torch.equal(tokens, uncached(model, idx, 30))
+    assert torch.equal(tokens, generate_without_cache(model, idx, 30))
     assert len(tokens.unique()) > 3
 
 
 def test_generation_repeats_with_the_seed():
-    model, idx = small(), torch.zeros(1, 1, dtype=torch.long)
+    model, idx = small_model(), torch.zeros(1, 1, dtype=torch.long)
 
     def text(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -230,17 +232,17 @@ def test_next_token_probs():
     assert probs(top_p=0.01) == [1, 0, 0, 0]
 
 
-EOT = 30
+EOT_TOKEN = 30
 
 
 @pytest.fixture
 def packed():
-    """A model, a row of three documents and their ids."""
+    """A model, rows of three documents and their document ids."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(vocab_size=31, n_positions=32, n_layer=3, n_head=2, n_embd=32)).eval()
-    row = torch.randint(0, EOT, (2, 32))
-    row[:, [9, 20]] = EOT
-    return model, row, document_ids(row, EOT)
+    row = torch.randint(0, EOT_TOKEN, (2, 32))
+    row[:, [9, 20]] = EOT_TOKEN
+    return model, row, document_ids(row, EOT_TOKEN)
 
 
 def logits_of(model, row, ids):
@@ -248,7 +250,7 @@ def logits_of(model, row, ids):
         return model(row, positions=document_positions(ids), mask=document_mask(ids))[0]
 
 
-def test_a_packed_documents_logits_are_those_it_has_alone(packed):
+def test_a_packed_document_has_the_same_logits_as_alone(packed):
     model, row, ids = packed
     found = logits_of(model, row, ids)
     for start, stop in ((0, 10), (10, 21), (21, 32)):
@@ -258,21 +260,22 @@ def test_a_packed_documents_logits_are_those_it_has_alone(packed):
 
 
 def test_documents_do_not_see_each_other(packed):
-    """Not by a rounding error: what is before a document moves nothing in it."""
+    """Earlier documents do not change the logits of a document at all."""
     model, row, ids = packed
     other = row.clone()
-    other[:, :9] = (row[:, :9] + 1) % EOT
+    other[:, :9] = (row[:, :9] + 1) % EOT_TOKEN
     moved = (logits_of(model, row, ids) - logits_of(model, other, ids)).abs().amax(-1)
-    assert moved[:, :9].min() > 0 and moved[:, 10:].max() == 0.0
+    assert moved[:, :9].min() > 0
+    assert moved[:, 10:].max() == 0.0
     with torch.no_grad():
         leaks = (model(row)[0] - model(other)[0]).abs().amax(-1)
-    assert leaks[:, 10:].min() > 0  # they do without the mask
+    assert leaks[:, 10:].min() > 0  # without the mask, they change
 
 
 def test_gradients_stay_in_a_document(packed):
     model, row, ids = packed
     targets = torch.full_like(row, -100)
-    targets[:, 10:20] = row[:, 11:21]  # those of the second document alone
+    targets[:, 10:20] = row[:, 11:21]  # targets of the second document only
     embedded = {}
 
     def keep(module, inputs, output):
@@ -282,11 +285,13 @@ def test_gradients_stay_in_a_document(packed):
     model.transformer.wte.register_forward_hook(keep)
     model(row, targets, positions=document_positions(ids), mask=document_mask(ids))[1].backward()
     moved = embedded["x"].grad.abs().amax(-1)
-    assert moved[:, 10:20].min() > 0 and moved[:, :10].max() == 0 and moved[:, 20:].max() == 0
+    assert moved[:, 10:20].min() > 0
+    assert moved[:, :10].max() == 0
+    assert moved[:, 20:].max() == 0
 
 
 @pytest.mark.parametrize("T", [32, 128, 300, 512])
-def test_the_block_mask_is_that_of_create_block_mask(T):
+def test_document_block_mask_equals_create_block_mask(T):
     torch.manual_seed(T)
     ids = (torch.rand(5, T) < torch.tensor([0.0, 0.001, 0.01, 0.1, 1.0])[:, None]).cumsum(1)
 
@@ -307,12 +312,11 @@ def test_the_block_mask_is_that_of_create_block_mask(T):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_flex_attention_is_the_dense_mask(packed):
-    """On a CPU it runs without gradients; alone, and in a model that is traced whole."""
+def test_flex_attention_equals_the_dense_mask(packed):
+    """The test runs without gradients, as a CPU requires, with a plain and a traced model."""
     model, row, ids = packed
     for compiled in (model, torch.compile(model, fullgraph=True, backend="eager")):
         with torch.no_grad():
-            found = compiled(row, positions=document_positions(ids), mask=document_block_mask(ids))[
-                0
-            ]
+            options = {"positions": document_positions(ids), "mask": document_block_mask(ids)}
+            found, _ = compiled(row, **options)
         torch.testing.assert_close(found, logits_of(model, row, ids), atol=1e-5, rtol=0)

@@ -1,3 +1,5 @@
+"""Muon and AdamW."""
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from training.optimizer import Muon, create_optimizer, orthogonalize
 def test_orthogonalize_brings_singular_values_near_one(rows, columns):
     torch.manual_seed(0)
     g = torch.randn(3, rows, columns)
-    g *= torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)  # whatever the size
+    g *= torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)  # the scale has no influence
     x = orthogonalize(g)
     for before, after in zip(g, x):
         u, s, v = torch.linalg.svd(before, full_matrices=False)
@@ -19,8 +21,8 @@ def test_orthogonalize_brings_singular_values_near_one(rows, columns):
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (32, 33)])
-def test_orthogonalize_is_newton_schulz(rows, columns):
-    """The iteration as it is written, in float64, for matrices of full and of low rank."""
+def test_orthogonalize_equals_the_newton_schulz_iteration(rows, columns):
+    """The reference is the plain iteration in float64; the matrices have full or low rank."""
     torch.manual_seed(0)
     low = torch.randn(2, rows, 3) @ torch.randn(2, 3, columns)
     for g in (torch.randn(2, rows, columns), low):
@@ -31,8 +33,8 @@ def test_orthogonalize_is_newton_schulz(rows, columns):
         torch.testing.assert_close(orthogonalize(g, steps=5), x.float(), atol=1e-4, rtol=0)
 
 
-def test_muon_is_torchs_muon():
-    """Up to the bfloat16 that torch's iteration rounds to."""
+def test_muon_equals_torchs_muon():
+    """The tolerance covers torch's iteration, which rounds to bfloat16."""
     torch.manual_seed(0)
     shapes = [(12, 4), (4, 12), (6, 6), (4, 12), (1, 5)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]

@@ -1,3 +1,5 @@
+"""sample.py: prompts, samples, the KV cache, Ctrl-C, exports and errors."""
+
 import contextlib
 import io
 import os
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, make_corpus, run_script
-from processes import start
+from processes import start_script
 
 import sample
 from corpus.tokenizer import get_tokenizer
@@ -21,7 +23,7 @@ GREEDY = ["--prompt", "one for sorrow, ", "--temperature", "0"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a run that has learnt a rhyme; its last two characters have three bytes."""
+    """A folder with a run that has learned a rhyme; two of its characters have three bytes."""
     folder = tmp_path_factory.mktemp("trained")
     make_corpus(folder / "data" / "rhyme", ["one for sorrow, 二つ\n" * 240])
     flags = "--n_layer 2 --n_head 2 --n_embd 32 --sequence_length 32 --max_steps 150 --device cpu"
@@ -32,7 +34,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def write(trained, monkeypatch, capsys):
-    """write(*flags, typed=b"") is `python sample.py FLAGS`: what it prints."""
+    """A function write(*flags, typed=b"") that returns the output of `python sample.py FLAGS`."""
     monkeypatch.chdir(trained)
 
     def write(*flags, typed=b""):
@@ -44,11 +46,11 @@ def write(trained, monkeypatch, capsys):
     return write
 
 
-def test_text_continues_a_flag_a_file_or_standard_input(write, tmp_path):
+def test_the_prompt_is_a_flag_a_file_or_standard_input(write, tmp_path):
     expected = "one for sorrow, 二つ\none\n\n"
     assert write(*GREEDY, "--max_new_tokens", 10) == expected
     assert write(*GREEDY, "--max_new_tokens", 10, "--run", "out/rhyme-tiny-1") == expected
-    prompt = "two\r\n for sörrow, "  # as it is
+    prompt = "two\r\n for sörrow, "  # stays unchanged
     (tmp_path / "prompt.txt").write_bytes(prompt.encode())
     rest = ["--temperature", 0, "--max_new_tokens", 4]
     from_file = write("--prompt_file", tmp_path / "prompt.txt", *rest)
@@ -58,7 +60,7 @@ def test_text_continues_a_flag_a_file_or_standard_input(write, tmp_path):
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_no_character_is_cut_in_two(write, samples):
+def test_the_output_has_whole_characters_only(write, samples):
     for bytes_made, text in {2: "", 3: "二", 5: "二", 6: "二つ", 8: "二つ\no"}.items():
         found = write(*GREEDY, "--max_new_tokens", bytes_made, "--num_samples", samples)
         end = "\n\n" if samples == 1 else "\n---\n"
@@ -80,8 +82,8 @@ def test_several_samples_differ_and_repeat_with_the_seed(write):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7, "top_k": 9}, {"temperature": 2, "top_p": 0.8}]
 )
-def test_the_cache_changes_no_token_also_past_the_window(trained, options):
-    """32 positions; 80 tokens, each also with all of the window run anew."""
+def test_the_cache_changes_no_token_beyond_the_last_position(trained, options):
+    """The model has 32 positions and generates 80 tokens, with and without the cache."""
     model = load_model(best_checkpoint(trained / "out" / "rhyme-tiny-1"))
     start = torch.tensor([[*b"one f"], [*b" sorr"]])
     generator = torch.Generator().manual_seed(5)
@@ -94,30 +96,31 @@ def test_the_cache_changes_no_token_also_past_the_window(trained, options):
     assert torch.equal(cached, ids[:, 5:])
 
 
-def test_prompts_one_after_the_other(write):
+def test_interactive_answers_one_prompt_after_another(write):
     flags = ["--interactive", "--temperature", 0, "--max_new_tokens", 7]
     answer = "one for sorrow, 二つ\n\n\n"
     typed = b"one for sorrow, \none for sorrow, \n"
-    assert write(*flags, typed=typed) == f"> {answer}> {answer}> \n"  # Ctrl-D is its end
+    assert write(*flags, typed=typed) == f"> {answer}> {answer}> \n"  # Ctrl-D ends the input
 
 
 @pytest.fixture
 def typing(trained, tmp_path):
-    """typing(*flags): python sample.py FLAGS, the end to type into and that to read from."""
+    """A function that starts sample.py and returns its process, its input and its output."""
     for name in ("in.txt", "out.txt"):
         os.mkfifo(tmp_path / name)
     with contextlib.ExitStack() as stack:
 
         def typing(*flags):
-            process = start(ROOT / "sample.py", *flags, cwd=trained, streams=tmp_path)
+            process = start_script(ROOT / "sample.py", *flags, cwd=trained, streams=tmp_path)
             keyboard = stack.enter_context(open(tmp_path / "in.txt", "wb", buffering=0))
-            return process, keyboard, stack.enter_context(open(tmp_path / "out.txt", "rb"))
+            screen = stack.enter_context(open(tmp_path / "out.txt", "rb"))
+            return process, keyboard, screen
 
         yield typing
 
 
-def test_ctrl_c_ends_a_text_and_then_the_prompts(typing, tmp_path):
-    """The text comes while it is made: a million tokens take longer than this test may."""
+def test_ctrl_c_ends_a_text_and_a_second_one_ends_the_program(typing, tmp_path):
+    """The output appears during generation: a million tokens exceed the time limit of the test."""
     process, keyboard, screen = typing("--interactive", "--max_new_tokens", 1_000_000)
     keyboard.write(b"one for\n")
     assert screen.read(40).startswith(b"> one for")
@@ -126,7 +129,8 @@ def test_ctrl_c_ends_a_text_and_then_the_prompts(typing, tmp_path):
     while not rest.endswith(b"\n> "):
         rest += screen.read(1)
     while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "S":
-        time.sleep(0.01)  # a signal between the prompt and the wait for a key would be seen late
+        # a signal between the prompt and the wait for a key would have no effect until a key
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     process.join()
     err = (tmp_path / "err.txt").read_text()
@@ -152,29 +156,29 @@ def weights(tmp_path):
     return tmp_path / "weights"
 
 
-def test_pretrained_weights_are_sampled_from(write, weights):
+def test_pretrained_weights_continue_a_prompt(write, weights):
     pytest.importorskip("tokenizers", reason="needs tokenizers")
     flags = ["--init_from", weights, "--prompt", "abc", "--max_new_tokens", 40]
     assert write(*flags).startswith("abc")
 
 
-def test_weights_without_a_tokenizer_are_taken_for_gpt2s(write, weights, gpt2_tokenizer):
+def test_weights_without_a_tokenizer_need_the_vocabulary_of_gpt2(write, weights, gpt2_tokenizer):
     (weights / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="weights has 257 ids, fewer than the 50,257 of gpt2"):
         write("--init_from", weights)
 
 
-def test_a_finished_run_is_exported_and_no_model_overwritten(write, tmp_path):
+def test_export_writes_the_best_weights_and_overwrites_no_model(write, tmp_path):
     assert "from_pretrained" in write("--export", tmp_path / "mine")
     best = best_checkpoint(sample.newest_run("out"))["model"]
     exported = GPT.from_pretrained(tmp_path / "mine").state_dict()
     assert all(torch.equal(weight, best[name]) for name, weight in exported.items())
-    for taken in (tmp_path / "mine", "out/rhyme-tiny-1"):
+    for used_folder in (tmp_path / "mine", "out/rhyme-tiny-1"):
         with pytest.raises(FileExistsError, match="holds a model already"):
-            write("--export", taken)
+            write("--export", used_folder)
 
 
-WRONG = {
+WRONG_FLAGS = {  # case -> flags, words of the error
     "temperature": (["--temperature", -1], "temperature"),
     "samples": (["--num_samples", 0], "num_samples must be at least 1"),
     "no such run": (["--run", "out/x"], "out/x/last.pt"),
@@ -182,22 +186,22 @@ WRONG = {
     "two prompts": (["--prompt", "a", "--prompt_file", "b"], "leave one out"),
     "no such weights": (["--init_from", "nowhere"], "nowhere is neither a folder with config.json"),
     "no such file": (["--prompt_file", "nowhere"], "nowhere"),
-    "no text": (["--prompt", "-"], "standard input is not UTF-8 text: see its byte 2"),
+    "not UTF-8": (["--prompt", "-"], "standard input is not UTF-8 text: see its byte 2"),
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_use_is_refused(write, case):
-    flags, words = WRONG[case]
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_wrong_flags_are_an_error(write, case):
+    flags, words = WRONG_FLAGS[case]
     with pytest.raises((ValueError, OSError), match=words):
         write(*flags, typed=b"ab\xff")
 
 
-def test_wrong_use_is_one_line(trained):
+def test_a_wrong_flag_is_a_one_line_error(trained):
     result = run_script("sample.py", "--temperature", "-1", cwd=trained)
     assert_one_line_error(result, "temperature")
 
 
-def test_nothing_trained(tmp_path):
+def test_sampling_without_a_run_is_a_one_line_error(tmp_path):
     result = run_script("sample.py", cwd=tmp_path)
     assert_one_line_error(result, "out/ has no trained model", "python train_gpt2.py")

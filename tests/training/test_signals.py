@@ -1,3 +1,5 @@
+"""StopSignal records signals instead of ending the process."""
+
 import os
 import signal
 
@@ -7,7 +9,7 @@ from training.signals import StopSignal
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_schedulers_signal_is_recorded_however_often_it_comes(signum):
+def test_a_repeated_signal_of_a_scheduler_is_recorded(signum):
     before = signal.getsignal(signum)
     with StopSignal() as stop:
         assert stop.signum == 0
@@ -17,7 +19,7 @@ def test_a_schedulers_signal_is_recorded_however_often_it_comes(signum):
     assert signal.getsignal(signum) is before
 
 
-def test_a_persons_second_signal_acts_at_once(capfd):
+def test_a_second_ctrl_c_raises_keyboard_interrupt(capfd):
     with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signum == signal.SIGINT

@@ -1,3 +1,5 @@
+"""train_gpt2.py: runs, resuming, several processes, settings and errors."""
+
 import dataclasses
 import fcntl
 import functools
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, losses, make_corpus, run_script
-from processes import start
+from processes import start_script
 
 import train_gpt2
 from corpus.metadata import with_checksum
@@ -34,7 +36,7 @@ from training.run_folder import RunLock, newest_run
 from training.run_settings import RunSettings
 
 
-def test_a_run_and_its_files(rhyme, tmp_path):
+def test_a_run_writes_its_files_and_metrics(rhyme, tmp_path):
     result = run_script("train_gpt2.py", *flags(max_steps=40), cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     folder = tmp_path / "out" / "rhyme-tiny-1"
@@ -67,16 +69,18 @@ def test_no_run_overwrites_another(train):
 
 
 def test_validation_is_a_full_pass(train, tmp_path):
-    """Every token but the first is predicted once, the tail after the last block included."""
+    """The model predicts each token but the first once, also those after the last whole block."""
     make_corpus(tmp_path / "data" / "odd", ["x" * 900 + "abcdefghij" * 10 + "xyz"])
     folder = train(max_steps=1, corpus="odd")
     tokens = np.fromfile(tmp_path / "data" / "odd" / "val.bin", np.uint16).astype(np.int64)
     assert len(tokens) == 101  # 6 blocks of 16 and a tail of 4 targets
-    model, tokens = load_model(load_checkpoint(folder / "last.pt")), torch.from_numpy(tokens)
+    model = load_model(load_checkpoint(folder / "last.pt"))
+    tokens = torch.from_numpy(tokens)
     total = 0.0
     with torch.no_grad():
         for start in range(0, 96, 16):
-            x, y = tokens[None, start : start + 16], tokens[None, start + 1 : start + 17]
+            x = tokens[None, start : start + 16]
+            y = tokens[None, start + 1 : start + 17]
             total += model(x, y, reduction="sum")[1].item()
         log_probs = model(tokens[None, 84:100])[0].log_softmax(-1)[0]
         total -= sum(log_probs[t - 84, tokens[t + 1]].item() for t in range(96, 100))
@@ -90,7 +94,7 @@ def test_micro_batches_add_up_to_the_batch(train):
 
 
 @pytest.mark.parametrize("optimizer, corpus", [("muon", "documents"), ("adamw", "rhyme")])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(train, tmp_path, optimizer, corpus):
+def test_a_resumed_run_equals_a_whole_run_bit_for_bit(train, tmp_path, optimizer, corpus):
     make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     options = {"max_steps": 30, "dropout": 0.2, "optimizer": optimizer, "micro_batch_size": 2}
     options |= {"corpus": corpus, "token_noise": 0.1}
@@ -104,16 +108,17 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(train, tmp_path, optimizer, c
     assert parts.name == "parts"
     assert losses(parts) == losses(whole)
     assert losses(parts, "val_loss") == losses(whole, "val_loss")
-    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, parts))
-    for name, weight in a["model"].items():
-        assert torch.equal(weight, b["model"][name]), name
-    for one, other in zip(a["optimizers"], b["optimizers"]):
-        for key, state in one["state"].items():
+    expected = torch.load(whole / "last.pt", weights_only=True)
+    found = torch.load(parts / "last.pt", weights_only=True)
+    for name, weight in expected["model"].items():
+        assert torch.equal(weight, found["model"][name]), name
+    for expected_optimizer, optimizer in zip(expected["optimizers"], found["optimizers"]):
+        for key, state in expected_optimizer["state"].items():
             for name, value in state.items():
-                assert torch.equal(value, other["state"][key][name])
+                assert torch.equal(value, optimizer["state"][key][name])
 
 
-def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
+def test_a_run_cannot_resume_with_another_shape_or_corpus(train, tmp_path):
     train(max_steps=2, stop_at=1)
     changes = {"n_layer": 3, "sequence_length": 8, "corpus": "x", "optimizer": "adamw", "seed": 1}
     for flag, value in changes.items():
@@ -132,27 +137,28 @@ def test_other_shapes_and_corpora_cannot_be_resumed(train, tmp_path):
         train(resume="out/rhyme-tiny-1")
 
 
-def test_a_job_that_is_started_again_continues(train):
-    """--resume auto: whatever its scheduler has done to it, the command is the same."""
+def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
+    """A scheduler may kill a job at any time and repeat its command."""
     command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}
-    (folder := Path("out/job")).mkdir(parents=True)  # killed before its first checkpoint
+    folder = Path("out/job")
+    folder.mkdir(parents=True)  # left by a kill before the first checkpoint
     train(**command, stop_at=2)
     assert train(**command).name == "job"
     assert list(losses(folder)) == [1, 2, 3, 4]
-    train(**command)  # is at its end
+    train(**command)  # the run has ended already
     assert load_checkpoint(folder / "last.pt")["step"] == 4
     with pytest.raises(ValueError, match="--run_name NAME"):
         train(**TINY, resume="auto")
 
 
-def test_the_order_continues_with_another_batch_size(train):
-    """Windows used so far are what counts: 2 steps of 4 windows and 1 of 8 are 4 steps of 4."""
+def test_a_resumed_run_with_another_batch_size_continues_the_order(train):
+    """The position counts windows: 2 steps of 4 windows and 1 step of 8 windows give 16."""
     train(max_steps=4, stop_at=2, run_name="a")
     train(resume="out/a", batch_size=8, stop_at=3)
     assert load_checkpoint(newest_run("out") / "last.pt")["position"] == 16
 
 
-def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
+def test_a_resumed_run_drops_the_metrics_after_its_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
     metrics = Metrics(tmp_path, step=2, max_steps=9)
     metrics.train(Progress(3), 10.0, None, 1.0, 0.1)
@@ -160,7 +166,7 @@ def test_a_resumed_run_drops_lines_that_a_killed_one_left(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_without_a_terminal_there_is_a_plain_line_a_minute(tmp_path, capsys, monkeypatch):
+def test_without_a_terminal_progress_is_one_line_per_minute(tmp_path, capsys, monkeypatch):
     for every, lines in ((60, 0), (0, 2)):
         monkeypatch.setattr("training.metrics.SECONDS_BETWEEN_LINES", every)
         metrics = Metrics(tmp_path, step=0, max_steps=10)
@@ -168,29 +174,32 @@ def test_without_a_terminal_there_is_a_plain_line_a_minute(tmp_path, capsys, mon
             metrics.train(Progress(step), 8.0, 0.5, 1.25, 0.1)
         metrics.close()
         out, err = capsys.readouterr()
-        assert out.count("\n") == lines and not err
+        assert out.count("\n") == lines
+        assert err == ""
     assert "step  2/10: train 1.2500, 8 tokens/s, MFU 50%; 0:00:00 left" in out
 
 
-def test_on_a_terminal_there_is_one_line(tmp_path, capsys, monkeypatch):
+def test_on_a_terminal_progress_is_one_changing_line(tmp_path, capsys, monkeypatch):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     monkeypatch.setattr(sys, "stderr", os.fdopen(end, "w"))
     metrics = Metrics(tmp_path, step=0, max_steps=10)
     for step in (1, 2):
         metrics.train(Progress(step), 8.0, None, 1.25, 0.1)
-    metrics.bar.refresh()  # as it does ten times a second
+    metrics.bar.refresh()  # tqdm refreshes the bar ten times per second
     shown = ""
-    while "tokens/s" not in shown:  # a read takes what has arrived so far
+    while "tokens/s" not in shown:  # a read may return a part of the line
         assert select.select([terminal], [], [], 10)[0], shown
         shown += os.read(terminal, 10_000).decode()
-    assert "| 2/10 " in shown and "train 1.2500, 8 tokens/s" in shown and "\n" not in shown
+    assert "| 2/10 " in shown
+    assert "train 1.2500, 8 tokens/s" in shown
+    assert "\n" not in shown
     metrics.close()
     assert capsys.readouterr().out == ""
 
 
 def test_the_best_checkpoint_is_kept(train, tmp_path):
-    """The validation text is unlike the training text: the model gets worse at it."""
+    """The validation text differs from the training text, so the validation loss rises."""
     make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])
     folder = train(max_steps=40, corpus="other", learning_rate=0.02)
     curve = losses(folder, "val_loss")
@@ -203,8 +212,8 @@ def test_the_best_checkpoint_is_kept(train, tmp_path):
     assert load_checkpoint(folder / "last.pt")["step"] == 40
 
 
-def test_bits_per_byte_count_the_text(train, tmp_path):
-    """Documents have an end of text each, which is a token but no byte."""
+def test_bits_per_byte_count_the_bytes_of_the_text(train, tmp_path):
+    """The end-of-text token of a document counts as a token and has no bytes."""
     make_corpus(tmp_path / "data" / "d", ["abcd"] * 600, documents=True)
     splits = json.loads((tmp_path / "data" / "d" / "metadata.json").read_text())["splits"]["val"]
     assert splits["tokens"] * 4 == splits["bytes"] * 5
@@ -213,8 +222,8 @@ def test_bits_per_byte_count_the_text(train, tmp_path):
             assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) * 5 / 4)
 
 
-def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
-    """By hand: each validation window's documents alone, all their tokens but the first."""
+def test_documents_of_a_window_do_not_attend_to_each_other(train, tmp_path):
+    """The test computes the validation loss token by token, each document by itself."""
     make_corpus(tmp_path / "data" / "d", ["abcdef", "xyz", "pqrstuvw"] * 60, documents=True)
     folder = train(max_steps=2, corpus="d")
     assert json.loads((folder / "config.json").read_text())["chosen"]["document_mask"] == "true"
@@ -223,29 +232,26 @@ def test_documents_are_kept_apart_where_there_are_any(train, tmp_path):
     tokens = torch.from_numpy(np.fromfile(tmp_path / "data/d/val.bin", np.uint16).astype(np.int64))
     nats = count = 0
     for first in range(0, len(tokens) - 1, 16):
-        row = tokens[first : first + 17]  # a window and the token after it, or the tail's
+        row = tokens[first : first + 17]  # a window and the next token
         if len(row) < 17:
             row = tokens[-17:]
         ids = (row == 256).cumsum(0) - (row == 256).long()
-        new = 17 if first + 17 <= len(tokens) else len(tokens) - first
+        num_new = min(17, len(tokens) - first)
         for number in ids.unique():
-            places = (ids == number).nonzero()[:, 0]
-            for place in places[1:]:
-                if place < 17 - new + 1:
-                    continue  # of an earlier window
+            positions = (ids == number).nonzero()[:, 0]
+            for position in positions[1:]:
+                if position < 17 - num_new + 1:
+                    continue  # an earlier window has this token
                 with torch.no_grad():
-                    logits = model(row[places[places < place]][None])[0][0, -1]
-                nats -= logits.log_softmax(-1)[row[place]].item()
+                    logits = model(row[positions[positions < position]][None])[0][0, -1]
+                nats -= logits.log_softmax(-1)[row[position]].item()
                 count += 1
     assert losses(folder, "val_loss")[2] == pytest.approx(nats / count, abs=1e-5)
-    other = train(max_steps=2, corpus="d", document_mask="false")
-    assert losses(other) != losses(folder)
-    assert (
-        json.loads((train(max_steps=1, corpus="rhyme") / "config.json").read_text())["chosen"][
-            "document_mask"
-        ]
-        == "false"
-    )
+    without_mask = train(max_steps=2, corpus="d", document_mask="false")
+    assert losses(without_mask) != losses(folder)
+    running_text = train(max_steps=1, corpus="rhyme")
+    config = json.loads((running_text / "config.json").read_text())
+    assert config["chosen"]["document_mask"] == "false"
     with pytest.raises(ValueError, match="rhyme is one running text"):
         train(max_steps=1, corpus="rhyme", document_mask="true")
 
@@ -260,8 +266,8 @@ def test_bfloat16_and_the_compiler_give_the_same_curve(train):
     assert losses(train(resume="out/fast", compile="false", dtype="float32"))[3] > 0
 
 
-def test_train_flops_pay_for_the_steps(train):
-    matrices = 10_992 - 16 * 16  # parameters, but for the positions
+def test_train_flops_decide_the_number_of_steps(train):
+    matrices = 10_992 - 16 * 16  # all parameters but the positions
     flops = 6 * matrices + 12 * 2 * 16 * 16  # per token; 2 layers, 16 channels, 16 tokens
     folder = train(train_flops=flops * 64 * 12.2)  # 64 tokens per step
     assert load_checkpoint(folder / "last.pt")["step"] == 12
@@ -276,12 +282,13 @@ def test_the_learning_rate_rises_and_falls(train):
 
 
 def flags(**changes):
+    """Return the flags of a tiny run with some changes."""
     return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
 
 
-def in_background(folder, *argv):
-    """python train_gpt2.py ARGV >out.txt 2>err.txt in `folder`."""
-    return start(ROOT / "train_gpt2.py", *argv, cwd=folder, streams=folder)
+def start_training(folder, *argv):
+    """Start `python train_gpt2.py ARGV >out.txt 2>err.txt` in `folder`."""
+    return start_script(ROOT / "train_gpt2.py", *argv, cwd=folder, streams=folder)
 
 
 def wait_for(condition, process, seconds=60):
@@ -292,8 +299,8 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_continue(rhyme, tmp_path, signum):
-    process = in_background(tmp_path, *flags(max_steps=100_000))
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_continue(rhyme, tmp_path, signum):
+    process = start_training(tmp_path, *flags(max_steps=100_000))
     metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
     wait_for(lambda: len(read_metrics(metrics)) > 3, process)
     os.kill(process.pid, signum)
@@ -307,35 +314,39 @@ def test_a_signal_saves_and_says_how_to_continue(rhyme, tmp_path, signum):
     assert step == read_metrics(metrics)[-1]["step"]
 
 
-def several(folder, processes, *argv):
-    """python train_gpt2.py ARGV in as many processes, with what torchrun tells each: (what the
-    first prints, the errors of all, but for torch's warning where no name can be resolved)."""
+def train_in_processes(folder, world_size, *argv):
+    """Run `python train_gpt2.py ARGV` in several processes with the variables of torchrun.
+
+    Returns the output of rank 0 and the errors of all ranks, without torch's warning about a
+    machine that has no name resolution.
+    """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": processes}
-    meet |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    started = []
-    for rank in range(processes):
-        (streams := folder / f"rank-{rank}").mkdir(exist_ok=True)
-        env = {
-            key: str(value) for key, value in (meet | {"RANK": rank, "LOCAL_RANK": rank}).items()
-        }
-        options = dict(cwd=folder, streams=streams, env=os.environ | env)
-        started.append((start(ROOT / "train_gpt2.py", *argv, **options), streams))
-    for process, _ in started:
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world_size}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    folders = [folder / f"rank-{rank}" for rank in range(world_size)]
+    processes = []
+    for rank in range(world_size):
+        folders[rank].mkdir(exist_ok=True)
+        variables |= {"RANK": rank, "LOCAL_RANK": rank}
+        env = os.environ | {name: str(value) for name, value in variables.items()}
+        options = {"cwd": folder, "streams": folders[rank], "env": env}
+        processes.append(start_script(ROOT / "train_gpt2.py", *argv, **options))
+    for process in processes:
         process.join()
-    errors = "".join((streams / "err.txt").read_text() for _, streams in started)
+    errors = "".join((streams / "err.txt").read_text() for streams in folders)
     errors = re.sub(r"\[W.*hostname of the client socket cannot be retrieved.*\n", "", errors)
-    assert not any(process.exitcode for process, _ in started), errors
-    return (started[0][1] / "out.txt").read_text(), errors
+    assert not any(process.exitcode for process in processes), errors
+    return (folders[0] / "out.txt").read_text(), errors
 
 
-def test_several_processes_give_the_curve_of_one(train, tmp_path):
-    """Stopped in the middle, they continue as another number of processes, compiled and not."""
+def test_several_processes_give_the_losses_of_one(train, tmp_path):
+    """The run resumes twice with another number of processes, also with a compiled model."""
     one = train(max_steps=12)
     options = {"run_name": "some", "micro_batch_size": 1, "stop_at": 4}
-    out, _ = several(tmp_path, 2, *flags(max_steps=12, **options))
-    assert out.count("parameters;") == 1  # rank 0 alone tells and writes
-    assert several(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")[1] == ""
+    out, _ = train_in_processes(tmp_path, 2, *flags(max_steps=12, **options))
+    assert out.count("parameters;") == 1  # only rank 0 prints and writes
+    _, errors = train_in_processes(tmp_path, 4, "--resume", "out/some", "--stop_at", "9")
+    assert errors == ""
     compiled = "true" if shutil.which("c++") else "false"
     train(resume="out/some", micro_batch_size=4, stop_at=11, compile=compiled)
     train(resume="out/some", compile="false")
@@ -345,24 +356,24 @@ def test_several_processes_give_the_curve_of_one(train, tmp_path):
 
 
 def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
-    """It hands the signal on. One process of two may have been a step ahead when it came."""
+    """One of the two processes may be a step ahead when torchrun forwards the signal."""
     argv = ["--standalone", "--nproc_per_node", 2, ROOT / "train_gpt2.py"]
     argv += flags(max_steps=100_000, run_name="some")
-    process = start("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
+    process = start_script("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
     run = tmp_path / "out" / "some"
     wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 3, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
     assert process.exitcode == 1
-    assert err.count("stopping after this step") == out.count("continue with: ") == 1, err
-    assert (
-        load_checkpoint(run / "last.pt")["step"] == read_metrics(run / "metrics.jsonl")[-1]["step"]
-    )
+    assert err.count("stopping after this step") == 1, err
+    assert out.count("continue with: ") == 1, err
+    last_line = read_metrics(run / "metrics.jsonl")[-1]
+    assert load_checkpoint(run / "last.pt")["step"] == last_line["step"]
 
 
 def test_patience_ends_a_run_that_has_stopped_improving(train, tmp_path, capsys):
-    make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])  # unlike what it learns
+    make_corpus(tmp_path / "data" / "other", ["ab" * 450 + "cd" * 50])  # val differs from train
     options = dict(max_steps=40, corpus="other", learning_rate=0.02, eval_every=2)
     curve = losses(train(**options, run_name="whole"), "val_loss")
     patient = train(**options, patience=3, run_name="patient")
@@ -378,33 +389,34 @@ def test_patience_ends_a_run_that_has_stopped_improving(train, tmp_path, capsys)
 
 
 def test_tensorboard_has_the_same_numbers(train):
-    loaded = pytest.importorskip(
+    event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )
     folder = train(max_steps=8, stop_at=5, tensorboard=True)
     train(resume=folder)
-    events = loaded.EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     for name in ("train_loss", "learning_rate", "val_loss", "val_bpb"):
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found == pytest.approx(losses(folder, name), rel=1e-6)
 
 
-STRANGE = {
-    "a constant that is gone": (("config", "rotary"), 1, "rotary 1, which is not a setting"),
-    "a constant of another type": (("config", "max_steps"), "x", "max_steps 'x', which"),
+INCOMPATIBLE_CHECKPOINTS = {
+    "a removed setting": (("config", "rotary"), 1, "rotary 1, which is not a setting"),
+    "a setting of another type": (("config", "max_steps"), "x", "max_steps 'x', which"),
     "no optimizers": (("optimizers",), [], "holds no optimizer"),
     "an optimizer without a state": (("optimizers", 0, "state"), {}, "holds no optimizer"),
-    "another matrix's": (
+    "a state of another shape": (
         ("optimizers", 0, "state", 0, "momentum_buffer"), torch.zeros(3), "holds no optimizer",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", STRANGE)
-def test_a_checkpoint_that_this_version_cannot_resume(train, case):
-    (*path, last), value, words = STRANGE[case]
+@pytest.mark.parametrize("case", INCOMPATIBLE_CHECKPOINTS)
+def test_a_checkpoint_that_this_version_cannot_resume_is_an_error(train, case):
+    (*path, last), value, words = INCOMPATIBLE_CHECKPOINTS[case]
     folder = train(max_steps=2, stop_at=1)
-    part = checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint = load_checkpoint(folder / "last.pt")
+    part = checkpoint
     for name in path:
         part = part[name]
     part[last] = value
@@ -413,10 +425,9 @@ def test_a_checkpoint_that_this_version_cannot_resume(train, case):
         train(resume=str(folder))
 
 
-def test_whole_numbers_are_good_where_others_are_asked_for():
-    saved = checkpoint_settings(
-        train_gpt2.Settings, Path("out/mine"), {"dropout": 0, "grad_clip": 1}
-    )
+def test_a_float_setting_accepts_a_saved_int():
+    values = {"dropout": 0, "grad_clip": 1}
+    saved = checkpoint_settings(train_gpt2.Settings, Path("out/mine"), values)
     assert (saved.dropout, saved.grad_clip) == (0, 1)
 
 
@@ -429,7 +440,7 @@ def test_damaged_metrics_are_refused(train):
 
 
 @pytest.mark.parametrize("batch_size, expected", [(32, 16), (12, 12), (9, 9), (125, 5), (17, 1)])
-def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size, expected):
+def test_the_micro_batch_size_of_a_size_divides_the_batch_size(monkeypatch, batch_size, expected):
     argv = ["train_gpt2.py", "--size", "gpt2", "--batch_size", str(batch_size), "--corpus", "c"]
     monkeypatch.setattr(sys, "argv", argv)
     flags = parse_flags(train_gpt2.Settings, "")
@@ -439,7 +450,7 @@ def test_a_sizes_micro_batch_is_the_largest_that_divides(monkeypatch, batch_size
     assert settings.micro_batch_size is None  # as asked for: another number of processes may differ
 
 
-WRONG = {
+WRONG_SETTINGS = {  # case -> changed flags, words of the error
     "no such corpus": ({"corpus": "nope"}, ["data/nope", "prepare_data.py", "prepared: rhyme"]),
     "no such size": ({"size": "huge"}, ["huge", "tiny", "gpt2-xl"]),
     "no such optimizer": ({"optimizer": "sgd"}, ["sgd", "muon", "adamw"]),
@@ -447,11 +458,11 @@ WRONG = {
     "heads": ({"n_embd": 30, "n_head": 4}, ["n_embd (30)", "n_head (4)"]),
     "window too long": ({"sequence_length": 600}, ["540 tokens", "lower sequence_length"]),
     "zero": ({"batch_size": 0}, ["batch_size must be at least 1"]),
-    "less": ({"micro_batch_size": -1}, ["micro_batch_size must be at least 1"]),
-    "cold": ({"warmup_steps": -1}, ["warmup_steps must be at least 0"]),
-    "uphill": ({"grad_clip": -1}, ["grad_clip must be at least 0"]),
-    "seed": ({"seed": -1}, ["seed must be at least 0"]),
-    "seeds": ({"seed": 2**31}, ["seed must be at most"]),
+    "negative": ({"micro_batch_size": -1}, ["micro_batch_size must be at least 1"]),
+    "negative warmup": ({"warmup_steps": -1}, ["warmup_steps must be at least 0"]),
+    "negative clip": ({"grad_clip": -1}, ["grad_clip must be at least 0"]),
+    "negative seed": ({"seed": -1}, ["seed must be at least 0"]),
+    "huge seed": ({"seed": 2**31}, ["seed must be at most"]),
     "outside": ({"run_name": "../x"}, ["'../x'", "--run_name NAME"]),
     "accumulation": ({"micro_batch_size": 3}, ["batch_size (4)", "micro_batch_size (3)"]),
     "not a number": ({"learning_rate": "inf"}, ["--learning_rate", "inf"]),
@@ -460,46 +471,48 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_use_is_refused_before_anything_is_made(rhyme, tmp_path, monkeypatch, capsys, case):
-    changes, words = WRONG[case]
+@pytest.mark.parametrize("case", WRONG_SETTINGS)
+def test_wrong_settings_are_an_error_before_the_run_has_a_folder(
+    rhyme, tmp_path, monkeypatch, capsys, case
+):
+    changes, words = WRONG_SETTINGS[case]
     monkeypatch.chdir(tmp_path)
     argv = flags(**{"max_steps": 1} | changes)
     monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
         train_gpt2.main()
-    text = f"{error.value} {capsys.readouterr().err}"  # a wrong flag ends in argparse
+    text = f"{error.value} {capsys.readouterr().err}"  # argparse prints the error of a wrong flag
     assert all(word in text for word in words), text
     assert list(tmp_path.glob("out/*")) == []
 
 
-def test_wrong_use_is_one_line(rhyme, tmp_path):
+def test_a_wrong_setting_is_a_one_line_error(rhyme, tmp_path):
     for case in ("heads", "half a step"):
-        changes, words = WRONG[case]
+        changes, words = WRONG_SETTINGS[case]
         argv = flags(**{"max_steps": 1} | changes)
         assert_one_line_error(run_script("train_gpt2.py", *argv, cwd=tmp_path), *words)
 
 
-def test_nothing_prepared(tmp_path):
+def test_training_without_a_corpus_is_a_one_line_error(tmp_path):
     result = run_script("train_gpt2.py", cwd=tmp_path)
     assert_one_line_error(result, "data has no prepared corpus", "python prepare_data.py")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train):
-    wild = {"learning_rate": 1e30, "grad_clip": 0, "run_name": "mine"}
+def test_a_nan_loss_stops_the_run(train):
+    unstable = {"learning_rate": 1e30, "grad_clip": 0, "run_name": "mine"}
     with pytest.raises(ValueError, match=r"is nan at step \d+: lower .* start a new run"):
-        train(max_steps=50, **wild, resume="auto")
+        train(max_steps=50, **unstable, resume="auto")
     train(**TINY, max_steps=30, run_name="mine", resume="auto", stop_at=4)
     with pytest.raises(ValueError, match=r"continue from out/mine/last\.pt, which is good"):
-        train(**wild, resume="out/mine")
+        train(**unstable, resume="out/mine")
     assert load_checkpoint(Path("out/mine/last.pt"))["step"] == 4
 
 
-def test_out_of_memory_names_two_constants(train, monkeypatch):
-    def run_out(*args):
+def test_out_of_memory_is_an_error_that_names_two_settings(train, monkeypatch):
+    def raise_out_of_memory(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train_gpt2, "compute_loss", run_out)  # of a GPU, that is
+    monkeypatch.setattr(train_gpt2, "compute_loss", raise_out_of_memory)
     with pytest.raises(ValueError, match="lower --micro_batch_size or --sequence_length"):
         train(max_steps=1)
 
@@ -507,7 +520,7 @@ def test_out_of_memory_names_two_constants(train, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
     """A limit on file sizes stands in for the disk."""
     folder = train(max_steps=2, stop_at=1)
-    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, largest_file=100_000)
+    result = run_script("train_gpt2.py", "--resume", folder, cwd=tmp_path, max_file_bytes=100_000)
     assert_one_line_error(result, f"{folder}/last.pt")
     assert load_checkpoint(folder / "last.pt")["step"] == 1
     assert not list(folder.glob("*.tmp"))
@@ -528,7 +541,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_float16_scales_its_gradients(train, monkeypatch, capsys):
-    """Steps whose scaled gradients overflow are skipped and counted; a resumed run is the same."""
+    """A step whose scaled gradients overflow is skipped and counted; a resumed run is the same."""
     # the real scaler, from a scale at which the first steps are sure to overflow
     too_large = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)
     monkeypatch.setattr(torch.amp, "GradScaler", too_large)
@@ -552,8 +565,8 @@ def test_float16_scales_its_gradients(train, monkeypatch, capsys):
         assert torch.equal(weight, load_checkpoint(parts / "last.pt")["model"][name]), name
 
 
-def test_a_mask_cannot_change_on_resume(train, tmp_path):
-    """It decides what the validation loss means, and with it which weights are the best."""
+def test_the_document_mask_cannot_change_on_resume(train, tmp_path):
+    """The mask changes the validation loss, which decides on the best checkpoint."""
     make_corpus(tmp_path / "data/documents", ["one for sorrow", "two for mirth"] * 99, True)
     train(max_steps=4, stop_at=2, corpus="documents", run_name="mine")
     with pytest.raises(ValueError, match=r"document_mask true.* --resume cannot change it"):
@@ -561,7 +574,7 @@ def test_a_mask_cannot_change_on_resume(train, tmp_path):
     assert train(resume="out/mine", document_mask="true").name == "mine"
 
 
-def test_a_failed_start_leaves_its_name_free(train):
+def test_a_run_that_fails_before_its_first_checkpoint_frees_its_name(train):
     with pytest.raises(ValueError, match="is nan at step"):
         train(max_steps=50, learning_rate=1e30, grad_clip=0, run_name="mine")
     assert train(max_steps=1, run_name="mine").name == "mine"
@@ -577,7 +590,7 @@ def test_metadata_without_an_end_of_text_is_refused(train, rhyme, name):
         train(max_steps=1)
 
 
-def test_a_resumed_run_says_where_its_choices_come_from(train, capsys):
+def test_a_resumed_run_prints_the_choices_of_its_checkpoint(train, capsys):
     train(max_steps=4, stop_at=2, dtype="auto", run_name="mine")
     capsys.readouterr()
     train(resume="out/mine", stop_at=3)
@@ -612,7 +625,7 @@ def test_a_sizes_micro_batch_is_chosen_anew_on_more_processes(train, monkeypatch
     checkpoint = load_checkpoint(folder / "last.pt")
     assert checkpoint["config"]["micro_batch_size"] is None
     assert checkpoint["chosen"]["micro_batch_size"] == 4
-    several(tmp_path, 2, "--resume", "out/mine")  # 2 sequences per process
+    train_in_processes(tmp_path, 2, "--resume", "out/mine")  # 2 sequences per process
     checkpoint = load_checkpoint(folder / "last.pt")
     assert (checkpoint["step"], checkpoint["chosen"]["micro_batch_size"]) == (4, 2)
 
