@@ -317,6 +317,7 @@ class GPT(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        stop_token: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Continue token ids, one sampled token at a time.
 
@@ -331,10 +332,13 @@ class GPT(nn.Module):
             top_k: See next_token_probs.
             top_p: See next_token_probs.
             generator: Random numbers, on the device of idx.
+            stop_token: The id that ends a row. A row that has ended repeats it until all rows have
+                ended; None: no id ends a row.
 
         Yields:
             (B,) token ids after each step.
         """
+        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         cache: list[list] | None = [[] for _ in self.transformer.h]
         new = idx
         for _ in range(max_new_tokens):
@@ -344,8 +348,13 @@ class GPT(nn.Module):
             logits, _ = self(new, cache=cache)
             probs = next_token_probs(logits[:, -1], temperature, top_k, top_p)
             new = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            if stop_token is not None:
+                new[ended] = stop_token
+                ended = new[:, 0] == stop_token
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
+            if ended.all():
+                return
 
 
 def next_token_probs(

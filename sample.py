@@ -24,10 +24,11 @@ from corpus.tokenizer import (
 )
 from model import GPT
 from training.checkpoint import best_checkpoint, load_model
+from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
 from training.huggingface import pretrained_folder
 from training.run_folder import newest_run
-from training.sampling import continue_prompt
+from training.sampling import continue_prompt, until_end
 
 
 @dataclass
@@ -39,10 +40,10 @@ class Settings:
     init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
     data_dir: str = "data"  # folder in which downloaded weights and vocabularies are kept
     export: str = ""  # write the model for transformers to this folder, and no text
-    prompt: str = "\n"  # text to continue; "-": standard input; "": begin a document
+    prompt: str = ""  # text to continue; "-": standard input; "": begin a document, or a line
     prompt_file: str = ""  # file to read the prompt from
     interactive: bool = False  # ask for one prompt after another; Ctrl-D ends
-    max_new_tokens: int = 300  # tokens added to the prompt
+    max_new_tokens: int = 300  # tokens added to the prompt, at most: a document may end before
     num_samples: int = 1  # texts sampled at once
     temperature: float = 0.8  # 0: always the most likely token; 1: the model's probabilities
     top_k: int = 50  # sample among this many of the most likely tokens; 0: among all
@@ -72,19 +73,19 @@ def main() -> None:
     device = choose_device(settings.device).value
     use_prefetched_vocabularies(settings.data_dir)
     load = load_pretrained if settings.init_from else load_run
-    model, tokenizer = load(settings, device)
+    model, tokenizer, metadata = load(settings, device)
     if settings.export:
         export(model, tokenizer, Path(settings.export))
         return
     generator = torch.Generator(device).manual_seed(settings.seed)
     if settings.interactive:
-        answer_prompts(settings, model, tokenizer, generator)
+        answer_prompts(settings, model, tokenizer, metadata, generator)
     else:
-        print_samples(settings, model, tokenizer, generator, prompt)
+        print_samples(settings, model, tokenizer, metadata, generator, prompt)
 
 
-def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Return the model with the best weights of a run, and the tokenizer of its corpus.
+def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, dict | None]:
+    """Return the model with the best weights of a run, and tokenizer and metadata of its corpus.
 
     Args:
         settings: Settings without init_from.
@@ -98,11 +99,14 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
     checkpoint = best_checkpoint(run_dir)
     print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
     tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
-    return load_model(checkpoint, device), tokenizer
+    metadata = checkpoint["metadata"]
+    if left_out_first_tokens(checkpoint):  # an older run, which cannot begin documents
+        metadata = None
+    return load_model(checkpoint, device), tokenizer, metadata
 
 
-def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """Return a model in the Hugging Face layout, and its tokenizer.
+def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, None]:
+    """Return a model in the Hugging Face layout and its tokenizer; its corpus is unknown.
 
     The tokenizer is the folder's tokenizer.json or, if there is none, GPT-2's vocabulary.
 
@@ -129,7 +133,7 @@ def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Toke
             f"{tokenizer.vocab_size:,} of {tokenizer.name}: put the tokenizer.json of its "
             f"vocabulary there"
         )
-    return model, tokenizer
+    return model, tokenizer, None
 
 
 def read_prompt(settings: Settings) -> str:
@@ -156,6 +160,7 @@ def print_samples(
     settings: Settings,
     model: GPT,
     tokenizer: Tokenizer,
+    metadata: dict | None,
     generator: torch.Generator,
     prompt: str,
 ) -> None:
@@ -165,6 +170,7 @@ def print_samples(
         settings: How to sample.
         model: In evaluation mode.
         tokenizer: The tokenizer of the model.
+        metadata: Metadata of the corpus that the model was trained on, None if unknown.
         generator: Random numbers, on the device of the model.
         prompt: The text to continue.
     """
@@ -172,6 +178,7 @@ def print_samples(
         model,
         tokenizer,
         prompt,
+        metadata,
         max_new_tokens=settings.max_new_tokens,
         num_samples=settings.num_samples,
         temperature=settings.temperature,
@@ -181,17 +188,22 @@ def print_samples(
     )
     if settings.num_samples == 1:
         print(prompt, end="", flush=True)
-        for text in tokenizer.decode_stream(int(token) for token in tokens):
+        ids = until_end(map(int, tokens), tokenizer.eot_token)
+        for text in tokenizer.decode_stream(ids):
             print(text, end="", flush=True)
         print("\n")
         return
-    for ids in torch.stack(list(tokens), dim=1).tolist():
-        text = "".join(tokenizer.decode_stream(ids))
+    for sample in torch.stack(list(tokens), dim=1).tolist():
+        text = "".join(tokenizer.decode_stream(until_end(sample, tokenizer.eot_token)))
         print(f"{prompt}{text}\n---")
 
 
 def answer_prompts(
-    settings: Settings, model: GPT, tokenizer: Tokenizer, generator: torch.Generator
+    settings: Settings,
+    model: GPT,
+    tokenizer: Tokenizer,
+    metadata: dict | None,
+    generator: torch.Generator,
 ) -> None:
     """Ask for prompts on standard input and continue each, until the input ends.
 
@@ -199,6 +211,7 @@ def answer_prompts(
         settings: How to sample.
         model: In evaluation mode.
         tokenizer: The tokenizer of the model.
+        metadata: Metadata of the corpus that the model was trained on, None if unknown.
         generator: Random numbers, on the device of the model.
     """
     while True:
@@ -208,7 +221,7 @@ def answer_prompts(
             print()
             return
         try:
-            print_samples(settings, model, tokenizer, generator, prompt)
+            print_samples(settings, model, tokenizer, metadata, generator, prompt)
         except KeyboardInterrupt:  # ends this text, not the program
             print()
 

@@ -154,30 +154,18 @@ def compute_loss(
     """
     mask_kwargs: dict[str, Any] = {}
     if compute.separate_documents:
-        document_numbers = document_ids(x, compute.eot_token)
-        positions = document_positions(document_numbers)
-        x, y, document_numbers, positions = move_to_device(
-            (x, y, document_numbers, positions), compute.device
-        )
+        doc_ids = document_ids(x, compute.eot_token)
+        positions = document_positions(doc_ids)
+        x, y, doc_ids, positions = move_to_device((x, y, doc_ids, positions), compute.device)
         if compute.flex_attention:
-            mask_kwargs["mask"] = document_block_mask(document_numbers)
+            mask_kwargs["mask"] = document_block_mask(doc_ids)
         else:
-            mask_kwargs["mask"] = document_mask(document_numbers)
+            mask_kwargs["mask"] = document_mask(doc_ids)
         mask_kwargs["positions"] = positions
     else:
         x, y = move_to_device((x, y), compute.device)
     with compute.autocast():
         return model(x, y, reduction="sum", **mask_kwargs)[1]
-
-
-def mask_targets(x: torch.Tensor, y: torch.Tensor, compute: ComputeChoices) -> torch.Tensor:
-    """Return y with -100 where x ends a document, if documents are separate.
-
-    Nothing predicts the first token of the next document.
-    """
-    if not compute.separate_documents:
-        return y
-    return y.masked_fill(x == compute.eot_token, -100)
 
 
 @torch.no_grad()
@@ -186,8 +174,8 @@ def evaluate(
 ) -> float:
     """Return the validation loss in nats per token: one full pass, in fixed order.
 
-    Every token is predicted once, but for the first token of the split (and of each document, if
-    documents are separate). The ranks divide the batches among them.
+    Every token but the first of the split is predicted once. The ranks divide the batches among
+    them.
 
     Args:
         model: The model, perhaps compiled.
@@ -200,7 +188,6 @@ def evaluate(
     num_targets = 0.0
     micro_batch_size = compute.micro_batch_size
     for x, y in validation_batches(val_loader, ranks):
-        y = mask_targets(x, y, compute)
         num_targets += (y != -100).sum().item()
         for rows_x, rows_y in zip(x.split(micro_batch_size), y.split(micro_batch_size)):
             missing = micro_batch_size - len(rows_x)  # one shape, so that it is compiled once
@@ -300,6 +287,7 @@ def train(
     order: Any = train_loader.sampler
     order.position = progress.position
     batches = repeat(train_loader)
+    num_targets = settings.batch_size * settings.sequence_length  # per step, over all ranks
     signum = 0
     num_tokens = 0  # trained on since last_log
     last_log = time.perf_counter()
@@ -309,8 +297,6 @@ def train(
         while not done:
             # forward and backward, one micro-batch after another
             x, y = next(batches)  # (B, T) int64 each: this rank's share of batch_size
-            y = mask_targets(x, y, compute)
-            num_targets = max(1, ranks.sum((y != -100).sum()).item())
             # dropout is a function of the step, so that a resumed run draws the same
             torch.manual_seed((settings.seed << 32) + progress.step * ranks.world_size + ranks.rank)
             micro_batches = list(zip(x.split(micro_batch_size), y.split(micro_batch_size)))
@@ -336,7 +322,7 @@ def train(
             optimizer.zero_grad()
             progress.step += 1
             progress.position += settings.batch_size
-            num_tokens += settings.batch_size * settings.sequence_length
+            num_tokens += num_targets
 
             # log
             signum = ranks.max(stop.signum)

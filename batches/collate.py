@@ -38,8 +38,8 @@ def collate_huggingface(windows: Windows) -> dict[str, torch.Tensor]:
 def collate_documents(windows: Windows, eot_token: int) -> dict[str, torch.Tensor]:
     """Collate windows to a batch with the document of each token and the mask between documents.
 
-    Example: x=[5, EOT, 7] -> token_ids [[5, EOT, 7]], document_ids [[0, 0, 1]], and document_mask
-    [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]].
+    Example: x=[5, EOT, 7] -> token_ids [[5, EOT, 7]], document_ids [[0, 1, 1]], and document_mask
+    [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]].
 
     Args:
         windows: B pairs (x, y) of (T,) int64 tensors.

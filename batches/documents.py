@@ -9,6 +9,7 @@ packing.py puts several documents into one row instead of padding each document.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +20,21 @@ from batches.tokens import Tokens, check_split_size
 
 
 def document_ids(tokens: torch.Tensor, eot_token: int) -> torch.Tensor:
-    """Return the number of each token's document in its row, counted from 0.
+    """Return which document of its row each token belongs to.
 
-    An end-of-text token belongs to the document that it ends.
+    An end-of-text token belongs to the document after it, as its first token. So it predicts how
+    that document begins, and a model trained on documents can begin one from this token alone.
 
-    Example: tokens=[5, 6, EOT, 7, EOT, 8] -> [0, 0, 0, 1, 1, 2].
+    Example: tokens=[5, 6, EOT, 7, EOT, 8] -> [0, 0, 1, 1, 2, 2].
 
     Args:
         tokens: Token ids, (..., T).
         eot_token: Id of the end-of-text token.
 
     Returns:
-        Document ids, (..., T) int64, on the device of `tokens`.
+        Document ids, (..., T) int64, on the device of `tokens`. They never decrease along a row.
     """
-    ends = tokens == eot_token
-    return ends.cumsum(-1) - ends.long()
+    return (tokens == eot_token).cumsum(-1)
 
 
 def document_positions(doc_ids: torch.Tensor) -> torch.Tensor:
@@ -76,18 +77,21 @@ class DocumentDataset(Dataset):
 
     The attribute `lengths` holds the length of each item, (len,) int64.
 
-    Example: ids=[5, 6, EOT, 7, EOT] -> [5, 6, EOT] and [7, EOT].
+    Example: ids=[5, 6, EOT, 7, EOT] -> [5, 6, EOT] and [7, EOT]; with begin_with_eot,
+    [EOT, 5, 6, EOT] and [EOT, 7, EOT].
 
     Args:
         path: A split, a bare .bin file, an array of ids, or Tokens; see Tokens.
         max_length: Largest length of an item. Longer documents are cut; None: no limit.
         dtype: Type of the ids of a bare file, "uint16" or "uint32".
         eot_token: Id that ends a document, for a bare file or an array.
+        begin_with_eot: Whether an end-of-text token comes before each document, too. A model can
+            only begin a document if it was trained on such items (train_gpt2.py does so).
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: The corpus is one running text, eot_token is unknown, there are no tokens, or
-            max_length is below 1.
+            max_length leaves no token of a document.
         IndexError: On reading, the index is out of range.
     """
 
@@ -97,16 +101,19 @@ class DocumentDataset(Dataset):
         max_length: int | None = None,
         dtype: DTypeLike | None = None,
         eot_token: int | None = None,
+        begin_with_eot: bool = False,
     ):
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        if max_length is not None and max_length < 1 + begin_with_eot:
+            raise ValueError(f"max_length must be at least {1 + begin_with_eot}, not {max_length}")
         self.tokens = path if isinstance(path, Tokens) else Tokens(path, dtype, eot_token)
         self.max_length = max_length
         ends = self.tokens.document_ends()
         if not len(ends):
             raise ValueError(f"{self.tokens.path} is empty: there are no documents")
         self.starts = np.append(0, ends[:-1])
-        self.lengths = np.minimum(ends - self.starts, max_length or len(self.tokens))
+        self.begin_with_eot = begin_with_eot
+        lengths = ends - self.starts + begin_with_eot
+        self.lengths = np.minimum(lengths, max_length or lengths.max())
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -116,8 +123,11 @@ class DocumentDataset(Dataset):
             raise IndexError(
                 f"document {index} is out of range: {self.tokens.path} has {len(self):,}"
             )
-        ids = self.tokens.read(self.starts[[index]], int(self.lengths[index]))
-        return torch.from_numpy(ids[0])
+        num_tokens = int(self.lengths[index]) - self.begin_with_eot
+        ids = torch.from_numpy(self.tokens.read(self.starts[[index]], num_tokens)[0])
+        if self.begin_with_eot:
+            ids = torch.nn.functional.pad(ids, (1, 0), value=self.tokens.eot_token)
+        return ids
 
     def split(self, size: float | int) -> tuple["DocumentDataset", "DocumentDataset"]:
         """Divide the documents in two views: (first, last).
@@ -140,14 +150,18 @@ class DocumentDataset(Dataset):
         middle = int(self.starts[len(self) - count])
         first = self.tokens.view(0, middle)
         last = self.tokens.view(middle, len(self.tokens))
-        return DocumentDataset(first, self.max_length), DocumentDataset(last, self.max_length)
+        options: dict[str, Any] = {
+            "max_length": self.max_length, "begin_with_eot": self.begin_with_eot
+        }  # fmt: skip
+        return DocumentDataset(first, **options), DocumentDataset(last, **options)
 
     def count_tokens(self) -> dict[str, int]:
         """Return how many tokens are "trained" on and "cut" by max_length.
 
-        The two numbers add up to the tokens of the split.
+        The two numbers add up to the tokens of the split. A token that begin_with_eot adds is in
+        neither: it is never a target.
         """
-        trained = int(self.lengths.sum())
+        trained = int(self.lengths.sum()) - self.begin_with_eot * len(self)
         return {"trained": trained, "cut": len(self.tokens) - trained}
 
 

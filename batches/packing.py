@@ -123,13 +123,15 @@ class PackedDocuments(Dataset):
     def count_tokens(self) -> dict[str, int]:
         """Return how many tokens are "trained" on, "padded", and "cut" by max_length.
 
-        trained + cut = tokens of the split; trained + padded = tokens of all rows.
+        trained + cut = tokens of the split; trained + padded = tokens of all rows, but for those
+        that begin_with_eot adds, which are never targets.
         """
         trained = int(self.fragment_length.sum())
         padded = len(self) * self.sequence_length - trained
         cut = 0
         if isinstance(self.documents, DocumentDataset):
             cut = self.documents.count_tokens()["cut"]
+            trained -= self.documents.begin_with_eot * len(self.documents)
         return {"trained": trained, "padded": padded, "cut": cut}
 
 

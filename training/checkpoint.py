@@ -21,7 +21,7 @@ import torch
 
 from common.files import atomic_write
 from model import GPT, GPTConfig
-from training.compute import ComputeChoices
+from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import is_first_rank
 from training.huggingface import EMBEDDING, pretrained_folder
 from training.optimizer import OptimizerGroup
@@ -121,13 +121,17 @@ def restore(
     )
     if scaler.is_enabled() and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
-    return Progress(
+    progress = Progress(
         checkpoint["step"],
         checkpoint["position"],
         checkpoint["best"]["step"],
         checkpoint["best"]["val_loss"],
         skipped_steps,
     )
+    if left_out_first_tokens(checkpoint):
+        progress.best_step = progress.step
+        progress.best_loss = math.inf
+    return progress
 
 
 def check_finite(value: float, name: str, step: int, run_dir: Path) -> float:

@@ -59,6 +59,7 @@ class ComputeChoices:
             "dtype": str(self.dtype).removeprefix("torch."),
             "compile": str(self.compile).lower(),
             "document_mask": str(self.separate_documents).lower(),
+            "document_start": "eot",  # see left_out_first_tokens
             "micro_batch_size": self.micro_batch_size,
         }
 
@@ -117,6 +118,11 @@ def choose_compute(
                 f"{settings.resume} was trained with document_mask {old_mask}, which decides "
                 f"what its validation loss means: --resume cannot change it"
             )
+        if left_out_first_tokens(checkpoint):
+            lines.append(
+                "the best validation starts anew: the version that saved this run gave the first "
+                "tokens of documents no loss"
+            )
     flex = False
     if separate:
         failure = why_no_flex_attention(device.value, dtype.value, compiler.value, model)
@@ -139,6 +145,15 @@ def choose_compute(
         peak=None if peak is None else peak * ranks.world_size,
         lines=tuple(lines),
     )
+
+
+def left_out_first_tokens(checkpoint: dict) -> bool:
+    """Return whether the losses of a run leave out the first token of each document.
+
+    Versions before "document_start" computed them so. Their losses cannot be compared with others.
+    """
+    choices = checkpoint.get("chosen", checkpoint["config"])  # older versions saved no choices
+    return choices.get("document_mask") == "true" and "document_start" not in choices
 
 
 def why_no_flex_attention(

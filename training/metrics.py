@@ -60,8 +60,7 @@ class Metrics:
     - train_loss (nats per token, of that step's batch), learning_rate, tokens_per_second (of
       training alone), mfu (the share of the devices' peak) if the peak is known, and skipped_steps
       once a step was skipped; or
-    - val_loss (nats per token) and val_bpb (bits per byte of all text: the first tokens of
-      documents, which val_loss leaves out, count as much as others).
+    - val_loss (nats per token) and val_bpb (bits per byte of text).
 
     Lines after `step`, which a killed run leaves, are dropped.
 
@@ -139,7 +138,6 @@ class Metrics:
             val_loss: Nats per token.
             split: The validation split in metadata.json, with its numbers of tokens and bytes.
         """
-        # all bytes count: tokens without a prediction cost as much as others
         val_bpb = val_loss / math.log(2) * split["tokens"] / split["bytes"]
         self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
         text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; "

@@ -14,7 +14,7 @@ from training.compute import ComputeChoices
 from training.distributed import Ranks
 from training.metrics import plot_losses
 from training.run_settings import RunSettings
-from training.sampling import continue_prompt
+from training.sampling import continue_prompt, prompt_ids, until_end
 
 
 def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, ranks: Ranks) -> None:
@@ -80,7 +80,9 @@ def print_report(
 
 
 def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
-    """Print 200 tokens by the run's best weights, and write them to sample.txt.
+    """Print about 200 tokens by the run's best weights, and write them to sample.txt.
+
+    Short documents are sampled one after another, each for itself, until they have 200 tokens.
 
     Args:
         run_dir: Folder of the run.
@@ -90,11 +92,23 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     model = load_model(best_checkpoint(run_dir), device)
     try:
         tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
+        prompt_ids(tokenizer, "", metadata)
     except FileNotFoundError as error:  # a run on a machine that has data/ but no vocabulary
         print(f"no sample: {error}")
         return
-    tokens = continue_prompt(model, tokenizer, "\n", max_new_tokens=200, temperature=0.8, top_k=50)
-    text = tokenizer.decode([int(token) for token in tokens])
+    except ValueError as error:  # a vocabulary without a line break
+        print(f"no sample: {error}")
+        return
+    samples = []
+    num_left = 200
+    while num_left > 0:
+        tokens = continue_prompt(
+            model, tokenizer, "", metadata, max_new_tokens=num_left, temperature=0.8, top_k=50
+        )
+        ids = list(until_end(map(int, tokens), tokenizer.eot_token))
+        samples.append(tokenizer.decode(ids))
+        num_left -= len(ids) + 1
+    text = "\n---\n".join(samples)
     with atomic_write(run_dir / "sample.txt") as f:
         f.write(text.encode())
     print(f"\n{text}\n")

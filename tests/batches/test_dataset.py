@@ -320,7 +320,7 @@ def test_collate_functions_return_dicts(tmp_path):
     assert torch.equal(batch["token_ids"], x)
     rows = zip(x, batch["document_ids"].tolist(), batch["document_mask"].tolist())
     for row, doc_ids, mask in rows:
-        assert doc_ids == [row[:i].tolist().count(256) for i in range(16)]
+        assert doc_ids == [row[: i + 1].tolist().count(256) for i in range(16)]
         assert mask == [[doc_ids[i] == doc_ids[j] and j <= i for j in range(16)] for i in range(16)]
 
 

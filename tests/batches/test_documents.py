@@ -34,13 +34,13 @@ def test_ids_positions_and_mask_equal_a_loop_over_tokens():
         document = 0
         position = 0
         for i, token in enumerate(row):
+            if token == EOT:
+                document += 1
+                position = 0
             assert row_ids[i] == document
             assert row_positions[i] == position
             assert row_mask[i] == [row_ids[j] == document and j <= i for j in range(30)]
             position += 1
-            if token == EOT:
-                document += 1
-                position = 0
     assert ids.dtype == positions.dtype == torch.int64 and mask.dtype == torch.bool
 
 
@@ -159,8 +159,8 @@ def test_packed_rows_of_a_corpus_have_the_shape_of_a_batch(tmp_path):
 def test_the_docstring_examples_of_rows():
     row = torch.tensor([5, 6, EOT, 7, EOT, 8])
     doc_ids = document_ids(row, EOT)
-    assert doc_ids.tolist() == [0, 0, 0, 1, 1, 2]
-    assert document_positions(doc_ids).tolist() == [0, 1, 2, 0, 1, 0]
+    assert doc_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert document_positions(doc_ids).tolist() == [0, 1, 0, 1, 0, 1]
     assert document_mask(torch.tensor([0, 0, 1])).int().tolist() == [
         [1, 0, 0], [1, 1, 0], [0, 0, 1]
     ]  # fmt: skip
@@ -170,6 +170,25 @@ def test_the_docstring_examples_of_rows():
     assert packed["document_ids"].tolist() == [0, 0, 0, 1, 1, -1]
     assert packed["position_ids"].tolist() == [0, 1, 2, 0, 1, 0]
     assert packed["labels"].tolist() == [-100, 6, EOT, -100, EOT, -100]
+
+
+def test_documents_can_begin_with_an_end_of_text():
+    """Then the first token of each document is a label, too."""
+    row = [5, 6, EOT, 7, EOT]
+    documents = DocumentDataset(row, eot_token=EOT, begin_with_eot=True)
+    assert [document.tolist() for document in documents] == [[EOT, 5, 6, EOT], [EOT, 7, EOT]]
+    assert documents.lengths.tolist() == [4, 3]
+    assert documents.count_tokens() == {"trained": 5, "cut": 0}
+    assert [part[0].tolist() for part in documents.split(1)] == [[EOT, 5, 6, EOT], [EOT, 7, EOT]]
+    rows = pack_documents(documents, 8)
+    assert rows[0]["input_ids"].tolist() == [EOT, 5, 6, EOT, EOT, 7, EOT, 0]
+    assert rows[0]["labels"].tolist() == [-100, 5, 6, EOT, -100, 7, EOT, -100]
+    assert rows.count_tokens() == {"trained": 5, "padded": 1, "cut": 0}
+    cut = DocumentDataset(row, max_length=2, eot_token=EOT, begin_with_eot=True)
+    assert [document.tolist() for document in cut] == [[EOT, 5], [EOT, 7]]
+    assert cut.count_tokens() == {"trained": 2, "cut": 3}
+    with pytest.raises(ValueError, match="max_length must be at least 2, not 1"):
+        DocumentDataset(row, max_length=1, eot_token=EOT, begin_with_eot=True)
 
 
 def test_wrong_arguments_are_errors(tmp_path):

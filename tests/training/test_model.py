@@ -206,6 +206,22 @@ def test_generation_with_the_cache_equals_generation_without(prompt):
     assert len(tokens.unique()) > 3
 
 
+def test_generation_stops_when_all_rows_have_the_stop_token():
+    """A row that has ended repeats the stop token until the others have ended."""
+    model, idx = small_model(), torch.randint(50, (2, 4))
+    for p in model.parameters():
+        p.data *= 5
+    free = torch.stack(list(model.generate(idx, 30, temperature=0)), dim=1)
+    stop_token = int(free[0, 3])
+    found = torch.stack(list(model.generate(idx, 30, temperature=0, stop_token=stop_token)), dim=1)
+    lengths = []
+    for row, free_row in zip(found.tolist(), free.tolist()):
+        length = free_row.index(stop_token) if stop_token in free_row else 30
+        assert row == (free_row[:length] + [stop_token] * 30)[: len(row)]
+        lengths.append(length + 1)
+    assert found.shape[1] == min(30, max(lengths))
+
+
 def test_generation_repeats_with_the_seed():
     model, idx = small_model(), torch.zeros(1, 1, dtype=torch.long)
 
@@ -253,7 +269,7 @@ def logits_of(model, row, ids):
 def test_a_packed_document_has_the_same_logits_as_alone(packed):
     model, row, ids = packed
     found = logits_of(model, row, ids)
-    for start, stop in ((0, 10), (10, 21), (21, 32)):
+    for start, stop in ((0, 9), (9, 20), (20, 32)):
         with torch.no_grad():
             alone = model(row[:, start:stop])[0]
         torch.testing.assert_close(found[:, start:stop], alone, atol=1e-5, rtol=0)
@@ -266,16 +282,16 @@ def test_documents_do_not_see_each_other(packed):
     other[:, :9] = (row[:, :9] + 1) % EOT_TOKEN
     moved = (logits_of(model, row, ids) - logits_of(model, other, ids)).abs().amax(-1)
     assert moved[:, :9].min() > 0
-    assert moved[:, 10:].max() == 0.0
+    assert moved[:, 9:].max() == 0.0
     with torch.no_grad():
         leaks = (model(row)[0] - model(other)[0]).abs().amax(-1)
-    assert leaks[:, 10:].min() > 0  # without the mask, they change
+    assert leaks[:, 9:].min() > 0  # without the mask, they change
 
 
 def test_gradients_stay_in_a_document(packed):
     model, row, ids = packed
     targets = torch.full_like(row, -100)
-    targets[:, 10:20] = row[:, 11:21]  # targets of the second document only
+    targets[:, 9:20] = row[:, 10:21]  # targets of the second document only
     embedded = {}
 
     def keep(module, inputs, output):
@@ -285,8 +301,8 @@ def test_gradients_stay_in_a_document(packed):
     model.transformer.wte.register_forward_hook(keep)
     model(row, targets, positions=document_positions(ids), mask=document_mask(ids))[1].backward()
     moved = embedded["x"].grad.abs().amax(-1)
-    assert moved[:, 10:20].min() > 0
-    assert moved[:, :10].max() == 0
+    assert moved[:, 9:20].min() > 0
+    assert moved[:, :9].max() == 0
     assert moved[:, 20:].max() == 0
 
 

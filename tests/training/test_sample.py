@@ -17,6 +17,7 @@ import sample
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import best_checkpoint, load_model
+from training.sampling import prompt_ids
 
 GREEDY = ["--prompt", "one for sorrow, ", "--temperature", "0"]
 
@@ -56,7 +57,49 @@ def test_the_prompt_is_a_flag_a_file_or_standard_input(write, tmp_path):
     from_file = write("--prompt_file", tmp_path / "prompt.txt", *rest)
     assert from_file.startswith(prompt)
     assert write("--prompt", "-", *rest, typed=prompt.encode()) == from_file
-    assert len(write("--prompt", "", *rest)) > 2  # a document's beginning
+    assert write("--prompt", "", *rest) == "one \n\n"  # after a line break
+
+
+DOCUMENTS = ["once upon a time", "once more", "once a king sat on a throne of gold"]
+
+
+@pytest.mark.parametrize("document_mask", ["true", "false"])
+def test_a_model_of_documents_begins_and_ends_them(
+    train, tmp_path, monkeypatch, capsys, document_mask
+):
+    make_corpus(tmp_path / "data" / "tales", DOCUMENTS * 60, documents=True)
+    shape = {"n_embd": 32, "sequence_length": 48, "batch_size": 8}
+    folder = train(corpus="tales", max_steps=150, document_mask=document_mask, **shape)
+    samples = (folder / "sample.txt").read_text().split("\n---\n")
+    assert len(samples) > 3  # 200 tokens of short documents, each for itself
+    assert all(text.startswith("once") for text in samples[:-1])  # the last one may be cut
+    capsys.readouterr()
+
+    def write(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+        sample.main()
+        return capsys.readouterr().out
+
+    texts = write("--num_samples", "9", "--temperature", "0.5").split("\n---\n")
+    assert texts[9:] == [""] and {*texts[:9]} <= {*DOCUMENTS}
+    assert write("--temperature", "0") in [f"{text}\n\n" for text in DOCUMENTS]
+    assert write("--prompt", "once m", "--temperature", "0") == "once more\n\n"
+    model = load_model(best_checkpoint(folder))
+    with torch.no_grad():
+        assert model(torch.tensor([[256]]))[0][0, -1].softmax(-1)[ord("o")] > 0.9
+
+
+def test_prompts_begin_as_texts_do_in_training():
+    """After documents with an end-of-text token, after a running text without it."""
+    tokenizer = get_tokenizer("bytes")
+    documents = {"eot_per_document": True}
+    running_text = {"eot_per_document": False}
+    assert prompt_ids(tokenizer, "hi", documents) == [256, *b"hi"]
+    assert prompt_ids(tokenizer, "", documents) == [256]
+    assert prompt_ids(tokenizer, "hi", running_text) == [*b"hi"]
+    assert prompt_ids(tokenizer, "", running_text) == [*b"\n"]
+    assert prompt_ids(tokenizer, "hi", None) == [*b"hi"]
+    assert prompt_ids(tokenizer, "", None) == [256]
 
 
 @pytest.mark.parametrize("samples", [1, 2])

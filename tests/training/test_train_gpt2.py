@@ -235,11 +235,12 @@ def test_documents_of_a_window_do_not_attend_to_each_other(train, tmp_path):
         row = tokens[first : first + 17]  # a window and the next token
         if len(row) < 17:
             row = tokens[-17:]
-        ids = (row == 256).cumsum(0) - (row == 256).long()
+        ids = (row == 256).cumsum(0)
         num_new = min(17, len(tokens) - first)
         for number in ids.unique():
             positions = (ids == number).nonzero()[:, 0]
-            for position in positions[1:]:
+            after = positions[-1:] + 1  # an end of text, which belongs to the next document
+            for position in torch.cat((positions[1:], after[after < len(row)])):
                 if position < 17 - num_new + 1:
                     continue  # an earlier window has this token
                 with torch.no_grad():
