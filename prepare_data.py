@@ -11,6 +11,7 @@ interruption, the same command does the remaining work.
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ class Settings:
     input: tuple[str, ...] = ()  # files, folders, globs, DIR:SUB-CORPUS or hf:NAME[/CONFIG]
     text_field: str = ""  # field of a .jsonl or .parquet row that holds the text; "": text
     documents: Literal["", "blank-line", "file", "line"] = ""  # division of a .txt; "": none
+    split_names: Literal["keep", "ignore"] = "keep"  # names such as train.txt and test/ in --input
     max_length: int = 0  # tokens kept of a document; 0: all
     tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
     train_split_ratio: float = 0.9  # share for train, if the corpus has no splits
@@ -64,11 +66,12 @@ RANGES = {"train_split_ratio": (1e-6, 1 - 1e-6), "workers": (0, 1024)}
 MODES = {  # flags that do nothing else -> flags that may be combined with them
     "list": (),
     "describe": ("corpus", "text_field", "description", "source", "sub_corpora"),
-    "prefetch": ("corpus", "input", "text_field", "documents", "tokenizer"),
+    "prefetch": ("corpus", "input", "text_field", "documents", "split_names", "tokenizer"),
     "verify": ("data_dir",),
 }
 EXCLUDES = {mode: Settings.__annotations__.keys() - {mode, *takes} for mode, takes in MODES.items()}
 REQUIRES = dict.fromkeys(("description", "source", "sub_corpora"), "describe")
+REQUIRES["split_names"] = "input"
 REQUIRES["ray_address"] = "engine ray"
 
 
@@ -102,6 +105,7 @@ def prepare_corpus(settings: Settings) -> None:
         OSError: A file cannot be read or written.
     """
     data_dir = Path(settings.data_dir)
+    check_folder(data_dir)
     use_prefetched_vocabularies(data_dir)
     print_settings(settings)
     try:
@@ -144,9 +148,17 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
     if settings.input and not settings.corpus:
         name = name_of(settings.input)
     folder = data_dir / folder_name(name, "--corpus")
+    check_folder(folder)
     vocabulary = settings.tokenizer or "gpt2"
     check_tokenizer_name(vocabulary)  # an unknown name is refused before anything is downloaded
-    corpus = load_corpus(name, folder, settings.input, settings.documents, settings.text_field)
+    corpus = load_corpus(
+        name,
+        folder,
+        settings.input,
+        settings.documents,
+        settings.text_field,
+        settings.split_names,
+    )
     if settings.max_length and not corpus.has_documents:
         raise ValueError(
             "max_length is for documents, and this is one running text: see --documents"
@@ -169,6 +181,7 @@ def prefetch(settings: Settings) -> None:
         OSError: A file cannot be read or written.
     """
     data_dir = Path(settings.prefetch)
+    check_folder(data_dir)
     vocabulary = (data_dir / "tokenizers").resolve()
     copy_vocabulary(settings.tokenizer or "gpt2", vocabulary)  # the files that this machine has
     os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
@@ -179,11 +192,17 @@ def prefetch(settings: Settings) -> None:
         reason = str(error).partition(";")[0]
         raise ConnectionError(f"{reason}; --prefetch needs a network") from None
     exception = ", except its --input" if settings.input else ""
+    flags = ["--data_dir", str(data_dir), "--corpus", corpus.name]
+    if settings.input:
+        flags += ["--input", *settings.input]
+    for name in ("text_field", "documents", "split_names"):
+        if getattr(settings, name) != getattr(Settings, name):
+            flags += [f"--{name}", getattr(settings, name)]
+    flags += ["--tokenizer", tokenizer.name]
     print(
         f"{data_dir} has everything that {corpus.name} needs{exception}. Copy it to the other "
-        f"machine and run there: python prepare_data.py --data_dir {data_dir} "
-        f"--corpus {corpus.name} --tokenizer {tokenizer.name}\n"
-        f"train_gpt2.py and sample.py take --data_dir {data_dir}, too"
+        f"machine and run there: python prepare_data.py {shlex.join(flags)}\n"
+        f"train_gpt2.py and sample.py take {shlex.join(flags[:2])}, too"
     )
 
 
@@ -202,6 +221,21 @@ def describe_folder(settings: Settings) -> None:
         "corpuses": settings.sub_corpora,
     }
     print(f"wrote {describe(Path(settings.describe), answers)}")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a path can be a folder for output.
+
+    Raises:
+        ValueError: The path is a file, or a link that leads nowhere.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"{folder} is a link to {os.readlink(folder)}, which does not exist: create that "
+            f"folder, or remove the link"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: choose another name, or move the file")
 
 
 def check_part(part: str) -> None:

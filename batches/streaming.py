@@ -58,6 +58,8 @@ class StreamingTextDataset(IterableDataset):
         sequence_length: T, tokens of x and of y.
         documents: How files are divided into documents, as for prepare_data.py --documents.
         text_field: Field or column with the text, as for prepare_data.py --text_field.
+        split_names: "keep": files whose paths name val or test are left out, as for prepare_data.py
+            --split_names; "ignore": all files are read.
         shuffle_buffer: Number of windows among which the next one is drawn; 0: in order.
         seed: Seed of the draws, together with the attribute `epoch`, the number of finished passes.
             Set `epoch` before each pass if DataLoader workers iterate.
@@ -79,6 +81,7 @@ class StreamingTextDataset(IterableDataset):
         *,
         documents: str = "",
         text_field: str = "",
+        split_names: str = "keep",
         shuffle_buffer: int = 0,
         seed: int = 0,
         rank: int | None = None,
@@ -107,7 +110,11 @@ class StreamingTextDataset(IterableDataset):
         self.has_documents = True
         paths = _paths(source)
         if paths is not None:
-            self.sources = [file for path in paths for file in find(path, documents, text_field)]
+            report = print if self.rank == 0 else _quiet
+            found = find(paths, documents, text_field, split_names, report)
+            self.sources = [file for file in found if file.split in ("", "train")]
+            if len(self.sources) < len(found):
+                report("val and test are left out: a stream is for training")
             for source_file in self.sources:
                 if source_file.format == "text" and not source_file.division:
                     refuse_long_text(source_file, tokenizer)
@@ -327,6 +334,10 @@ class StreamingTextDataset(IterableDataset):
                 f"processes x workers: use fewer, or more files, or files that are not compressed"
             )
         return spans
+
+
+def _quiet(line: str) -> None:
+    """Report nothing: rank 0 reports for all."""
 
 
 def _paths(source: Paths | Documents) -> list[str] | None:

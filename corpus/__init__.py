@@ -3,7 +3,8 @@
 In the order of a corpus's way:
 
 1. inputs.py: a corpus as a list of sources. catalog.py: corpora that can be downloaded;
-   download.py, archives.py: their files; files.py, hub.py, descriptions.py: values of --input.
+   download.py, archives.py: their files; files.py, folders.py, split_names.py, hub.py,
+   descriptions.py: values of --input.
 2. sources.py: an input file, or a chunk of it. boundaries.py: places at which a text may be
    divided; reader.py, tables.py: chunks to documents.
 3. tokenizer.py: text to token ids and back.

@@ -110,16 +110,23 @@ def _ask(question, default) -> str:
 
 
 def _sub_corpora(answer, folder, folders) -> list[str]:
-    """Return the sub-corpora in an answer.
+    """Return the sub-corpora in an answer, separated by commas. A name may have a comma itself.
 
     Raises:
         ValueError: A name is not one of `folders`.
     """
-    names = [name.strip() for name in answer.split(",")]
-    corpora = [name for name in names if name.strip("-")]
-    for name in corpora:
-        if name not in folders:
+    if answer == ",".join(folders):  # the default, whatever the names have in them
+        return folders
+    parts = answer.split(",")
+    corpora = []
+    while parts:
+        joined = [",".join(parts[:end]).strip() for end in range(len(parts), 0, -1)]
+        name = next((name for name in joined if name in folders), parts[0].strip())
+        if name.strip("-") and name not in folders:
             raise ValueError(f"{folder} has no folder for the sub-corpus {name!r}")
+        if name.strip("-"):
+            corpora.append(name)
+        parts = parts[1 + name.count(",") :]
     return corpora
 
 

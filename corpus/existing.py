@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from common.files import read_json
-from corpus.metadata import read_metadata
+from corpus.metadata import read_metadata, source_path
 from corpus.shards import SHARD_NAME
 from corpus.token_files import open_tokens
 
@@ -55,6 +55,7 @@ def refuse_other_files(corpus_dir: Path, metadata: dict) -> None:
     try:
         old = read_json(corpus_dir / "metadata.json")["source"]
         old_paths = {file["path"] for file in old["files"]}
+        old_files = _real_paths(corpus_dir, old)
     except FileNotFoundError:
         if has_unpublished_shards(corpus_dir) and not (corpus_dir / ".work").exists():
             raise FileExistsError(
@@ -65,13 +66,17 @@ def refuse_other_files(corpus_dir: Path, metadata: dict) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged metadata.json
         return
     new = metadata["source"]
-    new_paths = {file["path"] for file in new["files"]}
     same_url = old.get("url") and old["url"] == new.get("url")
-    if old_paths and not (old_paths & new_paths or same_url):
+    if old_files and not (same_url or old_files & _real_paths(corpus_dir, new)):
         raise FileExistsError(
             f"{corpus_dir} was made of other files ({min(old_paths)}): choose another --corpus "
             f"NAME, or remove {corpus_dir}"
         )
+
+
+def _real_paths(corpus_dir: Path, source: dict) -> set[str]:
+    """Return the paths of the files of a corpus, without links."""
+    return {os.path.realpath(source_path(corpus_dir, file)) for file in source["files"]}
 
 
 def has_unpublished_shards(corpus_dir: Path) -> bool:

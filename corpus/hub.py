@@ -1,69 +1,119 @@
 """Data sets of the `datasets` library, on the Hugging Face hub or in a local folder."""
 
 import logging
+import os
 from pathlib import Path
 
 from common.packages import optional
 from corpus.sources import Source
+from corpus.split_names import Report, keep_named_splits, split_of_name
 
-SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 
-
-def hugging_face(name: str, text_field: str, config: str | None = None) -> list[Source]:
+def hugging_face(
+    name: str,
+    text_field: str,
+    config: str | None = None,
+    split_names: str = "keep",
+    report: Report = print,
+) -> list[Source]:
     """Return the Arrow files that the `datasets` library makes of a data set.
 
-    The splits train, validation and test of the data set become train, val and test. Without a
-    validation split, train is divided into train and val.
+    The splits become train, val and test by their names (split_names.py). Beside a split for train,
+    splits with other names are left out. Without a split for val, train is divided into train and
+    val.
 
     Args:
-        name: NAME or NAME/CONFIG on the hub, or the path of a folder.
+        name: NAME or NAME/CONFIG on the hub, or the path of a folder, which may be one that
+            save_to_disk wrote.
         text_field: Column that holds the text; "" for "text".
         config: Name of the config; None if the end of `name` may be the name of a config.
+        split_names: "keep", or "ignore": divide all splits into train and val.
+        report: Function that takes the lines about the splits.
 
     Raises:
-        ValueError: The data set cannot be loaded, or has no rows, or the package `datasets` is
-            missing.
+        ValueError: The data set cannot be loaded, has no rows, or has nothing for train, or the
+            package `datasets` is missing.
     """
-    datasets = optional("datasets", f"--input hf:{name}")
+    item = f"hf:{name}"
+    if not name.strip():
+        raise ValueError("--input hf: has no name: write hf:NAME, hf:NAME/CONFIG or hf:FOLDER")
+    datasets = optional("datasets", f"--input {item}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each attempt
     splits = _load(datasets, name, config)
-    official = {"train", "val"} <= {SPLITS.get(split) for split in splits}
+    targets = {split: split_of_name(split) for split in splits}
+    if split_names == "ignore":
+        targets = dict.fromkeys(splits, "")
+    others = [split for split, target in targets.items() if not target]
+    if others and "train" in targets.values():
+        report(
+            f"left out of {item}: splits with names of neither train, val nor test "
+            f"({', '.join(others)}); --split_names ignore divides all splits into train and val"
+        )
+        targets = {split: target for split, target in targets.items() if target}
+    elif len(others) == len(splits) > 1:
+        report(f"{item}: all splits are divided into train and val ({', '.join(others)})")
     sources = []
-    for split, data in splits.items():
-        target = _target(split, official) if len(splits) > 1 else ""
-        for cache_file in data.cache_files:
+    for split, target in targets.items():
+        for cache_file in splits[split].cache_files:
             path = cache_file["filename"]
             sources.append(Source(path, "arrow", field=text_field or "text", split=target))
     if not sources:
-        raise ValueError(f"--input hf:{name}: the data set has no rows")
-    return sources
+        raise ValueError(f"--input {item}: the data set has no rows")
+    return keep_named_splits(sources, report if len(targets) > 1 else _quiet, item)
 
 
-def _target(split: str, official: bool) -> str:
-    """Return train, val or test for a split of a data set; "" to divide it into train and val.
-
-    Args:
-        split: Name of the split in the data set.
-        official: Whether the data set has both a training and a validation split.
-    """
-    if official:
-        return SPLITS.get(split, "train")
-    return "test" if split == "test" else ""  # text for tests is never trained on
+def _quiet(line: str) -> None:
+    """Report nothing: a data set with one split has nothing to keep apart."""
 
 
-def _load(datasets, name, config):
+def _load(datasets, name: str, config: str | None) -> dict:
     """Return the splits of a data set by name; `name` may end with the name of a config."""
+    if config is None and _is_saved(Path(name)):
+        return _load_saved(datasets, name)
     folder, _, last = name.rpartition("/")
     attempts = [(name, config)]
-    if config is None and folder and not Path(name).exists():
+    if config is None and folder and not os.path.exists(name):
         attempts.append((folder, last))
-    if Path(folder or name).exists() or name.count("/") == 2:
+    if os.path.exists(folder or name) or name.count("/") == 2:
         attempts.reverse()  # FOLDER/CONFIG or ORGANISATION/NAME/CONFIG is more likely
     reasons = []
     for path, path_config in attempts:
         try:
-            return datasets.load_dataset(path, path_config)
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            hint = "; is there a network?" if isinstance(error, ConnectionError) else ""
-            reasons.append(" ".join(str(error.__cause__ or error).split()) + hint)
+            # in memory, as HF_DATASETS_IN_MEMORY_MAX_SIZE may ask, a data set has no files
+            return datasets.load_dataset(path, path_config, keep_in_memory=False)
+        except Exception as error:  # of the library, of a reader, or of the folder's README.md
+            reasons.append(_reason(error, path))
     raise ValueError(f"--input hf:{name}: {reasons[0]}")
+
+
+def _reason(error: Exception, path: str) -> str:
+    """Return the reason of an error of the library on one line, with a remedy."""
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    if isinstance(error, ConnectionError):
+        return f"{reason}; is there a network?"
+    if "script" in reason.lower():
+        return (
+            f"{reason}; name the data files themselves: --input FOLDER or --input 'FOLDER/*.jsonl'"
+        )
+    if type(error).__module__.startswith("yaml"):
+        return f"{Path(path) / 'README.md'} is damaged: mend it or remove it ({reason})"
+    return reason
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
+    is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_dataset or (folder / "dataset_dict.json").is_file()
+
+
+def _load_saved(datasets, folder: str) -> dict:
+    """Return the splits of a folder that save_to_disk wrote, by name.
+
+    Raises:
+        ValueError: The folder is damaged.
+    """
+    try:
+        data = datasets.load_from_disk(folder, keep_in_memory=False)
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise ValueError(f"--input hf:{folder}: {_reason(error, folder)}") from None
+    return data if isinstance(data, dict) else {str(data.split or ""): data}

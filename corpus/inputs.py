@@ -10,6 +10,7 @@ A corpus is one of the following:
 """
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,7 @@ def load_corpus(
     inputs: Sequence[str] = (),
     division: str = "",
     text_field: str = "",
+    split_names: str = "keep",
 ) -> Corpus:
     """Return a corpus whose files are on this machine, downloaded into `folder` if necessary.
 
@@ -84,6 +86,7 @@ def load_corpus(
         inputs: Values of --input; none for a corpus of the catalog.
         division: How a .txt file is divided into documents, one of DIVISIONS in sources.py.
         text_field: Field that holds the text in the other formats; "" for "text".
+        split_names: "keep" the splits that paths of inputs name, or "ignore" the names.
 
     Raises:
         ValueError: The name is unknown, or a file is damaged or of another kind.
@@ -94,8 +97,8 @@ def load_corpus(
     if inputs:
         if entry and len(entry.downloads) == 1 and not entry.downloads[0].members:
             return _copy_of_download(name, entry, inputs)
-        sources = [source for item in inputs for source in find(item, division, text_field)]
-        return Corpus(name, {}, _numbered(sources))
+        sources = find(inputs, division, text_field, split_names)
+        return Corpus(name, _origin(inputs, sources, folder), _numbered(sources))
     if name == BUILT_IN:
         return python_documentation(folder)
     if entry is None:
@@ -122,6 +125,22 @@ def _numbered(sources) -> list[Source]:
     return [replace(source, number=i) for i, source in enumerate(sources)]
 
 
+def _origin(inputs: Sequence[str], sources: Sequence[Source], folder: Path) -> dict:
+    """Return the origin of a corpus whose files the `datasets` library made.
+
+    The library gives its files new names when a data set changes, so only the inputs tell that a
+    corpus was made of the same data set. Local paths are relative to the folder of the corpus.
+    """
+    if any(source.format != "arrow" for source in sources):
+        return {}
+    urls = []
+    for item in inputs:
+        name = item.removeprefix("hf:")
+        on_hub = name != item and not os.path.exists(name)
+        urls.append(item if on_hub else f"hf:{os.path.relpath(name, folder)}")
+    return {"url": urls}
+
+
 def _copy_of_download(name, entry, inputs) -> Corpus:
     """Return a corpus of the catalog that is made of a copy of its only file."""
     (download_file,) = entry.downloads
@@ -129,6 +148,11 @@ def _copy_of_download(name, entry, inputs) -> Corpus:
     path = Path(inputs[0])
     if len(inputs) > 1:
         raise ValueError(f"{name} is one file: to use several, choose another --corpus NAME")
+    if not path.is_file():
+        raise ValueError(
+            f"{name} is the name of a corpus of one known file, and {path} is not a file: name the "
+            f"file, or choose another --corpus NAME for a text of your own"
+        )
     found = sha256_of(path)
     expected = download_file.sha256
     if found != expected:

@@ -18,6 +18,7 @@ step 3 without a lock; the part that then finds all tasks finished takes the loc
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -398,7 +399,8 @@ def _print_report(
         )
     num_bytes = sum(split["bytes"] for split in metadata["splits"].values())
     speed = num_bytes / 1e6 / max(1e-9, core_seconds)
-    flag = "" if corpus_dir.parent == Path("data") else f" --data_dir {corpus_dir.parent}"
+    data_dir = corpus_dir.parent
+    flag = "" if data_dir == Path("data") else f" --data_dir {shlex.quote(str(data_dir))}"
     print(
         f"{corpus_dir}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. "
         f"Next: python train_gpt2.py{flag}"

@@ -65,6 +65,8 @@ def split_text(
 ) -> list[Source]:
     """Split a running text of n characters: the first int(n * train_split_ratio) are for train.
 
+    Sources that have a split keep it, and their characters do not count.
+
     Args:
         sources: Files of the text, in order.
         train_split_ratio: Share of the characters for train.
@@ -78,13 +80,15 @@ def split_text(
     Raises:
         OSError: A source cannot be read.
     """
-    counts = [_count_characters(source.path) for source in sources]
+    counts = [0 if source.split else _count_characters(source.path) for source in sources]
     if not tokenizer.divisible:
         sources = [replace(source, division="file") for source in sources]
     left_for_train = int(sum(counts) * train_split_ratio)
     split_sources = []
     for source, count in zip(sources, counts):
-        if left_for_train >= count:
+        if source.split:
+            split_sources.append(source)
+        elif left_for_train >= count:
             if left_for_train > 0:
                 split_sources.append(replace(source, split="train"))
         elif left_for_train <= 0:

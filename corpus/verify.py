@@ -173,18 +173,21 @@ def _compare_text(
 ) -> str:
     """Compare a running text: as bytes, or as ids if the tokenizer may change the text."""
     decode = tokenizer.lossless
-    expected = hashlib.sha256()
+    expected = {split: hashlib.sha256() for split in metadata["splits"]}
     for source in split_text(sources, metadata["train_split_ratio"], tokenizer):
         for text in itertools.chain.from_iterable(texts for _, texts in read(source)):
             if isinstance(text, InvalidDocument):
                 raise _difference(corpus_dir, "the text", text.place)
-            expected.update(text.encode() if decode else tokenizer.encode(text).tobytes())
-    found = hashlib.sha256()
-    for split in metadata["splits"]:
-        for ids in blocks(open_tokens(corpus_dir / split)[0]):
+            data = text.encode() if decode else tokenizer.encode(text).tobytes()
+            expected.setdefault(source.split, hashlib.sha256()).update(data)
+    for split, digest in expected.items():
+        found = hashlib.sha256()
+        for ids in (
+            blocks(open_tokens(corpus_dir / split)[0]) if split in metadata["splits"] else ()
+        ):
             found.update(tokenizer.decode_bytes(ids) if decode else ids.astype(np.uint32).tobytes())
-    if found.digest() != expected.digest():
-        raise _difference(corpus_dir, "the text", ", ".join(source.path for source in sources))
+        if found.digest() != digest.digest():
+            raise _difference(corpus_dir, "the text", ", ".join(s.path for s in sources))
     return "the whole text was decoded and" if decode else "the whole text was"
 
 

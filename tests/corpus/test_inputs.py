@@ -508,7 +508,7 @@ def test_datasets_reads_one_config_of_a_folder(tmp_path, monkeypatch):
         write_jsonl(folder / f"{name}.jsonl", name)
     (folder / "README.md").write_text(CARD)
     assert documents(find(f"hf:{folder}/first")) == {"": ["one"]}
-    assert documents(find(f"hf:{folder}/second")) == {"": ["two", "three"]}
+    assert documents(find(f"hf:{folder}/second")) == {"": ["two"]}  # without extra
     with pytest.raises(ValueError, match=r"third.*first.*second") as error:
         find(f"hf:{folder}/third")
     assert "\n" not in str(error.value)
@@ -685,7 +685,7 @@ def test_a_description_by_configs_is_read_by_datasets(tmp_path, monkeypatch):
     description = description.replace("arxiv", "first").replace("books", "second")
     (folder / "metadata.yaml").write_text(description)
     assert documents(find(f"{folder}:first")) == {"": ["one"]}
-    assert documents(find(str(folder))) == {"": ["one", "two", "three"]}
+    assert documents(find(str(folder))) == {"": ["one", "two"]}  # without extra
 
 
 @pytest.mark.parametrize("name", ["../outside", "/", ".", "link"])
