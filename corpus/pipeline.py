@@ -36,7 +36,7 @@ from corpus.metadata import fingerprint, with_checksum
 from corpus.planning import check_room, plan
 from corpus.shards import join_shards, publish
 from corpus.sources import Source
-from corpus.tasks import Job, Task, chunk_ids, tokenize_task
+from corpus.tasks import SPLIT_RULE, Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
 
 TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
@@ -89,6 +89,8 @@ def prepare(
         "seed": seed,
         "max_length": max_length,
     }
+    if any(source.is_hashed_by_name for source in corpus.sources):
+        initial_metadata["split_rule"] = SPLIT_RULE
     initial_metadata["fingerprint"] = fingerprint(initial_metadata, corpus_dir)
     refuse_other_files(corpus_dir, initial_metadata)
     tasks_dir = corpus_dir / ".work" / initial_metadata["fingerprint"][:16]
@@ -96,7 +98,7 @@ def prepare(
         if path.is_symlink():  # the folder is emptied at the end
             raise ValueError(f"{path} is a link: remove it")
     if not tasks_dir.exists() and not (corpus_dir / ".lock").exists():
-        metadata = up_to_date(corpus_dir, initial_metadata["fingerprint"])
+        metadata = up_to_date(corpus_dir, initial_metadata)
         if metadata:
             return metadata
     tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
@@ -273,12 +275,12 @@ class _Preparation:
 
     def is_up_to_date(self) -> bool:
         """Return whether the corpus is published."""
-        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"], quiet=True)
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata, quiet=True)
         return metadata is not None
 
     def published_by_others(self) -> dict | None:
         """Clean up and return the metadata if the corpus is published, else None."""
-        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"])
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata)
         if metadata:
             self.clean_up()
         return metadata
