@@ -137,7 +137,8 @@ def exclusive_lock(path: Path, message: str = "", wait: bool = False) -> Iterato
         wait: Whether to wait until the other process releases the lock.
 
     Raises:
-        BlockingIOError: Another process holds the lock, and `wait` is false.
+        BlockingIOError: Another process holds the lock, and `wait` is false; or the lock file
+            belongs to another user, so that waiting is impossible.
         OSError: The lock file cannot be written.
     """
     lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
@@ -145,6 +146,12 @@ def exclusive_lock(path: Path, message: str = "", wait: bool = False) -> Iterato
         lock.acquire()
     except filelock.Timeout:
         raise BlockingIOError(message) from None
+    except PermissionError as error:
+        if not path.is_file():
+            error.filename = str(path)
+            raise
+        message = message or f"{path} is held by another process: wait for it, and run this again"
+        raise BlockingIOError(f"{message} (the lock file belongs to another user)") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             error.filename = str(path)

@@ -10,17 +10,20 @@ import os
 from pathlib import Path
 
 from common.files import read_json
-from corpus.metadata import read_metadata, source_path
+from corpus.metadata import by_first_split_rule, fingerprint, read_metadata, source_path
 from corpus.shards import SHARD_NAME
 from corpus.token_files import open_tokens
 
 
-def up_to_date(corpus_dir: Path, fingerprint: str, quiet: bool = False) -> dict | None:
-    """Return the metadata of the prepared corpus if it has this fingerprint, else None.
+def up_to_date(corpus_dir: Path, initial_metadata: dict, quiet: bool = False) -> dict | None:
+    """Return the metadata of the prepared corpus if it has the wanted fingerprint, else None.
+
+    A corpus of an older version, which split by another rule, counts as up to date: runs that were
+    trained on it can only be resumed with its splits.
 
     Args:
         corpus_dir: Folder of the corpus, data/NAME.
-        fingerprint: Result of metadata.fingerprint for the present sources and settings.
+        initial_metadata: Metadata of the present sources and settings, with their fingerprint.
         quiet: Whether to print nothing and to keep the date of metadata.json.
 
     Returns:
@@ -29,8 +32,11 @@ def up_to_date(corpus_dir: Path, fingerprint: str, quiet: bool = False) -> dict 
     path = corpus_dir / "metadata.json"
     try:
         metadata = read_metadata(corpus_dir)
-        if metadata.get("fingerprint") != fingerprint:
-            return None
+        found = metadata.get("fingerprint")
+        if found != initial_metadata["fingerprint"]:
+            older = by_first_split_rule(initial_metadata)
+            if found != fingerprint(older, corpus_dir):
+                return None
         for split in metadata["splits"]:
             open_tokens(corpus_dir / split)  # checks that each file is there, at its full length
     except (OSError, ValueError):  # metadata.json or a shard is missing or damaged
@@ -39,6 +45,11 @@ def up_to_date(corpus_dir: Path, fingerprint: str, quiet: bool = False) -> dict 
         with contextlib.suppress(OSError):  # the corpus may belong to another user
             os.utime(path)  # train_gpt2.py takes the corpus prepared last
         print(f"{corpus_dir} is prepared already, from the same files in the same way")
+        if "split_rule" in initial_metadata and "split_rule" not in metadata:
+            print(
+                f"its documents stay in the splits of an older version, until files or flags "
+                f"change; to split them anew, remove {corpus_dir}"
+            )
     return metadata
 
 

@@ -134,6 +134,7 @@ def _find_described(
     for source in sources:
         if not Path(source.path).resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"{source.path} is a link out of {folder}: put a copy in its place")
+    sources = [replace(source, name=name_below(folder, source.path)) for source in sources]
     return _Files(folders[0] if corpus else description.root, sources)
 
 
@@ -163,7 +164,9 @@ def _find_files(item: str, options: _Options) -> _Files:
             listing.leave_out(found, NO_READER)
             continue
         division = options.division if file_format == "text" else ""
-        sources.append(Source(str(found), file_format, division, options.text_field or "text"))
+        field = options.text_field or "text"
+        name = name_below(listing.root, str(found))
+        sources.append(Source(str(found), file_format, division, field, name=name))
     left_out = [
         f"{len(paths):,} {reason} ({name_some(paths)})"
         for reason, paths in listing.left_out.items()
@@ -174,6 +177,20 @@ def _find_files(item: str, options: _Options) -> _Files:
     for line in left_out:
         options.report(f"left out of {item}: {line}")
     return _Files(listing.root, sources)
+
+
+def name_below(root: str | Path, path: str) -> str:
+    """Return the name of a file in an input: its path relative to `root`, with slashes.
+
+    Example: ("raw", "raw/sub/a.jsonl") gives "sub/a.jsonl", and ("raw/a.jsonl", "raw/a.jsonl")
+    gives "a.jsonl".
+
+    Args:
+        root: Folder of the input, or the file itself.
+        path: Path of the file.
+    """
+    relative = Path(os.path.relpath(path, root))
+    return relative.as_posix() if relative.parts else Path(path).name
 
 
 def _named_by_paths(found: list[_Files]) -> list[_Files]:

@@ -54,9 +54,14 @@ def hugging_face(
         report(f"{item}: all splits are divided into train and val ({', '.join(others)})")
     sources = []
     for split, target in targets.items():
-        for cache_file in splits[split].cache_files:
+        data = splits[split]
+        # one file, or several if the data set is large
+        for i, cache_file in enumerate(data.cache_files):
             path = cache_file["filename"]
-            sources.append(Source(path, "arrow", field=text_field or "text", split=target))
+            file_name = f"{data.config_name or 'default'}/{split}" + (f"/{i}" if i else "")
+            sources.append(
+                Source(path, "arrow", field=text_field or "text", split=target, name=file_name)
+            )
     if not sources:
         raise ValueError(f"--input {item}: the data set has no rows")
     return keep_named_splits(sources, report if len(targets) > 1 else _quiet, item)

@@ -48,7 +48,7 @@ class Corpus:
         Raises:
             ValueError: Some files have documents and others do not.
         """
-        running = [s for s in self.sources if s.format == "text" and not s.division]
+        running = [source for source in self.sources if source.is_running_text]
         if running and len(running) < len(self.sources):
             raise ValueError(
                 f"{running[0].path} is one running text beside files of documents: "

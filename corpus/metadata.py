@@ -12,7 +12,7 @@ from typing import Any
 from common.files import folder_name, read_json
 from common.settings import near
 
-FINGERPRINTED = (
+FINGERPRINTED = (  # and split_rule, if there is one
     "corpus", "source", "tokenizer", "vocab_size", "eot_token", "eot_per_document", "dtype",
     "train_split_ratio", "seed", "max_length",
 )  # fmt: skip
@@ -124,11 +124,30 @@ def fingerprint(metadata: dict, corpus_dir: Path) -> str:
         OSError: A source is missing.
     """
     fields = {name: metadata[name] for name in FINGERPRINTED}
+    if "split_rule" in metadata:
+        fields["split_rule"] = metadata["split_rule"]
     states = []
     for file in metadata["source"]["files"]:
         state = os.stat(source_path(corpus_dir, file))
         states.append([state.st_size, state.st_mtime_ns])
     return hashlib.sha256(json.dumps([fields, states], sort_keys=True).encode()).hexdigest()
+
+
+def by_first_split_rule(metadata: dict) -> dict:
+    """Return the metadata as the version before "split_rule" would write them.
+
+    Args:
+        metadata: Metadata with at least the fields of FINGERPRINTED.
+
+    Returns:
+        Metadata without "split_rule" and without the names of the sources.
+    """
+    old = {name: value for name, value in metadata.items() if name != "split_rule"}
+    files = [
+        {name: value for name, value in file.items() if name != "name"}
+        for file in metadata["source"]["files"]
+    ]
+    return old | {"source": metadata["source"] | {"files": files}}
 
 
 def source_path(corpus_dir: Path, file: dict) -> Path:

@@ -12,7 +12,8 @@
 5. publish: shards, and metadata.json last (shards.py).
 
 One process at a time does this for a corpus: it holds a lock. Parts of one corpus (--part I/N) do
-step 3 without a lock; the part that then finds all tasks finished takes the lock for steps 4 and 5.
+step 3 without this lock, but each holds one of its own, so that no run with other flags throws its
+finished tasks away. The part that then finds all tasks finished takes the lock for steps 4 and 5.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,10 +38,11 @@ from corpus.metadata import fingerprint, with_checksum
 from corpus.planning import check_room, plan
 from corpus.shards import join_shards, publish
 from corpus.sources import Source
-from corpus.tasks import Job, Task, chunk_ids, tokenize_task
+from corpus.tasks import SPLIT_RULE, Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
 
 TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
+RUNNING = ".running"  # suffix of the lock file of a running part
 
 
 def prepare(
@@ -89,6 +92,8 @@ def prepare(
         "seed": seed,
         "max_length": max_length,
     }
+    if any(source.is_hashed_by_name for source in corpus.sources):
+        initial_metadata["split_rule"] = SPLIT_RULE
     initial_metadata["fingerprint"] = fingerprint(initial_metadata, corpus_dir)
     refuse_other_files(corpus_dir, initial_metadata)
     tasks_dir = corpus_dir / ".work" / initial_metadata["fingerprint"][:16]
@@ -96,7 +101,7 @@ def prepare(
         if path.is_symlink():  # the folder is emptied at the end
             raise ValueError(f"{path} is a link: remove it")
     if not tasks_dir.exists() and not (corpus_dir / ".lock").exists():
-        metadata = up_to_date(corpus_dir, initial_metadata["fingerprint"])
+        metadata = up_to_date(corpus_dir, initial_metadata)
         if metadata:
             return metadata
     tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
@@ -177,52 +182,84 @@ class _Preparation:
         Without the lock a part removes nothing, because other parts may be using the folder.
         """
         first, step = map(int, part.split("/"))
+        numbers = range(first, len(self.tasks), step)
         self.make_tasks_dir()
-        if not self.is_up_to_date():
-            self.tokenize_part(range(first, len(self.tasks), step))
-            num_left = len(self.tasks) - len(self.finished_counts())
-            if num_left and not self.is_up_to_date():
-                print(f"part {part} is done; {num_left:,} tasks are left to other parts")
-                return None
-        with self.lock(wait=True), self.cleaned_up_after_errors():
-            metadata = self.published_by_others()  # by another part, while this one waited
-            if metadata:
-                return metadata
-            if len(self.finished_counts()) < len(self.tasks):
-                raise self.removed_by_others()
-            self.discard_other_tasks()
-            return self.join_and_publish()
+        with self.running_part_lock():
+            if not self.is_up_to_date():
+                self.tokenize_part(numbers)
+                finished = self.finished_counts()
+                if len(finished) < len(self.tasks) and not self.is_up_to_date():
+                    if not finished.keys() >= set(numbers):
+                        raise self.removed_by_others()
+                    num_left = len(self.tasks) - len(finished)
+                    print(f"part {part} is done; {num_left:,} tasks are left to other parts")
+                    self.warn_of_other_flags()
+                    return None
+            with self.lock(wait=True), self.cleaned_up_after_errors():
+                metadata = self.published_by_others()  # by another part, while this one waited
+                if metadata:
+                    return metadata
+                if len(self.finished_counts()) < len(self.tasks):
+                    raise self.removed_by_others()
+                self.discard_other_tasks()
+                return self.join_and_publish()
 
     # the steps
 
     def tokenize(self, numbers: range) -> None:
-        """Do the tasks of these numbers that are not finished, and show the progress.
+        """Do the tasks of these numbers that are not finished."""
+        finished = self.finished_counts()
+        if finished:
+            print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
+        with self.unchanged_sources():
+            self.tokenize_tasks([i for i in numbers if i not in finished])
+
+    def tokenize_tasks(self, numbers: list[int]) -> None:
+        """Do the tasks of these numbers, and show the progress.
 
         On a terminal the progress line moves; elsewhere, as in the output of Slurm, there is one
         line per minute.
         """
-        finished = self.finished_counts()
-        if finished:
-            print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
-        unfinished = [i for i in numbers if i not in finished]
         interval = 0.2 if sys.stderr.isatty() else 60  # seconds
         num_tokens = 0
         with tqdm(
-            total=sum(self.tasks[i].num_bytes for i in unfinished),
+            total=sum(self.tasks[i].num_bytes for i in numbers),
             unit="B",
             unit_scale=True,
             mininterval=interval,
             delay=interval,
             leave=False,
         ) as progress:
-            calls = [(self.job, i, self.tasks[i].chunks) for i in unfinished]
+            calls = [(self.job, i, self.tasks[i].chunks) for i in numbers]
             for index, counts in self.run_tasks(tokenize_task, calls):
                 num_tokens += sum(split["tokens"] for split in counts["splits"].values())
                 speed = num_tokens / max(1e-9, time.time() - progress.start_t)
                 progress.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                progress.update(self.tasks[unfinished[index]].num_bytes)
+                progress.update(self.tasks[numbers[index]].num_bytes)
+
+    @contextlib.contextmanager
+    def unchanged_sources(self) -> Iterator[None]:
+        """Raise ValueError if a source changes within the block, also in place of its errors."""
+        try:
+            yield
+        except (ValueError, OSError):  # perhaps because half of the new text was read
+            with contextlib.suppress(OSError):
+                self.refuse_changed_sources()
+            raise
+        except BaseException:  # Ctrl-C
+            with contextlib.suppress(ValueError, OSError):
+                self.refuse_changed_sources()
+            raise
+        self.refuse_changed_sources()
+
+    def refuse_changed_sources(self) -> None:
+        """Remove the finished tasks and raise ValueError if a source has changed.
+
+        Otherwise a restart would join them, if the source got its former size and date again.
+        """
         found = fingerprint(self.initial_metadata, self.corpus_dir)
         if found != self.initial_metadata["fingerprint"]:
+            self.clean_up()
             raise ValueError(
                 f"the text of {self.corpus.name} has changed while it was read: run this again"
             )
@@ -271,14 +308,18 @@ class _Preparation:
         )
         return exclusive_lock(self.corpus_dir / ".lock", message, wait)
 
+    def running_part_lock(self) -> contextlib.AbstractContextManager:
+        """Hold a lock that shows other processes that a part is running."""
+        return exclusive_lock(self.tasks_dir / f"{uuid.uuid4().hex}{RUNNING}", wait=True)
+
     def is_up_to_date(self) -> bool:
         """Return whether the corpus is published."""
-        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"], quiet=True)
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata, quiet=True)
         return metadata is not None
 
     def published_by_others(self) -> dict | None:
         """Clean up and return the metadata if the corpus is published, else None."""
-        metadata = up_to_date(self.corpus_dir, self.initial_metadata["fingerprint"])
+        metadata = up_to_date(self.corpus_dir, self.initial_metadata)
         if metadata:
             self.clean_up()
         return metadata
@@ -298,20 +339,48 @@ class _Preparation:
 
     def finished_counts(self) -> dict[int, dict]:
         """Return index -> counts of each finished task that these settings can use."""
+        finished = self.all_finished_counts()
+        if self.job.on_error == "skip":
+            return finished
+        return {i: counts for i, counts in finished.items() if not counts["skipped"]}
+
+    def all_finished_counts(self) -> dict[int, dict]:
+        """Return index -> counts of each finished task, with those that skipped documents."""
         finished = {}
         for i, task in enumerate(self.tasks):
             with contextlib.suppress(FileNotFoundError, ValueError):  # unfinished, or damaged
                 counts = json.loads((self.tasks_dir / f"{i:06}.json").read_bytes())
-                usable = self.job.on_error == "skip" or not counts["skipped"]
-                if usable and counts["chunks"] == chunk_ids(task.chunks):
+                if counts["chunks"] == chunk_ids(task.chunks):
                     finished[i] = counts
         return finished
 
+    def other_tasks_dirs(self) -> list[Path]:
+        """Return the folders of tasks of other sources or settings."""
+        return [path for path in self.tasks_dir.parent.iterdir() if path != self.tasks_dir]
+
+    def warn_of_other_flags(self) -> None:
+        """Print a warning if other parts have flags with which no part can join all tasks."""
+        others = [path for path in self.other_tasks_dirs() if any(path.glob("*.json"))]
+        if others or len(self.all_finished_counts()) > len(self.finished_counts()):
+            print(
+                f"warning: {self.tasks_dir.parent} has finished tasks of other files or flags: "
+                f"parts are joined only if all of them have the same files and flags",
+                file=sys.stderr,
+            )
+
     def discard_other_tasks(self) -> None:
-        """Remove the finished tasks of other sources or settings."""
-        for path in self.tasks_dir.parent.iterdir():
-            if path == self.tasks_dir:
-                continue
+        """Remove the finished tasks of other sources or settings.
+
+        Raises:
+            BlockingIOError: A part with other sources or settings is running.
+        """
+        paths = self.other_tasks_dirs()
+        if any(_has_running_part(path) for path in paths):
+            raise BlockingIOError(
+                f"{self.corpus_dir} is being prepared by a --part with other files or flags: wait "
+                f"for it and run this again, or choose another --corpus NAME"
+            )
+        for path in paths:
             num_finished = len(list(path.glob("*.json")))
             if num_finished:
                 print(f"{num_finished:,} finished tasks of other files or flags are thrown away")
@@ -348,15 +417,28 @@ class _Preparation:
             self.corpus_dir.parent.rmdir()
 
 
+def _has_running_part(path: Path) -> bool:
+    """Return whether a part is running that keeps its finished tasks in this folder."""
+    for lock in path.glob(f"*{RUNNING}"):
+        try:
+            with exclusive_lock(lock):
+                pass  # the part was killed
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _remove_tasks(path: Path) -> None:
     """Remove a folder of finished tasks.
 
-    The .json files go first: a task without its tokens must not count as finished if this process
-    is killed.
+    The folder is renamed first, so that no worker finishes a task in it meanwhile. The .json files
+    go next: a task without its tokens must not count as finished if this process is killed.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
+    with contextlib.suppress(OSError):  # Windows does not rename a folder with open files
+        path = path.replace(path.with_name(f"{path.name}-removed"))
     for counts_path in path.glob("*.json"):
         counts_path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -31,6 +31,9 @@ class Source:
         number: Number of the file in its corpus, from 0.
         start: First byte of the uncompressed text, or first row of the table.
         stop: End of the byte or row range; None means the end of the file.
+        name: Name of the file in its input, from which the hash assigns documents to splits: the
+            path relative to the input, with slashes, or CONFIG/SPLIT of a data set. If it is "",
+            as in a corpus whose list of files never changes, the hash takes `number`.
     """
 
     path: str
@@ -41,16 +44,30 @@ class Source:
     number: int = 0
     start: int = 0
     stop: int | None = None
+    name: str = ""
 
     def metadata_fields(self) -> dict:
         """Return the fields under their names in metadata.json, which calls `division` documents.
+
+        `name` is only listed if a hash takes it.
 
         Example: Source("a.txt", division="line") gives {"path": "a.txt", "documents": "line", ...}.
         """
         return {
             "documents" if name == "division" else name: value
             for name, value in asdict(self).items()
+            if name != "name" or self.is_hashed_by_name
         }
+
+    @property
+    def is_running_text(self) -> bool:
+        """Whether the file is a running text, or a part of one."""
+        return self.format == "text" and not self.division
+
+    @property
+    def is_hashed_by_name(self) -> bool:
+        """Whether a hash of `name` assigns each document to a split."""
+        return bool(self.name) and not self.split and not self.is_running_text
 
     @property
     def length(self) -> float:

@@ -8,9 +8,11 @@ number of workers and either engine, and a finished task is never repeated.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from common.hashing import splitmix64
 from corpus.reader import place_of, read
 from corpus.sources import BLOCK, InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, Tokenizer, encodable, get_tokenizer
+
+SPLIT_RULE = 2  # version of the hash of names in assign_split; version 1 took numbers only
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ def assign_split(
 ) -> dict[str, np.ndarray]:
     """Assign documents to splits.
 
-    If the source has a split, all its documents go there. Otherwise a hash of the seed, the number
-    of the source and the position decides, so the result does not depend on order, workers, or the
-    other documents.
+    If the source has a split, all its documents go there. Otherwise a hash of the seed, the name
+    of the source and the position decides, so the result does not depend on order, workers, other
+    documents, other sources, or the folder in which the sources lie. A source without a name goes
+    by its number.
 
     Args:
         source: Source or chunk that the documents are from.
@@ -82,10 +87,17 @@ def assign_split(
     if source.split:
         return {source.split: np.ones(len(positions), bool)}
     seed_hash = splitmix64(np.array([seed], np.int64))
-    key = splitmix64(np.array([source.number], np.uint64) ^ seed_hash)
+    source_id = _hash_name(source.name) if source.name else source.number
+    key = splitmix64(np.array([source_id], np.uint64) ^ seed_hash)
     hashes = splitmix64(np.array(positions, np.uint64) ^ key)
     train = hashes < np.uint64(min(int(train_split_ratio * 2**64), 2**64 - 1))
     return {"train": train, "val": ~train}
+
+
+def _hash_name(name: str) -> int:
+    """Return a 64-bit hash of a name, the same for all ways to encode its characters."""
+    data = unicodedata.normalize("NFC", name).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 def chunk_ids(chunks: list[Source]) -> list[list]:

@@ -18,7 +18,7 @@ from corpus.metadata import (
 from corpus.planning import split_text
 from corpus.reader import read
 from corpus.sources import DIVISIONS, FORMATS, InvalidDocument, Source
-from corpus.tasks import assign_split
+from corpus.tasks import SPLIT_RULE, assign_split
 from corpus.token_files import blocks, open_tokens
 from corpus.tokenizer import Tokenizer, get_tokenizer
 
@@ -120,16 +120,23 @@ def _read_sources(corpus_dir: Path, metadata: dict) -> list[Source]:
     """Return the sources that metadata.json lists."""
     required = FINGERPRINTED if "fingerprint" in metadata else ("source",)
     _require_fields(corpus_dir, metadata, required)
+    if metadata.get("split_rule", SPLIT_RULE) != SPLIT_RULE:
+        raise _damaged(corpus_dir, f"split_rule {metadata['split_rule']!r} is unknown")
     try:
-        return [_read_source(corpus_dir, file) for file in metadata["source"].get("files", [])]
+        return [
+            _read_source(corpus_dir, file, has_names="split_rule" in metadata)
+            for file in metadata["source"].get("files", [])
+        ]
     except (TypeError, AttributeError):
         raise _damaged(corpus_dir, "its list of source files is invalid") from None
 
 
-def _read_source(corpus_dir: Path, file: dict) -> Source:
+def _read_source(corpus_dir: Path, file: dict, has_names: bool) -> Source:
     """Return a source that metadata.json lists, or raise TypeError if its entry is invalid."""
     names = ("path", "format", "documents", "field", "split", "number")
     _require_fields(corpus_dir, file, names, "a source file")
+    if has_names and not file["split"]:
+        _require_fields(corpus_dir, file, ["name"], "a source file")
     values = {name: file[name] for name in ("format", "field", "split")}
     values["division"] = file["documents"]
     valid = (
@@ -138,10 +145,12 @@ def _read_source(corpus_dir: Path, file: dict) -> Source:
         and all(type(value) is str for value in (file["path"], *values.values()))
         and type(file["number"]) is int
         and file["number"] >= 0
+        and type(file.get("name", "")) is str
     )
     if not valid:
         raise TypeError(f"not a source: {file}")
-    return Source(str(source_path(corpus_dir, file)), **values, number=file["number"])
+    path = str(source_path(corpus_dir, file))
+    return Source(path, **values, number=file["number"], name=file.get("name", ""))
 
 
 def _is_unchanged(corpus_dir: Path, metadata: dict, sources: list[Source]) -> bool:

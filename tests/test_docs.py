@@ -62,7 +62,7 @@ def write_inputs(folder) -> None:
     posts[6] = '{"text": 5}'
     (folder / "broken.jsonl").write_text("\n".join(posts))
     (folder / "notes").mkdir()
-    for i in range(30):
+    for i in range(60):
         (folder / "notes" / f"{i}.txt").write_text(f"note {i} " * 50)
 
 

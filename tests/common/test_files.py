@@ -8,6 +8,8 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,31 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caps
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
     assert f"warning: the file system of {tmp_path} has no locks" in warning
+
+
+@pytest.mark.parametrize("message", ["c is being prepared: wait for it", ""])
+def test_the_lock_of_another_user_is_a_lock(message):
+    """Its permissions are no fault, and it is not for us to remove."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is its owner's alone
+        os.chmod(folder, 0o777)
+        path = Path(folder) / ".lock"
+        path.touch(mode=0o600 if is_root else 0)
+        if is_root:
+            os.seteuid(65534)
+        try:
+            with (
+                pytest.raises(BlockingIOError) as error,
+                exclusive_lock(path, message, wait=not message),
+            ):
+                pass
+        finally:
+            if is_root:
+                os.seteuid(0)
+        assert path.exists()
+    assert "wait for it" in str(error.value)
+    assert "another user" in str(error.value)
+    assert not any(word in str(error.value) for word in ("remove", "Permission", "permission"))
 
 
 def test_another_error_of_a_lock_names_its_file(tmp_path):

@@ -488,7 +488,12 @@ def test_datasets_keeps_the_splits_of_a_local_folder(tmp_path, monkeypatch):
     assert documents(find(f"hf:{folder}")) == {"": ["a", "b"], "test": ["t"]}
     write_jsonl(folder / "validation.jsonl", "v")
     expected = {"train": ["a", "b"], "val": ["v"], "test": ["t"]}
-    assert documents(find(f"hf:{folder}")) == expected
+    found = find(f"hf:{folder}")
+    assert documents(found) == expected
+    # no path of this machine, and no hash of all files of the data set
+    assert {source.name for source in found} == {
+        f"default/{s}" for s in ("train", "validation", "test")
+    }
 
 
 CARD = """---

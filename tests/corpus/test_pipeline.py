@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from corpus import pipeline, verify
@@ -113,6 +115,110 @@ def test_a_part_may_run_beside_a_run_without_parts(tmp_path, source, monkeypatch
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()
     }
+
+
+@contextlib.contextmanager
+def before_tokenizing(monkeypatch, function):
+    """Call `function` once, when a part or a run is about to do its tasks."""
+    tokenize = pipeline._Preparation.tokenize_tasks
+
+    def function_then_tokenize(self, numbers):
+        patch.undo()
+        function()
+        tokenize(self, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Preparation, "tokenize_tasks", function_then_tokenize)
+        yield
+
+
+@pytest.mark.parametrize("part", ["", "0/1"])
+def test_a_running_part_is_left_alone_by_other_flags(tmp_path, source, monkeypatch, part):
+    """Its tasks would be thrown away by a run, or by the part that joins."""
+    folder = tmp_path / "c"
+
+    def other():
+        with pytest.raises(BlockingIOError, match=r"--part with other files or flags: wait for it"):
+            prepare(folder, source, part=part, seed=1)
+
+    with before_tokenizing(monkeypatch, other):
+        assert prepare(folder, source, part="0/2") is None
+    assert prepare(folder, source, part="1/2")["seed"] == 0
+    assert prepare(folder, source, part=part, seed=1)["seed"] == 1  # now nobody is in its way
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "metadata.json"}
+
+
+def test_a_killed_part_is_in_nobodys_way(tmp_path, source):
+    folder = tmp_path / "c"
+    prepare(folder, source, part="0/2")
+    (tasks_dir,) = folder.glob(".work/*")
+    (tasks_dir / f"left{pipeline.RUNNING}").touch()
+    assert prepare(folder, source, seed=1)
+
+
+def test_a_part_whose_tasks_are_removed_fails(tmp_path, source, monkeypatch):
+    """Even if that happens after its last task, as on a file system without locks."""
+    folder = tmp_path / "c"
+    tokenize_part = pipeline._Preparation.tokenize_part
+
+    def tokenize_and_lose(self, numbers):
+        tokenize_part(self, numbers)
+        shutil.rmtree(self.tasks_dir)
+
+    monkeypatch.setattr(pipeline._Preparation, "tokenize_part", tokenize_and_lose)
+    with pytest.raises(OSError, match=r"tasks were removed.*run this again"):
+        prepare(folder, source, part="0/2")
+
+
+@pytest.mark.parametrize("flag", ["seed", "on_error"])
+def test_parts_with_different_flags_are_warned(tmp_path, source, capsys, flag):
+    """Each would be done, and nobody would ever join them."""
+    folder = tmp_path / "c"
+    path = Path(source.path)
+    if flag == "on_error":
+        path.write_text("no JSON\n" + path.read_text())
+    prepare(folder, source, part="0/2", on_error="skip")
+    assert "warning" not in capsys.readouterr().err
+    other = {"seed": 1} if flag == "seed" else {"on_error": "stop"}
+    assert prepare(folder, source, part="1/2", **other) is None
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "finished tasks of other files or flags" in error and "same files and flags" in error
+
+
+@pytest.mark.parametrize("end", ["whole", "invalid", "Ctrl-C"])
+@pytest.mark.parametrize("part", ["", "0/2", "0/1"])
+def test_tasks_of_a_text_that_changed_meanwhile_are_removed(
+    tmp_path, source, monkeypatch, part, end
+):
+    """The text may get its former size and date again, and then they would be joined."""
+    folder = tmp_path / "c"
+    path = Path(source.path)
+    text = path.read_text()
+    state = path.stat()
+    tokenize_task = pipeline.tokenize_task
+
+    def tokenize_changed(job, number, chunks):
+        if number == 2 and end == "Ctrl-C":
+            raise KeyboardInterrupt
+        path.write_text(text.replace("document", "DOCUMENT"))
+        if number == 2 and end == "invalid":
+            path.write_text(text.replace('{"text', "broken"))
+        os.utime(path, ns=(0, 0))
+        return tokenize_task(job, number, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenize_task", tokenize_changed)
+        expected = KeyboardInterrupt if end == "Ctrl-C" else ValueError
+        with pytest.raises(
+            expected, match=None if end == "Ctrl-C" else "changed while it was read"
+        ):
+            prepare(folder, source, part=part)
+    assert not list(folder.glob(".work/*/*.json"))
+    path.write_text(text)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    prepare(folder, source)
+    assert b"DOCUMENT" not in np.fromfile(folder / "train.bin", "<u2").astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize("other", ["3/8", "0/8"])
