@@ -99,7 +99,7 @@ def prepare(
         metadata = up_to_date(corpus_dir, initial_metadata["fingerprint"])
         if metadata:
             return metadata
-    tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
+    tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES, on_error)
     check_room(corpus_dir, tokenizer, tasks)
     job = Job(
         tasks_dir=str(tasks_dir),
