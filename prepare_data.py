@@ -21,6 +21,7 @@ from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
 from corpus.descriptions import describe
 from corpus.engines import open_engine
+from corpus.files import name_without_suffixes
 from corpus.inputs import BUILT_IN, Corpus, list_corpora, load_corpus
 from corpus.pipeline import prepare
 from corpus.tokenizer import (
@@ -261,10 +262,7 @@ def name_of(inputs: tuple[str, ...]) -> str:
     path = Path(name)
     while re.search(r"[*?[]", path.name) and not path.exists():
         path = path.parent
-    return (
-        re.sub(r"\.(txt|jsonl|parquet)?(\.gz|\.zst)?$", "", path.name).replace(":", "-")
-        or path.stem
-    )
+    return name_without_suffixes(path).replace(":", "-") or path.stem
 
 
 if __name__ == "__main__":

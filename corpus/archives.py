@@ -9,10 +9,11 @@ import re
 import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from common.files import atomic_write
-from corpus.sources import BLOCK, damage
+from corpus.sources import BLOCK
 
 MAX_GROWTH = 100  # most uncompressed bytes per byte of an archive
 
@@ -69,7 +70,7 @@ def _open_archive(path):
                 yield sizes, lambda name: archive.extractfile(members[name])
     except (
         zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, UnicodeDecodeError, RuntimeError,
-        OSError, *damage(""),
+        OSError, EOFError, zlib.error,
     ) as error:  # fmt: skip
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise  # an error of the disk; EINVAL comes from a wrong offset in the archive

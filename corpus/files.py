@@ -12,12 +12,24 @@ from pathlib import Path
 from corpus.descriptions import Description, read_description
 from corpus.folders import list_files, name_some
 from corpus.hub import hugging_face
-from corpus.sources import BLOCK, Source, damage, open_file
+from corpus.opening import UnreadableFile, open_text
+from corpus.reader import require_json_lines
+from corpus.sources import BLOCK, Source, compression_of
 from corpus.split_names import Report, keep_named_splits, split_of_name
 
-FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-TABLE_SUFFIXES = (".json", ".csv", ".tsv")  # a named file with any other suffix is taken for text
+FORMAT_OF_SUFFIX = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".jl": "jsonl",
+    ".json": "jsonl",  # if it holds one object per line
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+TABLE_SUFFIXES = (".csv", ".tsv")  # a named file with any other suffix is taken for text
 NO_READER = "because no reader takes the format"
+NOT_JSON_LINES = "because it does not have one JSON object per line"
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,14 @@ def _find_files(item: str, options: _Options) -> _Files:
         if file_format is None:
             listing.leave_out(found, NO_READER)
             continue
+        if _suffix(found) == ".json":
+            try:
+                require_json_lines(str(found))
+            except ValueError:
+                if is_file:
+                    raise
+                listing.leave_out(found, NOT_JSON_LINES)
+                continue
         division = options.division if file_format == "text" else ""
         field = options.text_field or "text"
         name = name_below(listing.root, str(found))
@@ -173,7 +193,7 @@ def _find_files(item: str, options: _Options) -> _Files:
     ]
     if not sources:
         reasons = "".join(f"; left out: {line}" for line in left_out)
-        raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (also .gz, .zst){reasons}")
+        raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (see docs/data.md){reasons}")
     for line in left_out:
         options.report(f"left out of {item}: {line}")
     return _Files(listing.root, sources)
@@ -277,7 +297,7 @@ def report_joined_texts(sources: Sequence[Source], report: Report) -> None:
 def _ends_a_line(source: Source) -> bool:
     """Whether a text is empty or its last byte is a line feed."""
     last = b""
-    with contextlib.suppress(*damage(source.path)), open_file(source.path) as file:
+    with contextlib.suppress(UnreadableFile), open_text(source.path) as file:
         if not source.compressed:
             file.seek(max(0, os.path.getsize(source.path) - 1))
         while block := file.read(BLOCK):
@@ -286,5 +306,15 @@ def _ends_a_line(source: Source) -> bool:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix of a path without .gz or .zst, in lower case."""
-    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    """Return the suffix of a path before that of its compression, in lower case."""
+    name = path.name.lower()
+    return Path(name.removesuffix(compression_of(name))).suffix
+
+
+def name_without_suffixes(path: Path) -> str:
+    """Return the name of a file without the suffixes of its format and of its compression.
+
+    Example: my.jsonl.gz gives my, and notes.md stays notes.md.
+    """
+    name = path.name[: len(path.name) - len(compression_of(path.name))]
+    return Path(name).stem if _suffix(path) in FORMAT_OF_SUFFIX else name

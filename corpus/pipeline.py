@@ -104,7 +104,7 @@ def prepare(
         metadata = up_to_date(corpus_dir, initial_metadata)
         if metadata:
             return metadata
-    tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES)
+    tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES, on_error)
     check_room(corpus_dir, tokenizer, tasks)
     job = Job(
         tasks_dir=str(tasks_dir),

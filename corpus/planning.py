@@ -11,13 +11,14 @@ import numpy as np
 
 from common.grouping import in_groups
 from corpus.inputs import Corpus
+from corpus.opening import DamagedFile, UnreadableFile, open_text
 from corpus.reader import divide
-from corpus.sources import BLOCK, Source, damage, open_file
+from corpus.sources import BLOCK, Source
 from corpus.tasks import Task
 from corpus.tokenizer import Tokenizer
 
 MAX_SMALL_TASKS = 64  # a corpus has more tasks only if they would be too large: 64 workers
-LONGEST_UNDIVIDED = 8 << 20  # characters to encode in one call: about a gigabyte of memory
+LONGEST_UNDIVIDED = 1_200_000  # characters to encode in one call: about 150 MB of memory
 COMPRESSION = 4  # estimated bytes of text per byte of a compressed file
 TOKENS_PER_BYTE = 0.4  # high estimate for vocabularies of more than single bytes
 
@@ -28,6 +29,7 @@ def plan(
     train_split_ratio: float,
     smallest_bytes: int,
     largest_bytes: int,
+    on_error: str = "stop",
 ) -> list[Task]:
     """Divide a corpus into tasks.
 
@@ -37,13 +39,14 @@ def plan(
         train_split_ratio: Share of a running text for train.
         smallest_bytes: Smallest size of a task, where the corpus is large enough.
         largest_bytes: Largest size of a task, where the sources can be divided.
+        on_error: "stop" or "skip", at a file of documents that cannot be read.
 
     Returns:
         The tasks, in the order of the corpus.
 
     Raises:
         OSError: A source cannot be read.
-        ValueError: A table is damaged, or a running text is too long for the tokenizer.
+        ValueError: A file cannot be read, or a running text is too long for the tokenizer.
     """
     sources = corpus.sources
     total_bytes = sum(os.path.getsize(source.path) for source in sources)
@@ -52,7 +55,16 @@ def plan(
         for source in sources:
             refuse_long_text(source, tokenizer)
         sources = split_text(sources, train_split_ratio, tokenizer)
-    sized_chunks = [sized for source in sources for sized in divide(source, task_bytes)]
+    sized_chunks = []
+    for source in sources:
+        try:
+            sized_chunks += divide(source, task_bytes)
+        except UnreadableFile as error:
+            if not corpus.has_documents:
+                raise
+            if on_error != "skip":
+                raise ValueError(f"{error}; --on_error skip leaves it out") from None
+            sized_chunks.append((source, 0))  # reading it gives one invalid document
     tasks = []
     for group in in_groups(sized_chunks, task_bytes, lambda sized: sized[1]):
         chunks = [chunk for chunk, _ in group]
@@ -127,7 +139,7 @@ def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
 def _character_starts(path: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (offset, bool array) for each block of a file: which bytes begin a character."""
     offset = 0
-    with contextlib.suppress(*damage(path)), open_file(path) as f:  # the reader reports damage
+    with contextlib.suppress(DamagedFile), open_text(path) as f:  # the reader reports damage
         while block := f.read(BLOCK):
             yield offset, (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
             offset += len(block)

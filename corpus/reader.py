@@ -1,4 +1,4 @@
-"""Readers: chunks of .txt, .jsonl and .parquet files, also as .gz or .zst, to documents.
+"""Readers: chunks of texts, JSON lines and tables, also compressed, to documents.
 
     chunks = divide(Source("corpus.jsonl", "jsonl"), chunk_bytes=1 << 23)
     for positions, texts in read(chunks[0][0]): ...
@@ -14,25 +14,25 @@ import json
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
 
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
-from corpus.sources import (
-    BLOCK,
-    InvalidDocument,
-    InvalidText,
-    Source,
-    damage,
-    open_file,
-    text_of_row,
-)
+from corpus.opening import DamagedFile, UnreadableFile, open_text, shell_input
+from corpus.sources import BLOCK, InvalidDocument, InvalidText, Source, text_of_row
 from corpus.tables import divide_table, read_table
 
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
+ASCII_SPACE = " \t\r\f\v\n"
+CONTROL = re.compile(rb"[\0-\x06\x0e-\x19]")  # no text in latin1 or a similar encoding has them
 JSON_SPACE = b" \t\r\n"
+LONGEST_FIRST_LINE = 1 << 24  # bytes of a .json file that are read to find out what it holds
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PRINT_ROWS = (
+    "import json, sys; [print(json.dumps(row)) for row in json.loads(sys.stdin.buffer.read())]"
+)
 _SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not documented
 
 
@@ -49,10 +49,12 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A table is damaged, or the package that reads tables is missing.
+        UnreadableFile: A table is damaged, or the first bytes are not those of a text.
+        ValueError: The package that reads tables or the compression format is missing.
     """
     if source.is_table:
         return divide_table(source, chunk_bytes)
+    open_text(source.path).close()
     file_bytes = os.path.getsize(source.path)
     if source.compressed:
         return [(source, file_bytes)]
@@ -99,27 +101,30 @@ def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocum
     Yields:
         Pairs (positions, texts) of two equally long sequences. A position is the first byte of the
         document in the uncompressed file, or the row of the document in a table. It depends on
-        nothing but the file. A text is a str, or an InvalidDocument.
+        nothing but the file. A text is a str, or an InvalidDocument. A file that cannot be read
+        gives one InvalidDocument, and so does the rest of a damaged file; rows that are lost in a
+        damaged parquet table give one each.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A table is damaged, or a package is missing.
+        ValueError: A package is missing.
     """
-    if chunk.is_table:
-        yield from read_table(chunk)
-        return
     lines = _LineCounter(chunk)
     try:
-        with open_file(chunk.path) as file:
+        if chunk.is_table:
+            yield from read_table(chunk)
+            return
+        with open_text(chunk.path) as file:
             file.seek(chunk.start)
             for records in _read_records(file, chunk):
                 positions, texts = _parse_records(records, chunk, lines)
                 lines.finish(records)
                 if texts:
                     yield positions, texts
-    except damage(chunk.path) as error:
-        reason = f"the compressed file is damaged from here on ({error})"
-        yield [lines.position], [InvalidDocument(reason, lines.place())]
+    except DamagedFile as error:
+        yield [lines.position], [InvalidDocument(error.reason, lines.place())]
+    except UnreadableFile as error:
+        yield [chunk.start], [InvalidDocument(error.reason, error.path)]
 
 
 @dataclass
@@ -141,7 +146,7 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
     """Yield the records of a chunk: as many as fit into about BLOCK bytes, or one longer record.
 
     Memory is bounded by twice the longest record. A damaged compressed file gives the records
-    before the damage, then raises one of the exceptions of sources.damage.
+    before the damage, then raises DamagedFile.
     """
     division = _record_division(chunk)
     position = chunk.start
@@ -152,7 +157,7 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
     while left > 0 and error is None:
         try:
             new_bytes = file.read1(int(min(wanted, left)))
-        except damage(chunk.path) as damaged:
+        except DamagedFile as damaged:
             error = damaged
             new_bytes = b""
         left = left - len(new_bytes) if new_bytes else 0
@@ -232,7 +237,7 @@ def _count_line_feeds(path: str, stop: int) -> int:
     """Return the number of line feeds in the first `stop` bytes of a file."""
     count = 0
     left = stop
-    with open_file(path) as file:
+    with open_text(path) as file:
         while left > 0 and (block := file.read1(min(BLOCK, left))):
             count += block.count(b"\n")
             left -= len(block)
@@ -282,12 +287,21 @@ def _decode(record: bytes) -> str:
     try:
         return record.decode()
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if record[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        reason = (
-            f"not UTF-8 (byte {record[error.start]:#04x}); convert the file first, for example "
-            f"with iconv -f {encoding} -t utf-8"
-        )
+        reason = f"not UTF-8 (byte {record[error.start]:#04x}); "
+        if record[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            reason += "convert the file first, for example with iconv -f utf-16 -t utf-8"
+        elif CONTROL.search(record, max(0, error.start - BLOCK), error.start + BLOCK):
+            reason += "these are binary data, not text: leave the file out"
+        else:
+            reason += "convert the file first, for example with iconv -f latin1 -t utf-8"
         raise InvalidText(reason, error.start) from None
+
+
+def _decode_without_line_end(record: bytes) -> str:
+    """Return the text of a record without the line end and the blank lines after it."""
+    text = _decode(record)
+    line_end = text.find("\n", len(text.rstrip(ASCII_SPACE)))
+    return text if line_end < 0 else text[:line_end].removesuffix("\r")
 
 
 def _decode_stripped(record: bytes) -> str:
@@ -298,8 +312,8 @@ def _decode_stripped(record: bytes) -> str:
 _PARSERS = {
     "": _decode,
     "file": _decode,
-    "line": _decode_stripped,
-    "blank-line": _decode_stripped,
+    "line": _decode_without_line_end,
+    "blank-line": _decode_without_line_end,
     "article": _decode_stripped,
 }
 
@@ -323,3 +337,36 @@ def _json_text(record: bytes, field: str) -> str:
     except (ValueError, RecursionError) as error:
         raise InvalidText(f"not JSON ({error})") from None
     return text_of_row(row, field)
+
+
+def require_json_lines(path: str) -> None:
+    """Check that a .json file holds JSON lines, by its first line.
+
+    A file that cannot be read passes, because `read` names its fault.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file holds one JSON array, or objects of several lines.
+    """
+    try:
+        with open_text(path) as file:
+            lines = iter(functools.partial(file.readline, LONGEST_FIRST_LINE), b"")
+            first_line = next((line for line in lines if line.strip(JSON_SPACE)), b"")
+    except UnreadableFile:
+        return
+    first_line = first_line.removeprefix(BYTE_ORDER_MARK).strip(JSON_SPACE)
+    target = shlex.quote(re.sub(r"\.json(\.\w+)?$", ".jsonl", path, flags=re.IGNORECASE))
+    if first_line.startswith(b"["):
+        command = shell_input(path, f"python -c '{PRINT_ROWS}'")
+        raise ValueError(
+            f"{path} is one JSON array, not one object per line: convert it with: "
+            f"{command} > {target}"
+        )
+    if first_line.startswith(b"{") and len(first_line) < LONGEST_FIRST_LINE - 1:
+        try:
+            json.loads(first_line)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"{path} does not have one JSON object per line: convert it with: "
+                f"{shell_input(path, 'jq -c .')} > {target}"
+            ) from None

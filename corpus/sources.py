@@ -1,20 +1,14 @@
-"""Sources: input files and chunks of them, opening a file, and invalid documents."""
+"""Sources: input files, chunks of them, and invalid documents."""
 
-import gzip
 import math
-import sys
-import zlib
 from dataclasses import asdict, dataclass
-from io import BufferedIOBase, BufferedReader, FileIO
-from types import ModuleType
 from typing import Any
-
-from common.packages import optional
 
 FORMATS = ("text", "jsonl", "parquet", "arrow")  # of a Source
 DIVISIONS = ("", "line", "blank-line", "file", "article")  # of a Source
+KEEPING_WHITE_SPACE = ("line", "blank-line")  # divisions that once dropped it around documents
 BLOCK = 1 << 20  # bytes read at once
-LONGEST_WINDOW = 31  # log2 of the bytes that a .zst file may refer back to (zstd --long=31)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of compressed files, in any case
 
 
 @dataclass(frozen=True)
@@ -49,15 +43,20 @@ class Source:
     def metadata_fields(self) -> dict:
         """Return the fields under their names in metadata.json, which calls `division` documents.
 
-        `name` is only listed if a hash takes it.
+        `name` is only listed if a hash takes it. Corpora from the time when white space around
+        documents was dropped lack `white_space`.
 
-        Example: Source("a.txt", division="line") gives {"path": "a.txt", "documents": "line", ...}.
+        Example: Source("a.txt", division="line") gives {"path": "a.txt", "documents": "line",
+        "white_space": "kept", ...}.
         """
-        return {
+        fields = {
             "documents" if name == "division" else name: value
             for name, value in asdict(self).items()
             if name != "name" or self.is_hashed_by_name
         }
+        if self.division in KEEPING_WHITE_SPACE:
+            fields["white_space"] = "kept"
+        return fields
 
     @property
     def is_running_text(self) -> bool:
@@ -82,7 +81,7 @@ class Source:
     @property
     def compressed(self) -> bool:
         """Whether the file is uncompressed while it is read."""
-        return self.path.endswith((".gz", ".zst"))
+        return bool(compression_of(self.path))
 
 
 @dataclass(frozen=True)
@@ -113,43 +112,9 @@ class InvalidText(Exception):
         self.offset = offset
 
 
-def open_file(path: str) -> BufferedIOBase:
-    """Open a file for reading its uncompressed bytes.
-
-    Raises:
-        OSError: The file cannot be opened.
-        ValueError: The package that reads the compression format is missing.
-    """
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        module = zstd(path)
-        options = {module.DecompressionParameter.window_log_max: LONGEST_WINDOW}
-        return module.open(path, "rb", options=options)
-    return BufferedReader(FileIO(path), BLOCK)
-
-
-def damage(path: str) -> tuple[type[Exception], ...]:
-    """Return the exceptions that reading a damaged compressed file raises.
-
-    Raises:
-        ValueError: The package that reads the compression format is missing.
-    """
-    errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-    if path.endswith(".zst"):
-        errors += (zstd(path).ZstdError,)
-    return errors
-
-
-def zstd(path: str) -> ModuleType:
-    """Return the module that reads .zst files, which is part of Python since 3.14.
-
-    Raises:
-        ValueError: Python is older, and the package `backports.zstd` is missing.
-    """
-    if sys.version_info >= (3, 14):
-        return optional("compression.zstd", path)
-    return optional("backports.zstd", path, "backports.zstd")
+def compression_of(path: str) -> str:
+    """Return the suffix of a compressed file in lower case, one of COMPRESSED; else ""."""
+    return next((suffix for suffix in COMPRESSED if path.lower().endswith(suffix)), "")
 
 
 def text_of_row(row: Any, field: str) -> str:

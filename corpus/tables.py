@@ -1,4 +1,4 @@
-"""Tables: rows of .parquet files, and of the `datasets` library's .arrow files, to documents."""
+"""Tables: rows of .parquet files, and of .arrow files (`datasets`), to documents."""
 
 import contextlib
 import itertools
@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from common.packages import optional
+from corpus.opening import DamagedFile, UnreadableFile, open_file
 from corpus.sources import (
     BLOCK,
     InvalidDocument,
     InvalidText,
     Source,
     checked_text,
-    damage,
-    open_file,
     text_of_row,
 )
 
@@ -37,7 +36,8 @@ def divide_table(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The table is damaged, or the package `pyarrow` is missing.
+        UnreadableFile: The table is damaged.
+        ValueError: The package `pyarrow` is missing.
     """
     with _open(source) as table:
         row_groups = _row_groups(table, source)
@@ -67,53 +67,93 @@ def read_table(
         chunk: A table, or a chunk of a table.
 
     Yields:
-        Pairs (positions, texts); the position of a document is its row in the table.
+        Pairs (positions, texts); the position of a document is its row in the table. Each row that
+        is lost in a damaged row group gives an InvalidDocument.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The table is damaged, or the package `pyarrow` is missing.
+        UnreadableFile: The table is damaged.
+        ValueError: The package `pyarrow` is missing.
     """
     with _open(chunk) as table:
-        schema = table.schema if chunk.format == "arrow" else table.schema_arrow
-        if chunk.field not in schema.names:
-            yield from _rows_without_text(table, chunk, schema.names)
+        names = table.schema_arrow.names
+        if chunk.field not in names:
+            yield from _rows_without_text(table, chunk, names)
             return
-        for first, column in _columns(table, chunk):
-            values = _values(column)
-            positions = range(first, first + len(values))
-            rows = zip(positions, values)
+        for positions, column in _columns(table, chunk):
+            if isinstance(column, InvalidText):
+                yield from _invalid_rows(chunk, positions, str(column))
+                continue
+            rows = zip(positions, _values(column))
             yield positions, [_text(value, row, chunk) for row, value in rows]
+
+
+class _ArrowFile:
+    """An .arrow file, which `datasets` writes as a stream and save_to_disk may write as a file.
+
+    Record batches are read from a memory map, one at a time.
+
+    Attributes:
+        schema_arrow: Schema of the table, under the name that a ParquetFile gives it.
+    """
+
+    def __init__(self, path: str):
+        self._ipc = optional("pyarrow", path).ipc
+        self._map = optional("pyarrow", path).memory_map(path)
+        self._is_stream = self._map.read(6) != b"ARROW1"
+        self.schema_arrow = self._open().schema
+
+    def batches(self):
+        """Yield the record batches."""
+        reader = self._open()
+        if self._is_stream:
+            yield from reader
+            return
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+
+    def _open(self):
+        """Return a reader of the record batches from the first one on."""
+        self._map.seek(0)
+        open_reader = self._ipc.open_stream if self._is_stream else self._ipc.open_file
+        return open_reader(self._map)
 
 
 @contextlib.contextmanager
 def _open(source):
-    """Yield a pyarrow.parquet.ParquetFile, or a memory-mapped pyarrow.Table for an .arrow file.
+    """Yield a pyarrow.parquet.ParquetFile or an _ArrowFile.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The table is damaged, or the package `pyarrow` is missing.
+        UnreadableFile: The table is damaged.
+        ValueError: The package `pyarrow` is missing.
     """
     pyarrow = optional("pyarrow", source.path)
-    damaged = (pyarrow.ArrowException, UnicodeDecodeError, *damage(source.path))
     try:
-        if source.format == "arrow":
-            yield pyarrow.ipc.open_stream(pyarrow.memory_map(source.path)).read_all()
-            return
         with contextlib.ExitStack() as stack:
-            path_or_file = source.path
+            file = None
             if source.compressed:  # pyarrow reads the end of a table first, so uncompress it all
-                path_or_file = stack.enter_context(tempfile.TemporaryFile())
-                compressed_file = stack.enter_context(open_file(source.path))
-                shutil.copyfileobj(compressed_file, path_or_file, BLOCK)
+                file = stack.enter_context(tempfile.NamedTemporaryFile())
+                shutil.copyfileobj(stack.enter_context(open_file(source.path)), file, BLOCK)
+                file.flush()
+            if source.format == "arrow":
+                yield _ArrowFile(file.name if file else source.path)
+                return
             parquet = optional("pyarrow.parquet", source.path)
-            yield stack.enter_context(parquet.ParquetFile(path_or_file))
-    except damaged as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{source.path}: a damaged .{source.format} file ({reason})") from None
-    except OSError as error:
-        if error.errno:
-            raise
-        raise ValueError(f"{source.path}: {error}") from None  # pyarrow's errors have no number
+            # read page by page: else a whole row group is in memory
+            yield stack.enter_context(
+                parquet.ParquetFile(file or source.path, buffer_size=BLOCK, pre_buffer=False)
+            )
+    except (pyarrow.ArrowException, UnicodeDecodeError, DamagedFile, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # pyarrow's own errors have no number
+        raise UnreadableFile(source.path, _damage(source, error)) from None
+
+
+def _damage(source, error) -> str:
+    """Return why a table is damaged, from the exception of its reader."""
+    reason = error.reason if isinstance(error, DamagedFile) else str(error)
+    first_line = (reason.splitlines() or [type(error).__name__])[0]
+    return f"a damaged .{source.format} file ({first_line})"
 
 
 def _row_groups(table, source) -> list[tuple[int, int]]:
@@ -122,10 +162,11 @@ def _row_groups(table, source) -> list[tuple[int, int]]:
     The record batches of an .arrow file count as row groups.
     """
     if source.format == "arrow":
-        batches = table.to_batches()
-        if source.field not in table.schema.names:
-            return [(batch.num_rows, 0) for batch in batches]
-        return [(batch.num_rows, batch.column(source.field).nbytes) for batch in batches]
+        has_text = source.field in table.schema_arrow.names
+        return [
+            (batch.num_rows, batch.column(source.field).nbytes if has_text else 0)
+            for batch in table.batches()
+        ]
     row_groups = map(table.metadata.row_group, range(table.num_row_groups))
     return [(group.num_rows, _text_bytes(group, source.field)) for group in row_groups]
 
@@ -141,32 +182,58 @@ def _text_bytes(row_group, field) -> int:
 
 
 def _columns(table, chunk):
-    """Yield pairs (row of the first text, column of texts) for the rows of a chunk.
+    """Yield pairs (range of rows, their column of texts) for the rows of a chunk.
 
-    A column has at most ROWS texts of together about BLOCK bytes, or one longer text.
+    A column has at most ROWS texts of together about BLOCK bytes, or one longer text. For the rows
+    that are lost in a damaged row group there is an InvalidText in place of the column.
     """
     stop = math.inf if chunk.stop is None else chunk.stop
     row_groups = _row_groups(table, chunk)
     starts = itertools.accumulate((rows for rows, _ in row_groups), initial=0)
-    batches = table.to_batches() if chunk.format == "arrow" else None
-    for i, (start, (rows, size)) in enumerate(zip(starts, row_groups)):
-        if start + rows <= chunk.start or start >= stop:
+    batches = table.batches() if chunk.format == "arrow" else None
+    for i, (start, (num_rows, size)) in enumerate(zip(starts, row_groups)):
+        batch = next(batches) if batches else None
+        if start + num_rows <= chunk.start or start >= stop:
             continue
-        step = min(ROWS, max(1, BLOCK * rows // max(size, 1)))
-        if batches is not None:
-            whole = batches[i].column(chunk.field)
-            columns = (whole.slice(row, step) for row in range(0, rows, step))
-        else:
-            # one row group per call, because pyarrow keeps in memory all row groups of a call
-            iterator = table.iter_batches(step, row_groups=[i], columns=[chunk.field])
-            columns = (batch.column(0) for batch in iterator)
+        step = min(ROWS, max(1, BLOCK * num_rows // max(size, 1)))
         row = start
-        for column in columns:
+        for column in _columns_of_row_group(table, chunk, i, batch, step):
+            if isinstance(column, InvalidText):
+                rows = range(row, start + num_rows)
+            else:
+                rows = range(row, row + len(column))
             first = max(row, chunk.start)
-            last = min(row + len(column), stop)
+            last = min(rows.stop, stop)
             if first < last:
-                yield first, column.slice(first - row, last - first)
-            row += len(column)
+                lost = isinstance(column, InvalidText)
+                texts = column if lost else column.slice(first - row, last - first)
+                yield range(first, last), texts
+            row = rows.stop
+
+
+def _columns_of_row_group(table, chunk, i, batch, step):
+    """Yield the texts of row group `i`, `step` at a time; an InvalidText for the rest if damaged.
+
+    Args:
+        table: A ParquetFile or an _ArrowFile.
+        chunk: Chunk that is read.
+        i: Number of the row group.
+        batch: Record batch of an .arrow file; None for a parquet file.
+        step: Number of rows of a column.
+    """
+    if batch is not None:
+        whole = batch.column(chunk.field)
+        yield from (whole.slice(row, step) for row in range(0, len(whole), step))
+        return
+    pyarrow = optional("pyarrow", chunk.path)
+    try:
+        # one row group per call, because pyarrow keeps in memory all row groups of a call
+        for part in table.iter_batches(step, row_groups=[i], columns=[chunk.field]):
+            yield part.column(0)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        yield InvalidText(_damage(chunk, error))
 
 
 def _rows_without_text(table, chunk, names):
@@ -177,8 +244,13 @@ def _rows_without_text(table, chunk, names):
         reason = str(error)
     num_rows = sum(rows for rows, _ in _row_groups(table, chunk))
     stop = num_rows if chunk.stop is None else chunk.stop
-    for start in range(chunk.start, stop, ROWS):
-        rows = range(start, min(start + ROWS, stop))
+    yield from _invalid_rows(chunk, range(chunk.start, stop), reason)
+
+
+def _invalid_rows(chunk, positions, reason):
+    """Yield an InvalidDocument for each of some rows, in lists."""
+    for start in range(positions.start, positions.stop, ROWS):
+        rows = range(start, min(start + ROWS, positions.stop))
         yield rows, [InvalidDocument(reason, _place(chunk, row)) for row in rows]
 
 

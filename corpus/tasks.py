@@ -198,7 +198,7 @@ class _SplitWriter:
         self.split_counts["documents"] += len(texts)
         self.split_counts["bytes"] += sum(len(encodable(text).encode()) for text in texts)
         if self.job.max_length:
-            ids = self._drop_beyond_max_length(ids)
+            ids = self._drop_beyond_max_length(ids, texts)
         tokenizer = self.tokenizer
         if len(ids) and ids.max() >= tokenizer.vocab_size:  # as uint16, 65,536 would become 0
             raise ValueError(
@@ -237,14 +237,18 @@ class _SplitWriter:
                     texts.append(text)
         return texts
 
-    def _drop_beyond_max_length(self, ids: np.ndarray) -> np.ndarray:
+    def _drop_beyond_max_length(self, ids: np.ndarray, texts: list[str]) -> np.ndarray:
         """Return the first max_length ids of each document, with its end-of-text token."""
         is_end = ids == self.tokenizer.eot_token
         ends = np.flatnonzero(is_end)
         lengths = np.diff(ends, prepend=-1)  # with the end-of-text token
         positions = np.arange(len(ids)) - np.repeat(ends - lengths + 1, lengths)
         keep = (positions < self.job.max_length) | is_end
-        self.split_counts["bytes"] -= len(self.tokenizer.decode_bytes(ids[~keep]))
+        for i in np.flatnonzero(lengths > self.job.max_length + 1):
+            start = ends[i] - lengths[i] + 1
+            kept_ids = ids[start : start + self.job.max_length]
+            num_kept_bytes = self.tokenizer.num_bytes_of_beginning(texts[i], kept_ids)
+            self.split_counts["bytes"] -= len(encodable(texts[i]).encode()) - num_kept_bytes
         self.dropped += int((~keep).sum())
         return ids[keep]
 

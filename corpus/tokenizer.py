@@ -23,8 +23,10 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from common.files import atomic_write
+from common.grouping import in_groups
 from common.packages import optional
 from common.settings import near
+from corpus.boundaries import BOUNDARY
 from corpus.download import download, sha256_of
 
 _HOST = "https://openaipublic.blob.core.windows.net"
@@ -50,6 +52,8 @@ VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
 ALIASES = {"distilgpt2": "gpt2"}  # name -> encoding with the same vocabulary
 LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
+CHARACTERS_AT_ONCE = 1 << 17  # of a tokenizer.json, which needs 120 bytes of memory for each
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character outside the vocabulary
 LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
 
 
@@ -130,6 +134,21 @@ class Tokenizer:
         for text in texts:
             arrays += [self.encode(text), end]
         return np.concatenate(arrays)
+
+    def num_bytes_of_beginning(self, text: str, ids: np.ndarray) -> int:
+        """Return how many UTF-8 bytes of a text its first ids stand for.
+
+        Example: with GPT-2's vocabulary, "one for sorrow" begins with the ids of "one" and " for",
+        which stand for 7 bytes.
+
+        Args:
+            text: a text.
+            ids: (n,) array, the first ids of the text, but not all of them; at least one.
+
+        Raises:
+            CannotEncode: if the tokenizer cannot encode the text.
+        """
+        return len(self.decode_bytes(ids))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of ids, which may begin or end inside a character.
@@ -279,20 +298,72 @@ class HuggingFaceTokenizer(Tokenizer):
             raise CannotEncode(f"{self.name} cannot encode every text: {error}") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text.
-
-        Returns:
-            (n,) uint32 array of ids.
-
-        Raises:
-            CannotEncode: The package cannot encode the text.
-        """
-        return np.array(self._encode([text])[0].ids, np.uint32)
+        """Return (n,) uint32 ids, from parts of the text if they give the same ids."""
+        calls = in_groups(self._parts(text), CHARACTERS_AT_ONCE, len)
+        ids = [np.array(e.ids, np.uint32) for call in calls for e in self._encode(call)]
+        return np.concatenate([np.empty(0, np.uint32), *ids])
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode many texts in one call."""
-        encodings = self._encode(texts)
-        return np.array([i for e in encodings for i in (*e.ids, self.eot_token)], np.uint32)
+        """Encode texts, many short ones in one call, each followed by the end-of-text token."""
+        end = np.array([self.eot_token], np.uint32)
+        ids = [np.empty(0, np.uint32)]
+        for call in in_groups(texts, CHARACTERS_AT_ONCE, len):
+            if len(call) == 1:
+                ids += [self.encode(call[0]), end]
+                continue
+            for encoding in self._encode(call):
+                ids += [np.array(encoding.ids, np.uint32), end]
+        return np.concatenate(ids)
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yield the text in parts of about CHARACTERS_AT_ONCE, if it may be divided."""
+        text = encodable(text)
+        start = 0
+        while self.divisible and len(text) - start > CHARACTERS_AT_ONCE:
+            boundary = BOUNDARY.search(text, start + CHARACTERS_AT_ONCE)
+            if boundary is None:
+                break
+            yield text[start : boundary.start()]
+            start = boundary.start()
+        yield text[start:]
+
+    def num_bytes_of_beginning(self, text: str, ids: np.ndarray) -> int:
+        """Return how many UTF-8 bytes of a text its first ids stand for.
+
+        The tokenizer may change the text, so the places of the ids in the original text count. If
+        the first ids end inside a character, only the bytes of the next ids are left out.
+        """
+        text = encodable(text)
+        encoding = self._offsets_tokenizer.encode(text, add_special_tokens=False)
+        spans = encoding.offsets  # first character of each id, and the one after its last
+        if spans[len(ids) - 1][1] <= spans[len(ids)][0]:
+            return len(text[: spans[len(ids) - 1][1]].encode())
+        stop = len(ids) + 1  # end of the ids that share a character with the one before
+        while stop < len(spans) and spans[stop - 1][1] > spans[stop][0]:
+            stop += 1
+        dropped = sum(map(self._num_bytes_of_token, encoding.tokens[len(ids) : stop]))
+        num_bytes = len(text[: spans[stop - 1][1]].encode()) - dropped
+        return max(num_bytes, len(text[: spans[len(ids)][0]].encode()))
+
+    @functools.cached_property
+    def _offsets_tokenizer(self):
+        """The same tokenizer without a post-processor, which may cut white space off the offsets."""
+        tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        tokenizer.post_processor = None
+        return tokenizer
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether each character of a token stands for a byte."""
+        settings = json.loads(self.tokenizer.to_str())
+        return '"ByteLevel"' in json.dumps([settings["pre_tokenizer"], settings["normalizer"]])
+
+    def _num_bytes_of_token(self, token: str) -> int:
+        """Return how many bytes a token stands for that shares a character with another token."""
+        if BYTE_TOKEN.fullmatch(token):
+            return 1
+        return len(token) if self._is_byte_level else len(token.encode())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of the text of ids."""

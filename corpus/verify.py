@@ -17,7 +17,7 @@ from corpus.metadata import (
 )
 from corpus.planning import split_text
 from corpus.reader import read
-from corpus.sources import DIVISIONS, FORMATS, InvalidDocument, Source
+from corpus.sources import DIVISIONS, FORMATS, KEEPING_WHITE_SPACE, InvalidDocument, Source
 from corpus.tasks import SPLIT_RULE, assign_split
 from corpus.token_files import blocks, open_tokens
 from corpus.tokenizer import Tokenizer, get_tokenizer
@@ -211,6 +211,7 @@ def _compare_documents(
         split: _ids_of_documents(open_tokens(corpus_dir / split)[0], metadata["eot_token"])
         for split in splits
     }
+    stripped = _numbers_of_stripped_sources(metadata)
     num_seen: Counter[str] = Counter()
     num_compared = 0
     for source in sources:
@@ -219,6 +220,8 @@ def _compare_documents(
                 continue  # it was skipped
             if metadata.get("skipped") and not tokenizer.can_encode(text):
                 continue
+            if source.number in stripped:
+                text = text.strip()
             ids = next(prepared.get(split, iter(())), None)
             num_seen[split] += 1
             if ids is not None and num_seen[split] % step:
@@ -231,6 +234,15 @@ def _compare_documents(
         if next(unseen, None) is not None:
             raise _difference(corpus_dir, f"the number of documents of {split}", sources[0].path)
     return f"{num_compared:,} of {sum(num_seen.values()):,} documents were"
+
+
+def _numbers_of_stripped_sources(metadata: dict) -> set[int]:
+    """Return the numbers of the sources of an older corpus that lost white space on preparing."""
+    return {
+        file["number"]
+        for file in metadata["source"]["files"]
+        if file["documents"] in KEEPING_WHITE_SPACE and "white_space" not in file
+    }
 
 
 def _texts_with_splits(

@@ -2,17 +2,22 @@
 
 # ruff: noqa: RUF001  (the test needs Chinese punctuation)
 
+import bz2
+import lzma
 import os
 import random
 import sys
 
 import pytest
 from conftest import DEAD_PROXY, ROOT
+from test_tokenizer import make_json
 
 from bench.report import whole_process
 
 CHARACTERS = {
     "Georgian": "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებით. ",
+    "Amharic": "የሰው ልጅ ሁሉ ሲወለድ ነጻና በክብርና በመብትም እኩልነት ያለው ነው። ",
+    "Chinese with indents": "　　人人生而自由，在尊严和权利上一律平等。\n",
     "Chinese with CRLF": "人人生而自由，在尊严和权利上一律平等。\r\n\r\n",
 }
 
@@ -21,6 +26,23 @@ def peak_mib(path, *flags) -> float:
     """Return the peak memory of prepare_data.py with one worker, in MiB."""
     command = [sys.executable, ROOT / "prepare_data.py", "--input", path, "--workers", "1", *flags]
     return whole_process(command, cwd=path.parent, env=os.environ | DEAD_PROXY)[1]
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_a_compressed_text_needs_little_memory(tmp_path, compress):
+    suffix = ".bz2" if compress is bz2.compress else ".xz"
+    line = CHARACTERS["Chinese with CRLF"].encode()
+    (tmp_path / f"my.txt{suffix}").write_bytes(compress(line * (5_000_000 // len(line))))
+    assert peak_mib(tmp_path / f"my.txt{suffix}", "--tokenizer", "bytes") < 150
+
+
+def test_a_tokenizer_json_needs_little_memory(tmp_path):
+    make_json(tmp_path / "mine.json")
+    (tmp_path / "my.txt").write_text("one for sorrow, two for mirth\n" * 100_000)
+    tokenizer = str(tmp_path / "mine.json")
+    assert (
+        peak_mib(tmp_path / "my.txt", "--tokenizer", tokenizer) < 150
+    )  # 238 in one call per block
 
 
 @pytest.mark.parametrize("script", CHARACTERS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batches.streaming import StreamingTextDataset
 from corpus import planning
+from corpus import tokenizer as tokenizer_module
 from corpus.boundaries import BOUNDARY
 from corpus.inputs import Corpus
 from corpus.planning import plan
@@ -158,6 +159,98 @@ def test_a_tokenizer_json_with_gpt2s_pattern_encodes_a_text_in_parts(text, json_
     for place in [match.start() for match in BOUNDARY.finditer(text)]:
         parts = [json_tokenizer.encode(part) for part in (text[:place], text[place:])]
         assert np.concatenate(parts).tolist() == whole, (text[:place], text[place:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS | st.text(max_size=40))
+def test_the_bytes_of_the_first_ids_are_those_of_the_tokens(text, json_tokenizer):
+    """In a byte-level token each character stands for a byte."""
+    text = text.encode(errors="ignore").decode()
+    ids = json_tokenizer.encode(text)
+    lengths = [len(json_tokenizer.tokenizer.id_to_token(i)) for i in ids]
+    assert sum(lengths) == len(text.encode())
+    for n in range(1, len(ids)):
+        assert json_tokenizer.num_bytes_of_beginning(text, ids[:n]) == sum(lengths[:n])
+
+
+def make_prefix_json(path):
+    """Write a byte-level tokenizer.json that puts a space before each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = make_json(path)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    made.save(str(path))
+
+
+def make_byte_fallback_json(path):
+    """Write a tokenizer.json like Llama's: a space before the text, bytes for new characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4}
+    ids |= {f"<0x{i:02X}>": 5 + i for i in range(256)}
+    model = tokenizers.models.BPE(ids, [("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    made.add_special_tokens(["</s>"])
+    made.save(str(path))
+
+
+def make_word_json(path):
+    """Write a tokenizer.json like BERT's: lower case, no accents, no white space."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {"[UNK]": 0, "[SEP]": 1, "e": 2, "##s": 3, "cafe": 4}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(["[SEP]"])
+    made.save(str(path))
+
+
+KEPT_BYTES = {  # maker of a tokenizer.json, text, bytes of its first 1, 2, ... ids but the last
+    "byte-level": (make_json, "x 漢é", [1, 2, 3, 4, 5, 6]),
+    "space before the text": (make_prefix_json, "x 漢 é", [0, 1, 2, 3, 4, 5, 6, 7]),
+    "byte-fallback": (make_byte_fallback_json, "a 漢aa", [1, 2, 3, 4, 5, 6]),
+    "normalizing": (make_word_json, "Cafés  É xyz", [5, 6, 10]),
+}
+
+
+@pytest.mark.parametrize("case", KEPT_BYTES)
+def test_max_length_counts_the_bytes_of_the_text_that_is_kept(cache, tmp_path, case):
+    make, text, expected = KEPT_BYTES[case]
+    make(tmp_path / "mine.json")
+    tokenizer = get_tokenizer(str(tmp_path / "mine.json"))
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(expected) + 1
+    firsts = [ids[:n] for n in range(1, len(ids))]
+    assert [tokenizer.num_bytes_of_beginning(text, first) for first in firsts] == expected
+    metadata = conftest.make_corpus(
+        tmp_path / "c",
+        [text, "", text * 9] * 10,
+        documents=True,
+        tokenizer=str(tmp_path / "mine.json"),
+        max_length=2,
+    )
+    assert metadata["dropped"] == 10 * (len(ids) + len(tokenizer.encode(text * 9)) - 4)
+    assert sum(split["bytes"] for split in metadata["splits"].values()) == 20 * expected[1]
+
+
+def test_a_tokenizer_json_takes_a_long_text_in_parts(json_tokenizer, monkeypatch):
+    text = "one for sorrow, two for mirth\n漢字。 " * 300
+    whole = json_tokenizer.encode(text).tolist()
+    documents = json_tokenizer.encode_documents([text, "", "one", text]).tolist()
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_AT_ONCE", 100)
+    encode = json_tokenizer._encode
+    lengths = []
+
+    def encode_and_record(texts):
+        lengths.append(sum(map(len, texts)))
+        return encode(texts)
+
+    monkeypatch.setattr(json_tokenizer, "_encode", encode_and_record)
+    assert json_tokenizer.encode(text).tolist() == whole
+    assert json_tokenizer.encode_documents([text, "", "one", text]).tolist() == documents
+    assert max(lengths) < 150
 
 
 def test_a_tokenizer_json_with_another_pattern_refuses_a_long_running_text(
