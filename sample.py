@@ -15,13 +15,8 @@ import torch
 
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
-from corpus.tokenizer import (
-    HuggingFaceTokenizer,
-    Tokenizer,
-    fetch_vocabulary,
-    get_tokenizer,
-    use_prefetched_vocabularies,
-)
+from corpus.tokenizer import Tokenizer, use_prefetched_vocabularies
+from corpus.vocabulary import tokenizer_of
 from model import GPT
 from training.checkpoint import best_checkpoint, load_model
 from training.compute import left_out_first_tokens
@@ -29,6 +24,7 @@ from training.device import choose_device, memory_errors
 from training.huggingface import pretrained_folder
 from training.run_folder import newest_run
 from training.sampling import continue_prompt, until_end
+from training.vocabulary import tokenizer_of_weights
 
 
 @dataclass
@@ -93,13 +89,13 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
 
     Raises:
         FileNotFoundError: The run has no checkpoint, or the vocabulary is missing.
-        ValueError: The checkpoint is damaged.
+        ValueError: The checkpoint is damaged, or the vocabulary is another one.
     """
     run_dir = Path(settings.run) if settings.run else newest_run(settings.out_dir)
     checkpoint = best_checkpoint(run_dir)
     print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
-    tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
     metadata = checkpoint["metadata"]
+    tokenizer = tokenizer_of(metadata, run_dir)
     if left_out_first_tokens(checkpoint):  # an older run, which cannot begin documents
         metadata = None
     return load_model(checkpoint, device), tokenizer, metadata
@@ -107,8 +103,6 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
 
 def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, None]:
     """Return a model in the Hugging Face layout and its tokenizer; its corpus is unknown.
-
-    The tokenizer is the folder's tokenizer.json or, if there is none, GPT-2's vocabulary.
 
     Args:
         settings: Settings with init_from.
@@ -121,12 +115,7 @@ def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Toke
     """
     folder = pretrained_folder(settings.init_from, settings.data_dir)
     model = GPT.from_pretrained(folder).to(device).eval()
-    tokenizer: Tokenizer
-    if (folder / "tokenizer.json").exists():
-        tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
-    else:  # as in the folders that OpenAI's weights are downloaded to
-        fetch_vocabulary("gpt2")
-        tokenizer = get_tokenizer("gpt2")
+    tokenizer = tokenizer_of_weights(settings.init_from, folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{folder} has {model.config.vocab_size:,} ids, fewer than the "

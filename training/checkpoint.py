@@ -26,6 +26,7 @@ from training.distributed import is_first_rank
 from training.huggingface import EMBEDDING, pretrained_folder
 from training.optimizer import OptimizerGroup
 from training.run_settings import SHAPE_SETTINGS, RunSettings
+from training.vocabulary import check_vocabulary, same_vocabulary
 
 
 @dataclass
@@ -106,12 +107,12 @@ def restore(
     Raises:
         ValueError: The corpus, or the optimizer, is another one.
     """
-    for name in ("tokenizer", "splits"):
-        if checkpoint["metadata"][name] != metadata[name]:
-            raise ValueError(
-                f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
-                f"trained on it: prepare it as it was"
-            )
+    old = checkpoint["metadata"]
+    if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
+        raise ValueError(
+            f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
+            f"trained on it: prepare it as it was"
+        )
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
     optimizer.load_states(
@@ -280,6 +281,7 @@ def _is_sound(checkpoint: dict) -> bool:
             )
             and 0 < vocab_size <= len(weights[EMBEDDING])
             and isinstance(checkpoint["metadata"]["tokenizer"]["name"], str)
+            and isinstance(checkpoint["metadata"]["tokenizer"]["sha256"], str)
             and isinstance(checkpoint["metadata"]["splits"], dict)
             and isinstance(checkpoint["config"], dict)
             and isinstance(checkpoint["best"]["val_loss"], float)
@@ -372,6 +374,7 @@ def create_model(
             f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
             f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
         )
+    check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
     if config.n_positions < T:
         raise ValueError(
             f"--sequence_length {T} is longer than the {config.n_positions} positions of "

@@ -20,6 +20,7 @@ import torch
 from common.files import atomic_write, exclusive_lock, read_json
 from corpus.download import download
 from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer
+from corpus.vocabulary import LETTERS
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
 FILES = ("config.json", "model.safetensors")
@@ -275,10 +276,4 @@ def _last_merge(token_bytes: bytes, ids: dict[bytes, int]) -> list[bytes]:
 
 def _letters(token_bytes: bytes) -> str:
     """Return bytes in the letters of GPT-2's files: printable bytes stand for themselves."""
-    return "".join(map(_LETTERS.__getitem__, token_bytes))
-
-
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
-_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+    return "".join(map(LETTERS.__getitem__, token_bytes))
