@@ -15,7 +15,7 @@ torchrun turns all of them into 1.
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from model import GPT2_SIZES
 from training.checkpoint import (
     Progress,
     check_finite,
+    check_ranks_agree,
     check_weights,
     create_model,
     restore,
@@ -259,6 +260,7 @@ def train(
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
+    check_ranks_agree(progress, metadata, ranks)
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
     parallel: Any = compiled
     if ranks.world_size > 1:
@@ -304,7 +306,7 @@ def train(
             for i, (micro_x, micro_y) in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 wait = ranks.world_size > 1 and not is_last  # the last one averages the gradients
-                with parallel.no_sync() if wait else nullcontext():
+                with parallel.no_sync() if wait else ranks.waiting():
                     micro_loss = compute_loss(parallel, micro_x, micro_y, compute) / num_targets
                     # times world_size: an average over processes becomes a sum
                     scaler.scale(micro_loss * ranks.world_size).backward()

@@ -9,6 +9,8 @@ and skipped_steps.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -22,7 +24,7 @@ import torch
 from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
-from training.distributed import is_first_rank
+from training.distributed import Ranks, is_first_rank
 from training.huggingface import EMBEDDING, pretrained_folder
 from training.optimizer import OptimizerGroup
 from training.run_settings import SHAPE_SETTINGS, RunSettings
@@ -135,6 +137,24 @@ def restore(
     return progress
 
 
+def check_ranks_agree(progress: Progress, metadata: dict, ranks: Ranks) -> None:
+    """Check that all ranks are at the same place of the same corpus.
+
+    DistributedDataParallel then gives the weights of rank 0 to all ranks.
+
+    Args:
+        progress: How far the run is.
+        metadata: Metadata of the corpus.
+        ranks: This process among all.
+
+    Raises:
+        ValueError: A rank differs from rank 0; the message names the rank.
+    """
+    corpus = [metadata["tokenizer"]["sha256"], metadata["splits"]]
+    checksum = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()
+    ranks.check_equal(step=progress.step, position=progress.position, corpus_checksum=checksum)
+
+
 def check_finite(value: float, name: str, step: int, run_dir: Path) -> float:
     """Return `value` if it is a finite number; called before anything is saved.
 
@@ -224,15 +244,66 @@ def last_checkpoint(run_dir: Path) -> dict:
         FileNotFoundError: The run has no checkpoint.
         ValueError: Both files are damaged, or checkpoints of another program.
     """
+    return _load_last(run_dir)[1]
+
+
+def _load_last(run_dir: Path) -> tuple[Path, dict]:
+    """Return the path, too, of the checkpoint that last_checkpoint loads."""
+    last = run_dir / "last.pt"
+    previous = run_dir / "previous.pt"
     try:
-        return load_checkpoint(run_dir / "last.pt")
+        return last, load_checkpoint(last)
     except ValueError as error:
-        if not (run_dir / "previous.pt").exists():
+        if not previous.exists():
             raise
-        checkpoint = load_checkpoint(run_dir / "previous.pt")
+        checkpoint = load_checkpoint(previous)
         if is_first_rank():
-            print(f"{error}\ncontinuing from the checkpoint before it: {run_dir}/previous.pt")
+            print(f"{error}\ncontinuing from the checkpoint before it: {previous}")
+        return previous, checkpoint
+
+
+def shared_checkpoint(run_dir: Path, ranks: Ranks) -> dict:
+    """Load the checkpoint to resume from: rank 0 chooses, and all ranks load the same one.
+
+    The folder may lie on a disk of each machine: equal checksums make equal checkpoints.
+
+    Args:
+        run_dir: Folder of the run.
+        ranks: This process among all.
+
+    Raises:
+        FileNotFoundError: The run has no checkpoint.
+        ValueError: The files of rank 0 are damaged, or another rank lacks the file that rank 0
+            chose; the message names the rank.
+    """
+    chosen: dict = {}
+
+    def choose() -> tuple[str, list]:
+        path, checkpoint = _load_last(run_dir)
+        chosen.update(checkpoint)
+        return path.name, _checksums(path)
+
+    name, checksums = ranks.on_first(choose)
+
+    def load() -> dict:
+        if ranks.is_first:
+            return chosen
+        path = run_dir / name
+        checkpoint = load_checkpoint(path)
+        if _checksums(path) != checksums:
+            raise ValueError(
+                f"{path} differs from the checkpoint of rank 0: copy the folder of the run to each "
+                f"machine, or name one that all machines share with --out_dir"
+            )
         return checkpoint
+
+    return ranks.on_each(load)
+
+
+def _checksums(path: Path) -> list[tuple[str, int]]:
+    """Return the checksum of each part of a checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        return [(member.filename, member.CRC) for member in archive.infolist()]
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -12,7 +12,7 @@ from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
-from training.checkpoint import last_checkpoint
+from training.checkpoint import shared_checkpoint
 from training.run_folder import RunLock
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 
@@ -66,13 +66,15 @@ def load_settings(flags: Any, doc: str, lock: RunLock) -> tuple[Any, dict | None
     """
     settings = flags
     checkpoint = None
-    run_dir = resumed_run(flags)
+    ranks = lock.ranks
+    run_dir = ranks.on_first(lambda: resumed_run(flags))
     if run_dir:
-        if run_dir.is_dir():
+        if ranks.on_first(run_dir.is_dir):
             lock.take(run_dir)
-        checkpoint = last_checkpoint(run_dir)
+        checkpoint = shared_checkpoint(run_dir, ranks)
         settings = resumed_settings(type(flags), doc, run_dir, checkpoint)
-    settings.corpus = settings.corpus or newest_corpus(settings.data_dir).name
+    if not settings.corpus:
+        settings.corpus = ranks.on_first(lambda: newest_corpus(settings.data_dir).name)
     use_prefetched_vocabularies(settings.data_dir)
     return settings, checkpoint
 
