@@ -75,7 +75,7 @@ class Settings:
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to continue; auto: run_name's, if it has a checkpoint
-    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, or a folder
+    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, a folder or run
     size: Size = "auto"  # what the flags below are by default; auto: tiny on a CPU, else small
     n_layer: int | None = None  # blocks; this and all settings without a default depend on size
     n_head: int | None = None  # attention heads per block; n_embd is a multiple of it
@@ -354,7 +354,8 @@ def train(
                 done = done or is_complete(progress, settings)
             overdue = time.monotonic() - last_save > 60 * settings.checkpoint_minutes
             if validates or done or overdue:
-                check_weights(model, progress.step, run_dir)
+                if not validates:
+                    check_weights(model, progress.step, run_dir)
                 save_last()
                 num_tokens = 0  # the speed is that of training alone
                 last_log = time.perf_counter()
