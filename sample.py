@@ -18,10 +18,10 @@ from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import Tokenizer, use_prefetched_vocabularies
 from corpus.vocabulary import tokenizer_of
 from model import GPT
-from training.checkpoint import best_checkpoint, load_model
+from training.checkpoint import best_checkpoint, is_run, load_model
 from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
-from training.huggingface import pretrained_folder
+from training.huggingface import RELEASED, pretrained_folder
 from training.run_folder import newest_run
 from training.sampling import continue_prompt, until_end
 from training.vocabulary import tokenizer_of_weights
@@ -31,7 +31,7 @@ from training.vocabulary import tokenizer_of_weights
 class Settings:
     """Every setting is also a flag: --num_samples 3."""
 
-    run: str = ""  # folder of the run; "": the one saved last
+    run: str = ""  # folder of the run, or one of its checkpoints; "": the run saved last
     out_dir: str = "out"  # folder of runs
     init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
     data_dir: str = "data"  # folder in which downloaded weights and vocabularies are kept
@@ -68,6 +68,9 @@ def main() -> None:
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
     use_prefetched_vocabularies(settings.data_dir)
+    if settings.init_from not in ("", *RELEASED) and is_run(Path(settings.init_from)):
+        settings.run = settings.init_from
+        settings.init_from = ""
     load = load_pretrained if settings.init_from else load_run
     model, tokenizer, metadata = load(settings, device)
     if settings.export:

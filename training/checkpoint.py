@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,9 @@ from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import Ranks, is_first_rank
-from training.huggingface import EMBEDDING, pretrained_folder
+from training.huggingface import EMBEDDING, RELEASED, pretrained_folder
 from training.optimizer import OptimizerGroup
+from training.run_folder import run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 from training.vocabulary import check_vocabulary, same_vocabulary
 
@@ -372,18 +374,28 @@ def _check_checksums(path: Path) -> None:
         raise zipfile.BadZipFile(f"{damaged} differs from what was saved")
 
 
-def best_checkpoint(run_dir: Path) -> dict:
+def is_run(path: Path) -> bool:
+    """Return whether a path names a run, by its folder or by one of its checkpoints."""
+    if path.is_file():
+        return path.suffix == ".pt"
+    return any((path / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+
+
+def best_checkpoint(run: Path) -> dict:
     """Load the best weights of a run: best.pt, or last.pt if the run was never validated.
 
     Args:
-        run_dir: Folder of the run.
+        run: Folder of the run, or a file in it. A checkpoint of the run is loaded itself.
 
     Raises:
         FileNotFoundError: The run has no checkpoint.
         ValueError: The file is damaged, or not a checkpoint of this program.
     """
-    path = run_dir / "best.pt"
-    return load_checkpoint(path) if path.exists() else last_checkpoint(run_dir)
+    if run.suffix == ".pt" and run.is_file():
+        return load_checkpoint(run)
+    run_dir = run_of(run)
+    best = run_dir / "best.pt"
+    return load_checkpoint(best) if best.exists() else last_checkpoint(run_dir)
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
@@ -391,13 +403,20 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
 
     Rows of the output layer beyond the corpus's vocabulary are cut off.
     """
+    return _model_of(checkpoint, vocab_multiple=1).to(device).eval()
+
+
+def _model_of(checkpoint: dict, **changes: Any) -> GPT:
+    """Return the model of a checkpoint on the CPU, with changes to its configuration."""
     vocab_size = checkpoint["metadata"]["vocab_size"]
+    config = GPTConfig(**checkpoint["model_config"] | {"vocab_size": vocab_size} | changes)
     weights = dict(checkpoint["model"])
-    weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
-    config = checkpoint["model_config"] | {"vocab_size": vocab_size, "vocab_multiple": 1}
-    model = GPT(GPTConfig(**config))
+    embedding = weights[EMBEDDING][:vocab_size]
+    padding = config.padded_vocab_size - vocab_size
+    weights[EMBEDDING] = torch.nn.functional.pad(embedding, (0, 0, 0, padding))
+    model = GPT(config)
     model.load_state_dict(weights)
-    return model.to(device).eval()
+    return model
 
 
 def create_model(
@@ -437,15 +456,27 @@ def create_model(
                 vocab_multiple=vocab_multiple,
             )
         )
-    folder = pretrained_folder(settings.init_from, settings.data_dir)
-    model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
+    path = Path(settings.init_from)
+    folder = None
+    if settings.init_from not in RELEASED and is_run(path):
+        start = best_checkpoint(path)
+        model = _model_of(start, dropout=settings.dropout, vocab_multiple=vocab_multiple)
+    else:
+        folder = pretrained_folder(settings.init_from, settings.data_dir)
+        model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
     config = model.config
     if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
         raise ValueError(
             f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
             f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
         )
-    check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
+    if folder:
+        check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
+    elif not same_vocabulary(start["metadata"], metadata):
+        raise ValueError(
+            f"{settings.corpus} has another vocabulary than the corpus that {settings.init_from} "
+            f"was trained on: prepare it with the same --tokenizer"
+        )
     if config.n_positions < T:
         raise ValueError(
             f"--sequence_length {T} is longer than the {config.n_positions} positions of "
