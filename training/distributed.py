@@ -28,7 +28,7 @@ from common.script import end_without_shutdown
 
 SECONDS_TO_START = 600  # from the first process of a run to its last; a cluster starts them slowly
 SECONDS_TO_WAIT = 1800  # for another rank; rank 0 may compile, or write a large checkpoint
-SECONDS_TO_EXPLAIN = 10  # that ranks which lost another one wait for each other's reason
+SECONDS_TO_EXPLAIN = 5  # that ranks which lost another one wait for each other's reason
 Value = TypeVar("Value")
 
 
@@ -48,8 +48,8 @@ class Ranks:
         """Return the sum of a tensor over all ranks."""
         if self.world_size == 1:
             return tensor
-        total = tensor.detach().cpu().clone()  # cpu() alone may return the tensor itself
-        with self.waiting():
+        with self.waiting():  # also for gradients that a GPU still waits for
+            total = tensor.detach().cpu().clone()  # cpu() alone may return the tensor itself
             dist.all_reduce(total)
         return total
 
