@@ -45,7 +45,7 @@ from batches.tokens import Tokens, check_split_size
 from common.script import run_script
 from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
-from corpus.tokenizer import get_tokenizer
+from corpus.vocabulary import tokenizer_of
 
 __all__ = [
     "DocumentDataset", "NoisyTextDataset", "PackedDocuments", "ShuffledBatches", "ShuffledIndices",
@@ -311,7 +311,7 @@ def main() -> None:
     name = settings.corpus or newest_corpus(settings.data_dir).name
     folder = Path(settings.data_dir) / name
     metadata = read_metadata(folder)
-    tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
+    tokenizer = tokenizer_of(metadata, folder)
     print_counts(folder, metadata)
     tokens = Tokens(folder / settings.split)
     windows = TextDataset(tokens, settings.sequence_length)

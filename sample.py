@@ -15,27 +15,23 @@ import torch
 
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
-from corpus.tokenizer import (
-    HuggingFaceTokenizer,
-    Tokenizer,
-    fetch_vocabulary,
-    get_tokenizer,
-    use_prefetched_vocabularies,
-)
+from corpus.tokenizer import Tokenizer, use_prefetched_vocabularies
+from corpus.vocabulary import tokenizer_of
 from model import GPT
-from training.checkpoint import best_checkpoint, load_model
+from training.checkpoint import best_checkpoint, is_run, load_model
 from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
-from training.huggingface import pretrained_folder
+from training.huggingface import RELEASED, pretrained_folder
 from training.run_folder import newest_run
 from training.sampling import continue_prompt, until_end
+from training.vocabulary import tokenizer_of_weights
 
 
 @dataclass
 class Settings:
     """Every setting is also a flag: --num_samples 3."""
 
-    run: str = ""  # folder of the run; "": the one saved last
+    run: str = ""  # folder of the run, or one of its checkpoints; "": the run saved last
     out_dir: str = "out"  # folder of runs
     init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
     data_dir: str = "data"  # folder in which downloaded weights and vocabularies are kept
@@ -72,6 +68,9 @@ def main() -> None:
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
     use_prefetched_vocabularies(settings.data_dir)
+    if settings.init_from not in ("", *RELEASED) and is_run(Path(settings.init_from)):
+        settings.run = settings.init_from
+        settings.init_from = ""
     load = load_pretrained if settings.init_from else load_run
     model, tokenizer, metadata = load(settings, device)
     if settings.export:
@@ -93,13 +92,13 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
 
     Raises:
         FileNotFoundError: The run has no checkpoint, or the vocabulary is missing.
-        ValueError: The checkpoint is damaged.
+        ValueError: The checkpoint is damaged, or the vocabulary is another one.
     """
     run_dir = Path(settings.run) if settings.run else newest_run(settings.out_dir)
     checkpoint = best_checkpoint(run_dir)
     print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
-    tokenizer = get_tokenizer(checkpoint["metadata"]["tokenizer"]["name"])
     metadata = checkpoint["metadata"]
+    tokenizer = tokenizer_of(metadata, run_dir)
     if left_out_first_tokens(checkpoint):  # an older run, which cannot begin documents
         metadata = None
     return load_model(checkpoint, device), tokenizer, metadata
@@ -107,8 +106,6 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
 
 def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, None]:
     """Return a model in the Hugging Face layout and its tokenizer; its corpus is unknown.
-
-    The tokenizer is the folder's tokenizer.json or, if there is none, GPT-2's vocabulary.
 
     Args:
         settings: Settings with init_from.
@@ -121,12 +118,7 @@ def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Toke
     """
     folder = pretrained_folder(settings.init_from, settings.data_dir)
     model = GPT.from_pretrained(folder).to(device).eval()
-    tokenizer: Tokenizer
-    if (folder / "tokenizer.json").exists():
-        tokenizer = HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
-    else:  # as in the folders that OpenAI's weights are downloaded to
-        fetch_vocabulary("gpt2")
-        tokenizer = get_tokenizer("gpt2")
+    tokenizer = tokenizer_of_weights(settings.init_from, folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{folder} has {model.config.vocab_size:,} ids, fewer than the "

@@ -15,7 +15,7 @@ torchrun turns all of them into 1.
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from model import GPT2_SIZES
 from training.checkpoint import (
     Progress,
     check_finite,
+    check_ranks_agree,
     check_weights,
     create_model,
     restore,
@@ -74,7 +75,7 @@ class Settings:
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
     resume: str = ""  # folder of a run to continue; auto: run_name's, if it has a checkpoint
-    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, or a folder
+    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, a folder or run
     size: Size = "auto"  # what the flags below are by default; auto: tiny on a CPU, else small
     n_layer: int | None = None  # blocks; this and all settings without a default depend on size
     n_head: int | None = None  # attention heads per block; n_embd is a multiple of it
@@ -259,6 +260,7 @@ def train(
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
+    check_ranks_agree(progress, metadata, ranks)
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
     parallel: Any = compiled
     if ranks.world_size > 1:
@@ -304,7 +306,7 @@ def train(
             for i, (micro_x, micro_y) in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 wait = ranks.world_size > 1 and not is_last  # the last one averages the gradients
-                with parallel.no_sync() if wait else nullcontext():
+                with parallel.no_sync() if wait else ranks.waiting():
                     micro_loss = compute_loss(parallel, micro_x, micro_y, compute) / num_targets
                     # times world_size: an average over processes becomes a sum
                     scaler.scale(micro_loss * ranks.world_size).backward()
@@ -352,7 +354,8 @@ def train(
                 done = done or is_complete(progress, settings)
             overdue = time.monotonic() - last_save > 60 * settings.checkpoint_minutes
             if validates or done or overdue:
-                check_weights(model, progress.step, run_dir)
+                if not validates:
+                    check_weights(model, progress.step, run_dir)
                 save_last()
                 num_tokens = 0  # the speed is that of training alone
                 last_log = time.perf_counter()

@@ -7,7 +7,7 @@ In the order of a corpus's way:
    descriptions.py: values of --input.
 2. sources.py: an input file, or a chunk of it. boundaries.py: places at which a text may be
    divided; reader.py, tables.py: chunks to documents.
-3. tokenizer.py: text to token ids and back.
+3. tokenizer.py: text to token ids and back. vocabulary.py: the bytes that an id stands for.
 4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py: chunks
    to tasks; tasks.py: what one worker does; engines.py: processes or Ray; shards.py: the files of
    all tasks to shards.

@@ -20,7 +20,8 @@ from corpus.reader import read
 from corpus.sources import DIVISIONS, FORMATS, KEEPING_WHITE_SPACE, InvalidDocument, Source
 from corpus.tasks import SPLIT_RULE, assign_split
 from corpus.token_files import blocks, open_tokens
-from corpus.tokenizer import Tokenizer, get_tokenizer
+from corpus.tokenizer import Tokenizer
+from corpus.vocabulary import tokenizer_of
 
 NUM_COMPARED = 1000  # about the number of documents that are compared with the sources
 
@@ -42,12 +43,7 @@ def verify(corpus_dir: Path) -> None:
     """
     metadata = read_metadata(corpus_dir)
     require_end_of_text(metadata, corpus_dir)
-    tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
-    if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
-        raise ValueError(
-            f"{corpus_dir} was made with another vocabulary of the name {tokenizer.name}: "
-            f"run python prepare_data.py again, with the same flags"
-        )
+    tokenizer = tokenizer_of(metadata, corpus_dir)
     for split in metadata["splits"]:
         _verify_split(corpus_dir, split, metadata)
     sources = _read_sources(corpus_dir, metadata)

@@ -220,7 +220,7 @@ def tiny_checkpoint(step: int) -> dict:
         "best": {"step": 1, "val_loss": 1.0},
         "config": {},
         "model_config": asdict(config),
-        "metadata": {"vocab_size": 2, "tokenizer": {"name": "bytes"}, "splits": {}},
+        "metadata": {"vocab_size": 2, "tokenizer": {"name": "bytes", "sha256": ""}, "splits": {}},
         "model": GPT(config).state_dict(),
         "optimizers": [],
     }

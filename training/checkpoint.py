@@ -9,6 +9,8 @@ and skipped_steps.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -16,16 +18,19 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
-from training.distributed import is_first_rank
-from training.huggingface import EMBEDDING, pretrained_folder
+from training.distributed import Ranks, is_first_rank
+from training.huggingface import EMBEDDING, RELEASED, pretrained_folder
 from training.optimizer import OptimizerGroup
+from training.run_folder import run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
+from training.vocabulary import check_vocabulary, same_vocabulary
 
 
 @dataclass
@@ -106,12 +111,12 @@ def restore(
     Raises:
         ValueError: The corpus, or the optimizer, is another one.
     """
-    for name in ("tokenizer", "splits"):
-        if checkpoint["metadata"][name] != metadata[name]:
-            raise ValueError(
-                f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
-                f"trained on it: prepare it as it was"
-            )
+    old = checkpoint["metadata"]
+    if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
+        raise ValueError(
+            f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
+            f"trained on it: prepare it as it was"
+        )
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
     optimizer.load_states(
@@ -132,6 +137,24 @@ def restore(
         progress.best_step = progress.step
         progress.best_loss = math.inf
     return progress
+
+
+def check_ranks_agree(progress: Progress, metadata: dict, ranks: Ranks) -> None:
+    """Check that all ranks are at the same place of the same corpus.
+
+    DistributedDataParallel then gives the weights of rank 0 to all ranks.
+
+    Args:
+        progress: How far the run is.
+        metadata: Metadata of the corpus.
+        ranks: This process among all.
+
+    Raises:
+        ValueError: A rank differs from rank 0; the message names the rank.
+    """
+    corpus = [metadata["tokenizer"]["sha256"], metadata["splits"]]
+    checksum = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()
+    ranks.check_equal(step=progress.step, position=progress.position, corpus_checksum=checksum)
 
 
 def check_finite(value: float, name: str, step: int, run_dir: Path) -> float:
@@ -223,15 +246,66 @@ def last_checkpoint(run_dir: Path) -> dict:
         FileNotFoundError: The run has no checkpoint.
         ValueError: Both files are damaged, or checkpoints of another program.
     """
+    return _load_last(run_dir)[1]
+
+
+def _load_last(run_dir: Path) -> tuple[Path, dict]:
+    """Return the path, too, of the checkpoint that last_checkpoint loads."""
+    last = run_dir / "last.pt"
+    previous = run_dir / "previous.pt"
     try:
-        return load_checkpoint(run_dir / "last.pt")
+        return last, load_checkpoint(last)
     except ValueError as error:
-        if not (run_dir / "previous.pt").exists():
+        if not previous.exists():
             raise
-        checkpoint = load_checkpoint(run_dir / "previous.pt")
+        checkpoint = load_checkpoint(previous)
         if is_first_rank():
-            print(f"{error}\ncontinuing from the checkpoint before it: {run_dir}/previous.pt")
+            print(f"{error}\ncontinuing from the checkpoint before it: {previous}")
+        return previous, checkpoint
+
+
+def shared_checkpoint(run_dir: Path, ranks: Ranks) -> dict:
+    """Load the checkpoint to resume from: rank 0 chooses, and all ranks load the same one.
+
+    The folder may lie on a disk of each machine: equal checksums make equal checkpoints.
+
+    Args:
+        run_dir: Folder of the run.
+        ranks: This process among all.
+
+    Raises:
+        FileNotFoundError: The run has no checkpoint.
+        ValueError: The files of rank 0 are damaged, or another rank lacks the file that rank 0
+            chose; the message names the rank.
+    """
+    chosen: dict = {}
+
+    def choose() -> tuple[str, list]:
+        path, checkpoint = _load_last(run_dir)
+        chosen.update(checkpoint)
+        return path.name, _checksums(path)
+
+    name, checksums = ranks.on_first(choose)
+
+    def load() -> dict:
+        if ranks.is_first:
+            return chosen
+        path = run_dir / name
+        checkpoint = load_checkpoint(path)
+        if _checksums(path) != checksums:
+            raise ValueError(
+                f"{path} differs from the checkpoint of rank 0: copy the folder of the run to each "
+                f"machine, or name one that all machines share with --out_dir"
+            )
         return checkpoint
+
+    return ranks.on_each(load)
+
+
+def _checksums(path: Path) -> list[tuple[str, int]]:
+    """Return the checksum of each part of a checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        return [(member.filename, member.CRC) for member in archive.infolist()]
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -280,6 +354,7 @@ def _is_sound(checkpoint: dict) -> bool:
             )
             and 0 < vocab_size <= len(weights[EMBEDDING])
             and isinstance(checkpoint["metadata"]["tokenizer"]["name"], str)
+            and isinstance(checkpoint["metadata"]["tokenizer"]["sha256"], str)
             and isinstance(checkpoint["metadata"]["splits"], dict)
             and isinstance(checkpoint["config"], dict)
             and isinstance(checkpoint["best"]["val_loss"], float)
@@ -299,18 +374,28 @@ def _check_checksums(path: Path) -> None:
         raise zipfile.BadZipFile(f"{damaged} differs from what was saved")
 
 
-def best_checkpoint(run_dir: Path) -> dict:
+def is_run(path: Path) -> bool:
+    """Return whether a path names a run, by its folder or by one of its checkpoints."""
+    if path.is_file():
+        return path.suffix == ".pt"
+    return any((path / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+
+
+def best_checkpoint(run: Path) -> dict:
     """Load the best weights of a run: best.pt, or last.pt if the run was never validated.
 
     Args:
-        run_dir: Folder of the run.
+        run: Folder of the run, or a file in it. A checkpoint of the run is loaded itself.
 
     Raises:
         FileNotFoundError: The run has no checkpoint.
         ValueError: The file is damaged, or not a checkpoint of this program.
     """
-    path = run_dir / "best.pt"
-    return load_checkpoint(path) if path.exists() else last_checkpoint(run_dir)
+    if run.suffix == ".pt" and run.is_file():
+        return load_checkpoint(run)
+    run_dir = run_of(run)
+    best = run_dir / "best.pt"
+    return load_checkpoint(best) if best.exists() else last_checkpoint(run_dir)
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
@@ -318,13 +403,20 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
 
     Rows of the output layer beyond the corpus's vocabulary are cut off.
     """
+    return _model_of(checkpoint, vocab_multiple=1).to(device).eval()
+
+
+def _model_of(checkpoint: dict, **changes: Any) -> GPT:
+    """Return the model of a checkpoint on the CPU, with changes to its configuration."""
     vocab_size = checkpoint["metadata"]["vocab_size"]
+    config = GPTConfig(**checkpoint["model_config"] | {"vocab_size": vocab_size} | changes)
     weights = dict(checkpoint["model"])
-    weights[EMBEDDING] = weights[EMBEDDING][:vocab_size]
-    config = checkpoint["model_config"] | {"vocab_size": vocab_size, "vocab_multiple": 1}
-    model = GPT(GPTConfig(**config))
+    embedding = weights[EMBEDDING][:vocab_size]
+    padding = config.padded_vocab_size - vocab_size
+    weights[EMBEDDING] = torch.nn.functional.pad(embedding, (0, 0, 0, padding))
+    model = GPT(config)
     model.load_state_dict(weights)
-    return model.to(device).eval()
+    return model
 
 
 def create_model(
@@ -364,13 +456,26 @@ def create_model(
                 vocab_multiple=vocab_multiple,
             )
         )
-    folder = pretrained_folder(settings.init_from, settings.data_dir)
-    model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
+    path = Path(settings.init_from)
+    folder = None
+    if settings.init_from not in RELEASED and is_run(path):
+        start = best_checkpoint(path)
+        model = _model_of(start, dropout=settings.dropout, vocab_multiple=vocab_multiple)
+    else:
+        folder = pretrained_folder(settings.init_from, settings.data_dir)
+        model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
     config = model.config
     if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
         raise ValueError(
             f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
             f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
+        )
+    if folder:
+        check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
+    elif not same_vocabulary(start["metadata"], metadata):
+        raise ValueError(
+            f"{settings.corpus} has another vocabulary than the corpus that {settings.init_from} "
+            f"was trained on: prepare it with the same --tokenizer"
         )
     if config.n_positions < T:
         raise ValueError(

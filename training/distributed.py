@@ -3,11 +3,19 @@
 The launcher describes the run to each process in environment variables: RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT. No other module reads them. Values on the CPU travel by
 gloo, gradients on CUDA by nccl.
+
+If a rank fails, ends or does not answer, each other rank ends with one line that names the rank.
+The ranks tell each other so through the store that they also start with:
+
+    started/RANK    the rank has started
+    failed/RANK     the rank ends, because of the error that is the value
+    waiting/RANK    the rank has lost another one, and looks for the reason
 """
 
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +27,8 @@ import torch.distributed as dist
 from common.script import end_without_shutdown
 
 SECONDS_TO_START = 600  # from the first process of a run to its last; a cluster starts them slowly
+SECONDS_TO_WAIT = 1800  # for another rank; rank 0 may compile, or write a large checkpoint
+SECONDS_TO_EXPLAIN = 5  # that ranks which lost another one wait for each other's reason
 Value = TypeVar("Value")
 
 
@@ -38,8 +48,9 @@ class Ranks:
         """Return the sum of a tensor over all ranks."""
         if self.world_size == 1:
             return tensor
-        total = tensor.detach().cpu()
-        dist.all_reduce(total)
+        with self.waiting():  # also for gradients that a GPU still waits for
+            total = tensor.detach().cpu().clone()  # cpu() alone may return the tensor itself
+            dist.all_reduce(total)
         return total
 
     def max(self, number: int) -> int:
@@ -47,7 +58,8 @@ class Ranks:
         if self.world_size == 1:
             return number
         largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with self.waiting():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
     def broadcast(self, value: Value) -> Value:
@@ -55,8 +67,17 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        with self.waiting():
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks (objects that can be pickled), in order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            with self.waiting():
+                dist.all_gather_object(values, value)
+        return values
 
     def on_first(self, function: Callable[[], Value]) -> Value:
         """Call a function on rank 0 alone, and return its value on every rank.
@@ -65,22 +86,73 @@ class Ranks:
             function: Returns an object that can be pickled.
 
         Raises:
-            OSError: The function raised this error; every rank raises it.
+            ValueError: The function raised this error; every rank raises it.
+            OSError: The same.
         """
         value: Any = None
-        failure: OSError | None = None
+        failure: ValueError | OSError | None = None
         if self.is_first:
             try:
                 value = function()
-            except OSError as error:
+            except (ValueError, OSError) as error:
                 failure = error
         value, failure = self.broadcast((value, failure))
         if failure:
             raise failure
         return value
 
+    def on_each(self, function: Callable[[], Value]) -> Value:
+        """Call a function on every rank, and return its value if no rank fails.
+
+        Args:
+            function: Raises ValueError or OSError if it fails.
+
+        Raises:
+            ValueError: The function failed on a rank; every rank raises this error, which names
+                the rank.
+        """
+        if self.world_size == 1:
+            return function()
+        value: Any = None
+        failure = ""
+        try:
+            value = function()
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        for rank, reason in enumerate(self.gather(failure)):
+            if reason:
+                raise ValueError(f"rank {rank}: {reason}")
+        return value
+
+    def check_equal(self, **values: object) -> None:
+        """Check that all ranks have the same values.
+
+        Args:
+            **values: Values of this rank, by name.
+
+        Raises:
+            ValueError: A rank has another value than rank 0; every rank raises this error.
+        """
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"rank {rank} has {name} {other[name]!s:.40}, and rank 0 has "
+                        f"{value!s:.40}: give all ranks the same files"
+                    )
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which this process may wait for other ranks.
+
+        A process that has got a signal does not wait for long (signals.py).
+        """
+        return contextlib.nullcontext() if self.world_size == 1 else _note_waiting()
+
     def gradient_group(self, device: torch.device) -> Any:
         """Return the process group that averages the gradients, for DistributedDataParallel.
+
+        nccl uses the current device of the process, which choose_device has set.
 
         Args:
             device: Device of this rank, from choose_device.
@@ -90,11 +162,28 @@ class Ranks:
         """
         if device.type != "cuda":
             return dist.group.WORLD
-        gpus: list[Any] = [None] * self.world_size
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        dist.all_gather_object(gpus, (socket.gethostname(), uuid))
-        check_gpus_differ(gpus)
-        return dist.new_group(backend="nccl")
+        check_gpus_differ(self.gather((socket.gethostname(), uuid)))
+        return dist.new_group(backend="nccl", timeout=timedelta(seconds=SECONDS_TO_WAIT))
+
+
+_waiting_since: float | None = None  # by time.monotonic(), None while this process does not wait
+
+
+@contextlib.contextmanager
+def _note_waiting() -> Iterator[None]:
+    global _waiting_since
+    _waiting_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _waiting_since = None
+
+
+def waiting_seconds() -> float:
+    """Return for how long this process has been waiting for other ranks, 0 if it is not waiting."""
+    since = _waiting_since
+    return 0.0 if since is None else time.monotonic() - since
 
 
 def local_rank() -> int:
@@ -165,6 +254,8 @@ def join_processes() -> Iterator[Ranks]:
     Raises:
         ValueError: The launcher's variables are incomplete or not numbers.
         TimeoutError: A process of the run does not start; the message names its rank.
+        ConnectionError: Another rank has failed, has ended or does not answer; the message names
+            the rank.
     """
     ranks = launched_ranks()
     if ranks.world_size == 1:
@@ -174,10 +265,60 @@ def join_processes() -> Iterator[Ranks]:
     # gloo's threads may hold the last tensors and abort when the interpreter releases them
     # (pytorch/pytorch#179291)
     end_without_shutdown()
-    dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size)
-    yield ranks
-    dist.barrier()  # leave together
-    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size,
+        timeout=timedelta(seconds=SECONDS_TO_WAIT),
+    )  # fmt: skip
+    try:
+        yield ranks
+        dist.barrier()  # leave together
+    except Exception as error:
+        if _lost_a_rank(error):
+            raise ConnectionError(_who_is_lost(ranks, store, error)) from None
+        with contextlib.suppress(dist.DistError):
+            store.set(f"failed/{ranks.rank}", str(error) or type(error).__name__)
+        raise
+    dist.destroy_process_group()  # of nccl, too
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Return whether an error of a collective operation says that another rank is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo's errors have no type of their own
+    return type(error) is RuntimeError and "gloo" in str(error)
+
+
+def _who_is_lost(ranks: Ranks, store: dist.Store, error: Exception) -> str:
+    """Return one line that says which rank has failed, or does not answer."""
+    remedy = "end all processes of the run, and resume it"
+    others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+    end = time.monotonic() + SECONDS_TO_EXPLAIN
+    failed: dict[int, str] = {}
+    silent = others
+    try:
+        while silent and time.monotonic() < end:
+            for rank in others:
+                if rank not in failed and store.check([f"failed/{rank}"]):
+                    failed[rank] = store.get(f"failed/{rank}").decode().splitlines()[0]
+            # set after the reasons are read: the process with the store stays until then
+            store.set(f"waiting/{ranks.rank}", "")
+            silent = [
+                rank
+                for rank in others
+                if rank not in failed and not store.check([f"waiting/{rank}"])
+            ]
+            time.sleep(0.1)
+    except dist.DistError:  # rank 0 had the store
+        silent = silent if failed else [0]
+    if failed:
+        rank, reason = min(failed.items())
+        return f"rank {rank} has failed ({reason:.200}): {remedy}"
+    if silent:
+        numbers = ", ".join(map(str, silent))
+        return f"rank {numbers} of {ranks.world_size} has ended or does not answer: {remedy}"
+    reason = str(error).splitlines()[0]
+    return f"the ranks have lost their connections to each other ({reason:.200}): {remedy}"
 
 
 def _meet(ranks: Ranks) -> dist.Store:

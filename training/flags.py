@@ -12,8 +12,8 @@ from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
-from training.checkpoint import last_checkpoint
-from training.run_folder import RunLock
+from training.checkpoint import shared_checkpoint
+from training.run_folder import RunLock, run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 
 # settings that --resume cannot change
@@ -66,13 +66,15 @@ def load_settings(flags: Any, doc: str, lock: RunLock) -> tuple[Any, dict | None
     """
     settings = flags
     checkpoint = None
-    run_dir = resumed_run(flags)
+    ranks = lock.ranks
+    run_dir = ranks.on_first(lambda: resumed_run(flags))
     if run_dir:
-        if run_dir.is_dir():
+        if ranks.on_first(run_dir.is_dir):
             lock.take(run_dir)
-        checkpoint = last_checkpoint(run_dir)
+        checkpoint = shared_checkpoint(run_dir, ranks)
         settings = resumed_settings(type(flags), doc, run_dir, checkpoint)
-    settings.corpus = settings.corpus or newest_corpus(settings.data_dir).name
+    if not settings.corpus:
+        settings.corpus = ranks.on_first(lambda: newest_corpus(settings.data_dir).name)
     use_prefetched_vocabularies(settings.data_dir)
     return settings, checkpoint
 
@@ -88,7 +90,9 @@ def resumed_run(flags: Any) -> Path | None:
     if flags.resume == "auto":  # a job that may have been started before
         run_dir = Path(flags.out_dir) / folder_name(flags.run_name, "--run_name")
         return run_dir if (run_dir / "last.pt").exists() else None
-    run_dir = Path(flags.resume)
+    run_dir = run_of(Path(flags.resume))
+    if run_dir != Path(flags.resume) and Path(flags.resume).name != "last.pt":
+        print(f"{flags.resume} stands for its run: resuming {run_dir} from last.pt")
     if flags.run_name not in ("", run_dir.name):
         raise ValueError(
             f"--run_name {flags.run_name} differs from the name of --resume {flags.resume}: "

@@ -17,12 +17,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from common.files import atomic_write, exclusive_lock, read_json
+from common.files import atomic_write, exclusive_lock, folder_name, read_json
 from corpus.download import download
 from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer
+from corpus.vocabulary import LETTERS
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
 FILES = ("config.json", "model.safetensors")
+INDEX = "model.safetensors.index.json"  # instead of model.safetensors, if there are several files
 SHAPE_FIELDS = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 EMBEDDING = "transformer.wte.weight"
 SUPPORTED = {  # values that config.json may have beside the shape; first the default
@@ -42,21 +44,18 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
     """Return the folder that holds a GPT-2's config.json and model.safetensors.
 
     Args:
-        name: The folder itself, or one of OpenAI's four models. A model is downloaded once to
-            DATA_DIR/pretrained/NAME, from the mirror HF_ENDPOINT if that variable is set.
+        name: The folder itself or a file in it, or one of OpenAI's four models. A model is
+            downloaded once to DATA_DIR/pretrained/NAME, from the mirror HF_ENDPOINT if that
+            variable is set.
         data_dir: Folder of prepared corpora.
 
     Raises:
         FileNotFoundError: `name` is neither one of the four models nor such a folder.
+        ValueError: The folder has pickled weights; the message has the command that converts them.
         ConnectionError: A file cannot be downloaded.
     """
     if name not in RELEASED:
-        if not all((Path(name) / file).is_file() for file in FILES):
-            raise FileNotFoundError(
-                f"{name} is neither a folder with {' and '.join(FILES)} nor one of "
-                f"{', '.join(RELEASED)}"
-            )
-        return Path(name)
+        return _weights_folder(Path(name))
     folder = Path(data_dir) / "pretrained" / name
     if all((folder / file).exists() for file in FILES):
         return folder
@@ -70,6 +69,27 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
                 url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
                 download([url], folder / file)
     return folder
+
+
+def _weights_folder(path: Path) -> Path:
+    """Return the folder of weights that a user names by the folder or by a file in it."""
+    folder = path.parent if path.is_file() else path
+    has_weights = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
+    if has_weights and (folder / "config.json").is_file():
+        return folder
+    if not has_weights and any(folder.glob("pytorch_model*.bin")):
+        pattern = str(folder / "pytorch_model*.bin")
+        raise ValueError(
+            f"{folder} has pickled weights, which can run any code when they are read: convert "
+            f'them with python -c "import glob, torch; from safetensors.torch import save_file; '
+            f"save_file({{name: w.contiguous().clone() for file in glob.glob({pattern!r}) for "
+            f"name, w in torch.load(file, map_location='cpu', weights_only=True).items()}}, "
+            f'{str(folder / "model.safetensors")!r})"'
+        )
+    raise FileNotFoundError(
+        f"{path} is neither a folder with {' and '.join(FILES)}, nor a run, nor one of "
+        f"{', '.join(RELEASED)}"
+    )
 
 
 def read_shape(folder: Path) -> dict[str, int]:
@@ -104,6 +124,8 @@ def read_shape(folder: Path) -> dict[str, int]:
 def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Return the weights of folder/model.safetensors under the names of model.GPT.
 
+    The weights may also lie in several files, which model.safetensors.index.json names.
+
     Args:
         folder: Folder in the Hugging Face layout.
         shapes: Name -> shape of every weight of the model.
@@ -115,10 +137,16 @@ def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         ValueError: The file is damaged, or holds other weights.
     """
     path = folder / "model.safetensors"
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    files = [path]
+    if not path.exists() and (folder / INDEX).exists():
+        path = folder / INDEX
+        files = _files_of_index(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors |= safetensors.torch.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
     weights = {}
     for name, tensor in tensors.items():
         name = "transformer." + name.removeprefix("transformer.")
@@ -137,6 +165,20 @@ def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     if head is not None and not torch.equal(head, weights[EMBEDDING]):
         raise ValueError(f"{path}: lm_head.weight differs from the token embedding: not a GPT-2")
     return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def _files_of_index(path: Path) -> list[Path]:
+    """Return the files that a model.safetensors.index.json names."""
+    index = read_json(path)
+    try:
+        names = sorted(set(index["weight_map"].values()))
+        files = [path.parent / folder_name(name, "") for name in names]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{path} is damaged: it does not name the files of weights") from None
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist, and {path} names it: copy it there")
+    return files
 
 
 def write_model(
@@ -275,10 +317,4 @@ def _last_merge(token_bytes: bytes, ids: dict[bytes, int]) -> list[bytes]:
 
 def _letters(token_bytes: bytes) -> str:
     """Return bytes in the letters of GPT-2's files: printable bytes stand for themselves."""
-    return "".join(map(_LETTERS.__getitem__, token_bytes))
-
-
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
-_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+    return "".join(map(LETTERS.__getitem__, token_bytes))

@@ -7,7 +7,7 @@ import torch
 
 from common.files import atomic_write
 from common.settings import print_settings
-from corpus.tokenizer import get_tokenizer
+from corpus.vocabulary import tokenizer_of
 from model import GPT
 from training.checkpoint import Progress, best_checkpoint, load_model
 from training.compute import ComputeChoices
@@ -91,12 +91,12 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     """
     model = load_model(best_checkpoint(run_dir), device)
     try:
-        tokenizer = get_tokenizer(metadata["tokenizer"]["name"])
+        tokenizer = tokenizer_of(metadata, run_dir)
         prompt_ids(tokenizer, "", metadata)
     except FileNotFoundError as error:  # a run on a machine that has data/ but no vocabulary
         print(f"no sample: {error}")
         return
-    except ValueError as error:  # a vocabulary without a line break
+    except ValueError as error:  # another vocabulary, or one without a line break
         print(f"no sample: {error}")
         return
     samples = []

@@ -63,6 +63,15 @@ def run_folder(settings: RunSettings, ranks: Ranks) -> Path:
     return ranks.on_first(lambda: new_run(settings))
 
 
+def run_of(path: Path) -> Path:
+    """Return the folder of the run that a user names by the folder or by a file in it.
+
+    Example: out/mine/last.pt -> out/mine.
+    """
+    is_file = path.is_file() or (path.suffix == ".pt" and not path.is_dir())
+    return path.parent if is_file else path
+
+
 def write_config(run_dir: Path, settings: RunSettings, compute: ComputeChoices) -> None:
     """Write config.json: the settings asked for and, under "chosen", the choices for this machine.
 

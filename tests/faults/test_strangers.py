@@ -289,7 +289,7 @@ def make_checkpoint(weights, **changed) -> dict:
         "best": {"step": 1, "val_loss": 1.0},
         "model": GPT.from_pretrained(weights).state_dict(),
         "model_config": dict(MODEL_SHAPE),
-        "metadata": {"vocab_size": 257, "tokenizer": {"name": "bytes"}, "splits": {}},
+        "metadata": {"vocab_size": 257, "tokenizer": {"name": "bytes", "sha256": ""}, "splits": {}},
         "config": {},
     }
     return checkpoint | changed
@@ -321,7 +321,7 @@ INVALID_CHECKPOINTS = {
     "a text as vocab_size": {"metadata": {"vocab_size": "many"}},
     "no metadata": {"metadata": None},
     "no tokenizer": {"metadata": {"vocab_size": 257, "splits": {}}},
-    "no splits": {"metadata": {"vocab_size": 257, "tokenizer": {"name": "bytes"}}},
+    "no splits": {"metadata": {"vocab_size": 257, "tokenizer": {"name": "bytes", "sha256": ""}}},
     "a text as step": {"step": "many"},
     "no best step": {"best": {}},
     "no settings": {"config": None},

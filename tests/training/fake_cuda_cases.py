@@ -126,7 +126,9 @@ def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
     )  # the report reads a checkpoint
 
     def run(**flags):
-        flags = TINY | {"max_steps": 2, "eval_every": 1, "n_embd": 32} | flags
+        # each operation costs the same at any size: few long sequences keep validation short
+        size = {"max_steps": 2, "eval_every": 1, "n_embd": 32, "sequence_length": 64}
+        flags = TINY | size | flags
         flags |= {"device": "cuda", "compile": "false"}
         argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *argv])
@@ -179,7 +181,7 @@ def test_training_keeps_its_tensors_on_the_gpu(run_on_fake_cuda, tmp_path, flags
 
 
 def test_pretrained_weights_are_padded(run_on_fake_cuda, tmp_path, rhyme):
-    model = GPT(GPTConfig(vocab_size=257, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(vocab_size=257, n_positions=64, n_layer=2, n_head=2, n_embd=32))
     model.save_pretrained(tmp_path / "weights")
     shape = {"n_layer": 2, "n_head": 2, "init_from": "weights", "dropout": 0}
     saved = run_on_fake_cuda(dtype="bfloat16", **shape)

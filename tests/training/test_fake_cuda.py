@@ -30,6 +30,7 @@ def cuda_stub(tmp_path) -> Path:
     return library
 
 
+@pytest.mark.timeout(400)  # 25 seconds of a core, on a busy machine several times as long
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads a library with LD_PRELOAD")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build runs tests/cuda instead")
 def test_the_whole_training_step_on_a_fake_gpu(cuda_stub):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import HOSTILE
 
 import train_gpt2
+from corpus.metadata import read_metadata, with_checksum
 from corpus.tokenizer import (
     HuggingFaceTokenizer,
     TiktokenTokenizer,
@@ -25,7 +26,7 @@ from corpus.tokenizer import (
     vocabulary_folder,
 )
 from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint
+from training.checkpoint import _model_of, load_checkpoint
 from training.huggingface import pretrained_folder, tokenizer_json, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -258,12 +259,70 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(data)
         with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
             GPT.from_pretrained(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")  # a pickle is not a substitute
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"neither a folder with config.json and model.safetensor"
     ):
         pretrained_folder(str(tmp_path), tmp_path)
+
+
+def test_sharded_weights_equal_those_of_one_file(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    expected = GPT.from_pretrained(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        shard = {name: tensors[name] for name in names if weight_map[name] == file}
+        save_file(shard, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert pretrained_folder(str(tmp_path), tmp_path) == tmp_path
+    assert pretrained_folder(str(index), tmp_path) == tmp_path  # a file stands for its folder
+    found = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-1.safetensors does not exist, and .*json"):
+        GPT.from_pretrained(tmp_path)
+    for damaged in ("[]", "{}", '{"weight_map": {"a": "../model-0.safetensors"}}'):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index.json is damaged"):
+            GPT.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path):
+    folder = tmp_path / "pickled"
+    small_model().save_pretrained(folder)
+    expected = GPT.from_pretrained(folder).state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one tensor with two names
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has pickled weights, which can run any code") as error:
+        pretrained_folder(str(folder), tmp_path)
+    _, command = str(error.value).split("convert them with python -c ")
+    exec(command.strip('"'))
+    found = GPT.from_pretrained(pretrained_folder(str(folder), tmp_path)).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("name", ["out/rhyme-tiny-1", "out/rhyme-tiny-1/best.pt"])
+def test_a_run_gives_weights_to_start_from(train, name):
+    first = train(max_steps=4)
+    second = train(init_from=name, run_name="second", learning_rate=1e-30, max_steps=2)
+    expected = load_checkpoint(first / "best.pt")
+    weights = load_checkpoint(second / "last.pt")["model"]
+    assert all(torch.equal(weights[name], weight) for name, weight in expected["model"].items())
+    padded = _model_of(expected, vocab_multiple=64, dropout=0.5)  # as on a GPU
+    assert padded.state_dict()["transformer.wte.weight"].shape == (320, 16)
+    assert padded.config.dropout == 0.5
+    make_corpus(Path("data/words"), ["one for sorrow\n" * 300], tokenizer="bytes")
+    metadata = read_metadata("data/words")
+    metadata["tokenizer"]["sha256"] = "another"
+    Path("data/words/metadata.json").write_text(json.dumps(with_checksum(metadata)))
+    with pytest.raises(ValueError, match="words has another vocabulary than the corpus that out/"):
+        train(init_from=name, corpus="words", run_name="third", max_steps=2)
 
 
 @pytest.fixture

@@ -221,6 +221,13 @@ def test_export_writes_the_best_weights_and_overwrites_no_model(write, tmp_path)
             write("--export", used_folder)
 
 
+@pytest.mark.parametrize("flag", ["--run", "--init_from"])
+def test_a_run_is_named_by_its_folder_or_a_file(write, flag):
+    expected = write(*GREEDY)
+    for name in ("", "/", "/best.pt", "/last.pt"):
+        assert write(flag, f"out/rhyme-tiny-1{name}", *GREEDY) == expected
+
+
 WRONG_FLAGS = {  # case -> flags, words of the error
     "temperature": (["--temperature", -1], "temperature"),
     "samples": (["--num_samples", 0], "num_samples must be at least 1"),

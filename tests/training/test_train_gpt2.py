@@ -137,6 +137,20 @@ def test_a_run_cannot_resume_with_another_shape_or_corpus(train, tmp_path):
         train(resume="out/rhyme-tiny-1")
 
 
+def test_a_file_of_a_run_stands_for_the_run(train, capsys):
+    train(max_steps=9, run_name="a", stop_at=1)
+    for step, name in enumerate(["a/last.pt", "a/", "a/previous.pt", "a/metrics.jsonl"], 2):
+        capsys.readouterr()
+        train(resume=f"out/{name}", stop_at=step)
+        assert load_checkpoint(Path("out/a/last.pt"))["step"] == step
+        expected = name in ("a/previous.pt", "a/metrics.jsonl")
+        assert ("stands for its run: resuming out/a from" in capsys.readouterr().out) == expected
+    with pytest.raises(
+        FileNotFoundError, match=r"out/b/last.pt does not exist: there is no folder"
+    ):
+        train(resume="out/b/last.pt")
+
+
 def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
     """A scheduler may kill a job at any time and repeat its command."""
     command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}

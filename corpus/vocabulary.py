@@ -1,0 +1,137 @@
+"""Vocabularies: the bytes that each id stands for, whichever files say so.
+
+    vocabulary = vocabulary_of(tokenizer)         # {0: b"!", 1: b'"', ...}
+    digest(vocabulary) == GPT2_DIGEST
+    tokenizer = tokenizer_of(metadata, folder)    # the one that a corpus was prepared with
+
+Two vocabularies are the same if equal ids stand for equal bytes. GPT-2's is the same from tiktoken,
+from vocab.json and from tokenizer.json; the files themselves are never compared.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from common.files import read_json
+from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer, get_tokenizer
+
+GPT2_DIGEST = "c0cbb77810dc181ea5f911df052ec89a82d5e1fd33da8e41adf71a54a9735656"
+
+# The letters of GPT-2's files: printable bytes stand for themselves.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
+LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_BYTE_OF_LETTER = {letter: byte for byte, letter in LETTERS.items()}
+
+
+def tokenizer_of(metadata: dict, owner: str | Path) -> Tokenizer:
+    """Return the tokenizer that a corpus was prepared with.
+
+    Args:
+        metadata: Metadata of a corpus, perhaps from a checkpoint.
+        owner: The corpus, or the run that has the checkpoint, for the message.
+
+    Raises:
+        ValueError: The name of the tokenizer now stands for another vocabulary.
+        FileNotFoundError: The vocabulary is not on this machine.
+    """
+    name = metadata["tokenizer"]["name"]
+    tokenizer = get_tokenizer(name)
+    if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
+        raise ValueError(
+            f"{owner} was made with another vocabulary of the name {name}: restore its file, or "
+            f"run python prepare_data.py again, with the same flags"
+        )
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """Return the bytes that each id of a tokenizer stands for."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return parse_tokenizer_json(json.loads(tokenizer.tokenizer.to_str()))
+    return tokenizer.token_bytes
+
+
+def read_vocabulary(folder: Path) -> dict[int, bytes] | None:
+    """Return the vocabulary of a folder of weights, or None if the folder has none.
+
+    Args:
+        folder: Folder in the Hugging Face layout. tokenizer.json is read first, then vocab.json.
+
+    Raises:
+        ValueError: The file is damaged.
+        OSError: The file cannot be read.
+    """
+    parsers = {"tokenizer.json": parse_tokenizer_json, "vocab.json": parse_vocab_json}
+    for name, parse in parsers.items():
+        path = folder / name
+        if path.exists():
+            content = read_json(path)
+            try:
+                return parse(content)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise ValueError(f"{path} is damaged: it does not hold a vocabulary") from None
+    return None
+
+
+def parse_tokenizer_json(content: dict[str, Any]) -> dict[int, bytes]:
+    """Return the vocabulary of a tokenizer.json.
+
+    Other files than this one raise KeyError, TypeError, AttributeError or ValueError.
+
+    Args:
+        content: The value that the file holds.
+    """
+    pairs = content["model"]["vocab"]
+    if isinstance(pairs, dict):  # BPE, WordPiece and WordLevel
+        texts = {int(i): text for text, i in pairs.items()}
+    else:  # Unigram: (text, score) of each id
+        texts = {i: text for i, (text, _) in enumerate(pairs)}
+    steps = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    to_bytes = _bytes_of_letters if '"ByteLevel"' in steps else str.encode
+    vocabulary = {i: to_bytes(text) for i, text in texts.items()}
+    for token in content.get("added_tokens") or []:
+        vocabulary[int(token["id"])] = token["content"].encode()
+    return vocabulary
+
+
+def parse_vocab_json(content: dict[str, int]) -> dict[int, bytes]:
+    """Return the vocabulary of a vocab.json, which is in the letters of GPT-2's files.
+
+    Other files than this one raise TypeError, AttributeError or ValueError.
+
+    Args:
+        content: The value that the file holds: text of a token -> id.
+    """
+    return {int(i): _bytes_of_letters(text) for text, i in content.items()}
+
+
+def _bytes_of_letters(text: str) -> bytes:
+    if all(letter in _BYTE_OF_LETTER for letter in text):
+        return bytes(_BYTE_OF_LETTER[letter] for letter in text)
+    return text.encode()  # a special token
+
+
+def digest(vocabulary: dict[int, bytes]) -> str:
+    """Return the sha256 of a vocabulary: equal for equal ids with equal bytes.
+
+    Args:
+        vocabulary: Id -> bytes, in any order.
+    """
+    lines = [b"%d %s\n" % (i, token.hex().encode()) for i, token in sorted(vocabulary.items())]
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def first_difference(vocabulary: dict[int, bytes], other: dict[int, bytes]) -> int | None:
+    """Return the lowest id of a vocabulary that stands for other bytes in another one, or None.
+
+    The other vocabulary may have more ids. Example: {0: b"a", 1: b"b"}, {0: b"a", 1: b"c"} -> 1.
+
+    Args:
+        vocabulary: Id -> bytes.
+        other: Id -> bytes.
+    """
+    different = (i for i, token in vocabulary.items() if other.get(i) != token)
+    return min(different, default=None)
