@@ -353,7 +353,7 @@ class GPT(nn.Module):
                 ended = new[:, 0] == stop_token
             idx = torch.cat((idx, new), dim=1)
             yield new[:, 0]
-            if ended.all():
+            if stop_token is not None and ended.all():
                 return
 
 
