@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from corpus import pipeline, reader
 from corpus.engines import open_engine
 from corpus.inputs import Corpus
-from corpus.sources import Source, zstd
+from corpus.opening import zstd
+from corpus.sources import Source
 from corpus.tokenizer import get_tokenizer
 
 FUZZ = int(os.environ.get("FUZZ", 400))  # number of files over all tests

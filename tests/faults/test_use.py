@@ -204,7 +204,11 @@ REFUSED = [  # script, flags, words of the error
         "--input a.txt --corpus mine --tokenizer bytes",
         "data/mine was made of other files (../../raw/a.jsonl)",
     ),
-    (PREPARE, "--input table.json", "table.json is a table, not plain text"),
+    (
+        PREPARE,
+        "--input table.json",
+        "table.json is one JSON array, not one object per line: convert",
+    ),
     (PREPARE, "--corpus c --input ", "--input is empty"),
     (PREPARE, "--corpus tinyshakespear", "did you mean tinyshakespeare?"),
     (PREPARE, "--input raw --tokenizer gtp2", "did you mean gpt2?"),
