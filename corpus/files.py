@@ -34,10 +34,11 @@ NOT_JSON_LINES = "because it does not have one JSON object per line"
 
 @dataclass(frozen=True)
 class _Files:
-    """The sources of one --input, and the folder from which on their paths name splits.
+    """The sources of one value of --input.
 
     Attributes:
-        root: Folder or only file; None for a data set, whose sources have their splits already.
+        root: Folder below which paths name splits, or the only file; None for a data set, whose
+            sources have their splits already.
         sources: Sources, in order.
     """
 
@@ -62,7 +63,7 @@ def find(
     split_names: str = "keep",
     report: Report = print,
 ) -> list[Source]:
-    """Return the sources that some --input name.
+    """Return the sources that the values of --input name.
 
     Each file is taken once, whatever names lead to it. Files whose paths name a split (train, val,
     test and the like, below the folder that all items have in common) keep this split.
@@ -101,7 +102,7 @@ def find(
 
 
 def _find_item(item: str, options: _Options) -> _Files:
-    """Return the sources of one --input."""
+    """Return the sources of one value of --input."""
     if item.startswith("hf:"):
         return _Files(None, _find_data_set(item[3:], None, options))
     for folder, corpus in _folders_and_corpora(item):
@@ -295,7 +296,7 @@ def report_joined_texts(sources: Sequence[Source], report: Report) -> None:
 
 
 def _ends_a_line(source: Source) -> bool:
-    """Whether a text is empty or its last byte is a line feed."""
+    """Return whether a text is empty or its last byte is a line feed."""
     last = b""
     with contextlib.suppress(UnreadableFile), open_text(source.path) as file:
         if not source.compressed:

@@ -133,7 +133,7 @@ def _add(path: Path, listing: Listing) -> None:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a pattern matches a path below a folder, or a folder that holds the path."""
+    """Return whether a pattern matches a path below a folder, or a folder that holds the path."""
     if not pattern:
         return True
     if pattern[0] == "**" and _matches(parts, pattern[1:]):
@@ -146,6 +146,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _is_prepared(names: Sequence[str]) -> bool:
-    """Whether a folder with these names is a corpus that is prepared, or is being prepared."""
+    """Return whether a folder with these names is a prepared corpus, or becomes one."""
     has_tokens = any(name.endswith(".bin") for name in names)
     return ".work" in names or (has_tokens and "metadata.json" in names)

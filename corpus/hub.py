@@ -106,7 +106,7 @@ def _reason(error: Exception, path: str) -> str:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
+    """Return whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
     is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return is_dataset or (folder / "dataset_dict.json").is_file()
 

@@ -178,7 +178,7 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
 
 
 class _LineCounter:
-    """Returns the line numbers of ascending positions in a chunk, and counts each byte once.
+    """The line numbers of ascending positions in a chunk; each byte is counted once.
 
     Attributes:
         chunk: Chunk that is read.

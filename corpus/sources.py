@@ -6,7 +6,7 @@ from typing import Any
 
 FORMATS = ("text", "jsonl", "parquet", "arrow")  # of a Source
 DIVISIONS = ("", "line", "blank-line", "file", "article")  # of a Source
-KEEPING_WHITE_SPACE = ("line", "blank-line")  # divisions that once dropped it around documents
+KEEPING_WHITE_SPACE = ("line", "blank-line")  # older corpora lack the space around such documents
 BLOCK = 1 << 20  # bytes read at once
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of compressed files, in any case
 

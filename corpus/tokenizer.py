@@ -58,7 +58,7 @@ LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
 
 
 class CannotEncode(ValueError):
-    """Raised for a text that a tokenizer cannot encode.
+    """A tokenizer cannot encode a text.
 
     Attributes:
         offset: Number of characters before the fault, or 0 if the place is unknown.
@@ -77,7 +77,7 @@ class Tokenizer:
         vocab_size: Number of ids. Every id is below this number.
         eot_token: Id of the end-of-text token. No text is encoded to this id.
         sha256: Hash of the vocabulary. With equal hashes, equal ids mean equal text.
-        divisible: Whether a text may be encoded piece by piece, with cuts as in boundaries.py.
+        divisible: Whether a text may be encoded in several calls, with cuts as in boundaries.py.
         lossless: Whether decode_bytes returns exactly the encoded text, also for a part of the ids.
         token_bytes: Id -> bytes that the id stands for.
     """
@@ -142,11 +142,11 @@ class Tokenizer:
         which stand for 7 bytes.
 
         Args:
-            text: a text.
+            text: Any text.
             ids: (n,) array, the first ids of the text, but not all of them; at least one.
 
         Raises:
-            CannotEncode: if the tokenizer cannot encode the text.
+            CannotEncode: The tokenizer cannot encode the text.
         """
         return len(self.decode_bytes(ids))
 

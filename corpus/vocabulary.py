@@ -1,4 +1,4 @@
-"""Vocabularies: the bytes that each id stands for, whichever files say so.
+"""Vocabularies: the bytes that each id stands for, from any kind of file.
 
     vocabulary = vocabulary_of(tokenizer)         # {0: b"!", 1: b'"', ...}
     digest(vocabulary) == GPT2_DIGEST

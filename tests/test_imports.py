@@ -12,9 +12,7 @@ import corpus
 import training
 
 PACKAGES = (common, corpus, batches, training)
-MODULES = [
-    path for package in PACKAGES for path in sorted((ROOT / package.__name__).glob("*.py"))
-]
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package.__name__).glob("*.py"))]
 PROJECT = {path.stem for path in ROOT.glob("*.py")}
 PROJECT |= {path.parent.name for path in ROOT.glob("*/*.py")}
 MAY_IMPORT = {
