@@ -10,8 +10,8 @@ In the order of a corpus's way:
    documents.
 3. tokenizer.py: text to token ids and back. vocabulary.py: the bytes that an id stands for.
 4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py:
-   sources to chunks and tasks; tasks.py: what one worker does; engines.py: processes or Ray; shards.py: the files of
-   all tasks to shards.
+   sources to chunks and tasks; tasks.py: what one worker does; engines.py: processes or Ray;
+   shards.py: the files of all tasks to shards.
 5. metadata.py, token_files.py: what data/NAME/ holds afterwards. verify.py: whether a prepared
    corpus is as it should be.
 

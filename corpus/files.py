@@ -13,7 +13,7 @@ from corpus.descriptions import Description, read_description
 from corpus.folders import list_files, name_some
 from corpus.hub import hugging_face
 from corpus.opening import UnreadableFile, open_text
-from corpus.reader import require_json_lines
+from corpus.reader import why_not_json_lines
 from corpus.sources import BLOCK, Source, compression_of
 from corpus.split_names import Report, keep_named_splits, split_of_name
 
@@ -177,11 +177,10 @@ def _find_files(item: str, options: _Options) -> _Files:
             listing.leave_out(found, NO_READER)
             continue
         if _suffix(found) == ".json":
-            try:
-                require_json_lines(str(found))
-            except ValueError:
-                if is_file:
-                    raise
+            reason = why_not_json_lines(str(found))
+            if reason and is_file:
+                raise ValueError(reason)
+            if reason:
                 listing.leave_out(found, NOT_JSON_LINES)
                 continue
         division = options.division if file_format == "text" else ""

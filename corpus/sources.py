@@ -1,6 +1,8 @@
 """Sources: input files, chunks of them, and invalid documents."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,8 +127,14 @@ def text_of_row(row: Any, field: str) -> str:
     """
     if isinstance(row, dict) and field in row:
         return checked_text(row[field], field)
-    fields = f"; it has {', '.join(list(row)[:9])}" if isinstance(row, dict) else ""
-    raise InvalidText(f"no field {field!r}{fields}: choose one with --text_field")
+    raise InvalidText(no_field(field, row if isinstance(row, dict) else ()))
+
+
+def no_field(field: str, others: Iterable[str]) -> str:
+    """Return the reason why a row or a table without `field` has no text, with its first fields."""
+    names = ", ".join(itertools.islice(others, 9))
+    fields = f"; it has {names}" if names else ""
+    return f"no field {field!r}{fields}: choose one with --text_field"
 
 
 def checked_text(value: Any, field: str) -> str:
