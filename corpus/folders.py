@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corpus.descriptions import DESCRIPTION_NAMES
+
 NUM_NAMED = 3  # paths that a line about many paths names
 
 DANGLING = "because the link leads nowhere"
 NOT_REGULAR = "because it is not a regular file"
 PREPARED = "because it is a prepared corpus"
 UNREADABLE = "because the folder cannot be read"
-
-DESCRIPTIONS = ("metadata.json", "metadata.yaml")  # of a folder, or of a prepared corpus: no text
 
 
 @dataclass
@@ -50,15 +50,15 @@ def list_files(item: str) -> Listing:
     listing = Listing(root)
     visited: set[tuple[int, int]] = set()
     if "**" in pattern:
-        place = pattern.index("**")
-        for base in _glob(root, pattern[:place]):
+        i = pattern.index("**")
+        for base in _glob(root, pattern[:i]):
             if base.is_dir():
-                _walk(base, listing, visited, pattern[place:])
+                _walk(base, listing, visited, pattern[i:])
     else:
         for path in _glob(root, pattern):
             if path.is_dir():
                 _walk(path, listing, visited)
-            elif not pattern or path.name not in DESCRIPTIONS:
+            elif not pattern or path.name not in DESCRIPTION_NAMES:
                 _add(path, listing)
     listing.paths.sort()
     return listing
@@ -112,7 +112,7 @@ def _walk(
             continue
         for name in names:
             path = folder / name
-            if name.startswith(".") or name in DESCRIPTIONS:
+            if name.startswith(".") or name in DESCRIPTION_NAMES:
                 continue
             if prepared and (name == "skipped.txt" or name.endswith(".bin")):
                 continue
