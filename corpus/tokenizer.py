@@ -203,8 +203,7 @@ class TiktokenTokenizer(Tokenizer):
         special = {name.encode(): i for name, i in encoding._special_tokens.items()}
         ids = (encoding._mergeable_ranks | special).items()
         self.token_bytes = dict(sorted((i, token) for token, i in ids))
-        lines = (b"%d %s\n" % (i, token.hex().encode()) for i, token in self.token_bytes.items())
-        self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
+        self.sha256 = vocabulary_digest(self.token_bytes)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text.
@@ -389,6 +388,16 @@ def _has_pattern_of_gpt2(settings: dict) -> bool:
         and settings["model"].get("dropout") is None
         and all(token["special"] for token in settings["added_tokens"])
     )
+
+
+def vocabulary_digest(vocabulary: dict[int, bytes]) -> str:
+    """Return the sha256 of a vocabulary: equal for equal ids with equal bytes.
+
+    Args:
+        vocabulary: Id -> bytes, in any order.
+    """
+    lines = [b"%d %s\n" % (i, token.hex().encode()) for i, token in sorted(vocabulary.items())]
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def encodable(text: str) -> str:
