@@ -22,6 +22,7 @@ from corpus.inputs import Corpus
 from corpus.planning import refuse_long_text
 from corpus.reader import divide, read
 from corpus.sources import InvalidDocument, Source
+from corpus.split_names import Report, report_nothing
 from corpus.tokenizer import Tokenizer
 
 SPAN_BYTES = 8 << 20  # size of the largest span of a file
@@ -110,7 +111,7 @@ class StreamingTextDataset(IterableDataset):
         self.has_documents = True
         paths = _paths(source)
         if paths is not None:
-            report = print if self.rank == 0 else _quiet
+            report: Report = print if self.rank == 0 else report_nothing
             found = find(paths, documents, text_field, split_names, report)
             self.sources = [file for file in found if file.split in ("", "train")]
             if len(self.sources) < len(found):
@@ -334,10 +335,6 @@ class StreamingTextDataset(IterableDataset):
                 f"processes x workers: use fewer, or more files, or files that are not compressed"
             )
         return spans
-
-
-def _quiet(line: str) -> None:
-    """Report nothing: rank 0 reports for all."""
 
 
 def _paths(source: Paths | Documents) -> list[str] | None:

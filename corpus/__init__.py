@@ -5,12 +5,13 @@ In the order of a corpus's way:
 1. inputs.py: a corpus as a list of sources. catalog.py: corpora that can be downloaded;
    download.py, archives.py: their files; files.py, folders.py, split_names.py, hub.py,
    descriptions.py: values of --input.
-2. sources.py: an input file, or a chunk of it. boundaries.py: places at which a text may be
-   divided; reader.py, tables.py: chunks to documents.
+2. sources.py: an input file, or a chunk of it. opening.py: its uncompressed bytes, and what is not
+   text; boundaries.py: places at which a text may be divided; reader.py, tables.py: chunks to
+   documents.
 3. tokenizer.py: text to token ids and back. vocabulary.py: the bytes that an id stands for.
-4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py: chunks
-   to tasks; tasks.py: what one worker does; engines.py: processes or Ray; shards.py: the files of
-   all tasks to shards.
+4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py:
+   sources to chunks and tasks; tasks.py: what one worker does; engines.py: processes or Ray;
+   shards.py: the files of all tasks to shards.
 5. metadata.py, token_files.py: what data/NAME/ holds afterwards. verify.py: whether a prepared
    corpus is as it should be.
 

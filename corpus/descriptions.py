@@ -14,6 +14,7 @@ from pathlib import Path
 from common.files import atomic_write, read_json
 from common.packages import optional
 
+DESCRIPTION_NAMES = ("metadata.json", "metadata.yaml")  # the first is also a prepared corpus's
 DEEPEST_YAML = 20  # nested collections that a metadata.yaml may have
 
 
@@ -65,7 +66,8 @@ def describe(folder: Path, answers: dict[str, str]) -> Path:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: --describe takes one that holds raw text")
-    for old in (folder / "metadata.json", folder / "metadata.yaml"):
+    for name in DESCRIPTION_NAMES:
+        old = folder / name
         if old.exists():
             raise FileExistsError(f"{old} exists already: edit it, or remove it first")
     folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
@@ -117,16 +119,16 @@ def _sub_corpora(answer, folder, folders) -> list[str]:
     """
     if answer == ",".join(folders):  # the default, whatever the names have in them
         return folders
-    parts = answer.split(",")
+    words = answer.split(",")
     corpora = []
-    while parts:
-        joined = [",".join(parts[:end]).strip() for end in range(len(parts), 0, -1)]
-        name = next((name for name in joined if name in folders), parts[0].strip())
+    while words:
+        joined = [",".join(words[:end]).strip() for end in range(len(words), 0, -1)]
+        name = next((name for name in joined if name in folders), words[0].strip())
         if name.strip("-") and name not in folders:
             raise ValueError(f"{folder} has no folder for the sub-corpus {name!r}")
         if name.strip("-"):
             corpora.append(name)
-        parts = parts[1 + name.count(",") :]
+        words = words[1 + name.count(",") :]
     return corpora
 
 
@@ -137,7 +139,7 @@ def read_description(folder: Path) -> Description | None:
         ValueError: The description is damaged, describes data other than text, or names a path
             outside the folder.
     """
-    paths = [folder / "metadata.json", folder / "metadata.yaml"]
+    paths = [folder / name for name in DESCRIPTION_NAMES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None

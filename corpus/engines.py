@@ -164,5 +164,5 @@ def _connect_ray(ray, workers: int, address: str) -> None:
             log_to_driver=False,
         )
     except (ConnectionError, ValueError) as error:
-        place = f"at {address}" if address else "on this machine"
-        raise ConnectionError(f"no Ray cluster {place}: {error}") from None
+        location = f"at {address}" if address else "on this machine"
+        raise ConnectionError(f"no Ray cluster {location}: {error}") from None

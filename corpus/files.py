@@ -13,7 +13,7 @@ from corpus.descriptions import Description, read_description
 from corpus.folders import list_files, name_some
 from corpus.hub import hugging_face
 from corpus.opening import UnreadableFile, open_text
-from corpus.reader import require_json_lines
+from corpus.reader import why_not_json_lines
 from corpus.sources import BLOCK, Source, compression_of
 from corpus.split_names import Report, keep_named_splits, split_of_name
 
@@ -33,11 +33,12 @@ NOT_JSON_LINES = "because it does not have one JSON object per line"
 
 
 @dataclass(frozen=True)
-class _Files:
-    """The sources of one --input, and the folder from which on their paths name splits.
+class _Input:
+    """The sources of one value of --input.
 
     Attributes:
-        root: Folder or only file; None for a data set, whose sources have their splits already.
+        root: Folder below which paths name splits, or the only file; None for a data set, whose
+            sources have their splits already.
         sources: Sources, in order.
     """
 
@@ -62,7 +63,7 @@ def find(
     split_names: str = "keep",
     report: Report = print,
 ) -> list[Source]:
-    """Return the sources that some --input name.
+    """Return the sources that the values of --input name.
 
     Each file is taken once, whatever names lead to it. Files whose paths name a split (train, val,
     test and the like, below the folder that all items have in common) keep this split.
@@ -84,26 +85,26 @@ def find(
     """
     options = _Options(division, text_field, split_names, report)
     items = [items] if isinstance(items, str) else items
-    found = [_find_item(item, options) for item in items]
+    inputs = [_find_item(item, options) for item in items]
     if split_names == "keep":
-        found = _named_by_paths(found)
-    found = _each_file_once(found, report)
-    files = [source for group in found if group.root for source in group.sources]
+        inputs = _named_by_paths(inputs)
+    inputs = _each_file_once(inputs, report)
+    files = [source for found in inputs if found.root for source in found.sources]
     if split_names == "keep":
         files = keep_named_splits(files, report)
     report_joined_texts(files, report)
     resolved = iter(files)
     sources = []
-    for group in found:
-        for source in group.sources:
-            sources.append(next(resolved) if group.root else source)
+    for found in inputs:
+        for source in found.sources:
+            sources.append(next(resolved) if found.root else source)
     return sources
 
 
-def _find_item(item: str, options: _Options) -> _Files:
-    """Return the sources of one --input."""
+def _find_item(item: str, options: _Options) -> _Input:
+    """Return the sources of one value of --input."""
     if item.startswith("hf:"):
-        return _Files(None, _find_data_set(item[3:], None, options))
+        return _Input(None, _find_data_set(item[3:], None, options))
     for folder, corpus in _folders_and_corpora(item):
         description = read_description(Path(folder))
         if description:
@@ -121,14 +122,14 @@ def _folders_and_corpora(item: str) -> Iterator[tuple[str, str]]:
     if os.path.exists(item):
         yield item, ""
         return
-    for place, character in enumerate(item):
-        if character == ":" and os.path.isdir(item[:place]):
-            yield item[:place], item[place + 1 :]
+    for i, character in enumerate(item):
+        if character == ":" and os.path.isdir(item[:i]):
+            yield item[:i], item[i + 1 :]
 
 
 def _find_described(
     folder: str, description: Description, corpus: str, options: _Options
-) -> _Files:
+) -> _Input:
     """Return the sources of a described folder, or of one of its sub-corpora."""
     options = replace(options, text_field=options.text_field or description.field)
     if corpus and corpus not in description.corpora:
@@ -139,7 +140,7 @@ def _find_described(
     if description.configs:
         for config in corpora or (None,):
             sources += _find_data_set(str(description.root), config, options)
-        return _Files(None, sources)
+        return _Input(None, sources)
     folders = [description.folder_of(name) for name in corpora] or [description.root]
     for path in folders:
         sources += _find_files(str(path), options).sources
@@ -147,7 +148,7 @@ def _find_described(
         if not Path(source.path).resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"{source.path} is a link out of {folder}: put a copy in its place")
     sources = [replace(source, name=name_below(folder, source.path)) for source in sources]
-    return _Files(folders[0] if corpus else description.root, sources)
+    return _Input(folders[0] if corpus else description.root, sources)
 
 
 def _find_data_set(name: str, config: str | None, options: _Options) -> list[Source]:
@@ -155,7 +156,7 @@ def _find_data_set(name: str, config: str | None, options: _Options) -> list[Sou
     return hugging_face(name, options.text_field, config, options.split_names, options.report)
 
 
-def _find_files(item: str, options: _Options) -> _Files:
+def _find_files(item: str, options: _Options) -> _Input:
     """Return the sources that a file, a folder or a glob names."""
     if not item:
         raise ValueError("--input is empty: name a file, a folder or a glob")
@@ -170,23 +171,22 @@ def _find_files(item: str, options: _Options) -> _Files:
         raise FileNotFoundError(f"{item}: no such file or folder, and no glob that matches one")
     default = "text" if is_file else None  # a file that was named is always read
     sources = []
-    for found in listing.paths:
-        file_format = FORMAT_OF_SUFFIX.get(_suffix(found), default)
+    for path in listing.paths:
+        file_format = FORMAT_OF_SUFFIX.get(_suffix(path), default)
         if file_format is None:
-            listing.leave_out(found, NO_READER)
+            listing.leave_out(path, NO_READER)
             continue
-        if _suffix(found) == ".json":
-            try:
-                require_json_lines(str(found))
-            except ValueError:
-                if is_file:
-                    raise
-                listing.leave_out(found, NOT_JSON_LINES)
+        if _suffix(path) == ".json":
+            reason = why_not_json_lines(str(path))
+            if reason and is_file:
+                raise ValueError(reason)
+            if reason:
+                listing.leave_out(path, NOT_JSON_LINES)
                 continue
         division = options.division if file_format == "text" else ""
         field = options.text_field or "text"
-        name = name_below(listing.root, str(found))
-        sources.append(Source(str(found), file_format, division, field, name=name))
+        name = name_below(listing.root, str(path))
+        sources.append(Source(str(path), file_format, division, field, name=name))
     left_out = [
         f"{len(paths):,} {reason} ({name_some(paths)})"
         for reason, paths in listing.left_out.items()
@@ -196,7 +196,7 @@ def _find_files(item: str, options: _Options) -> _Files:
         raise ValueError(f"{item} has no .txt, .jsonl or .parquet file (see docs/data.md){reasons}")
     for line in left_out:
         options.report(f"left out of {item}: {line}")
-    return _Files(listing.root, sources)
+    return _Input(listing.root, sources)
 
 
 def name_below(root: str | Path, path: str) -> str:
@@ -213,38 +213,38 @@ def name_below(root: str | Path, path: str) -> str:
     return relative.as_posix() if relative.parts else Path(path).name
 
 
-def _named_by_paths(found: list[_Files]) -> list[_Files]:
+def _named_by_paths(inputs: list[_Input]) -> list[_Input]:
     """Return the sources with the splits that their paths name.
 
     Only the part of a path below the folder that all items have in common counts. So the name of
     a single file that is named itself does not count.
     """
-    roots = [os.path.abspath(group.root) for group in found if group.root]
+    roots = [os.path.abspath(found.root) for found in inputs if found.root]
     common = os.path.commonpath(roots) if roots else ""
     named = []
-    for group in found:
-        if group.root:
+    for found in inputs:
+        if found.root:
             sources = [
                 replace(source, split=split_of_name(os.path.relpath(source.path, common)))
-                for source in group.sources
+                for source in found.sources
             ]
-            group = replace(group, sources=sources)
-        named.append(group)
+            found = replace(found, sources=sources)
+        named.append(found)
     return named
 
 
-def _each_file_once(found: list[_Files], report: Report) -> list[_Files]:
+def _each_file_once(inputs: list[_Input], report: Report) -> list[_Input]:
     """Return the sources without those of a file that an earlier item, or a shorter path, names.
 
     Raises:
         ValueError: The names of one file say different splits.
     """
     names = defaultdict(list)  # file -> (number of the item, length of the path, path, source)
-    for i, group in enumerate(found):
-        for source in group.sources:
+    for i, found in enumerate(inputs):
+        for source in found.sources:
             length = len(Path(source.path).parts)
             names[_file_id(source)].append((i, length, source.path, source))
-    chosen: list[list[Source]] = [[] for _ in found]
+    chosen: list[list[Source]] = [[] for _ in inputs]
     repeated = []
     for entries in names.values():
         i, _, path, source = min(entries, key=itemgetter(0, 1, 2))
@@ -262,10 +262,11 @@ def _each_file_once(found: list[_Files], report: Report) -> list[_Files]:
             f"named more than once, and read once: {len(repeated):,} files ({name_some(repeated)})"
         )
     once = []
-    for group, sources in zip(found, chosen):
-        by_path = {source.path: source for source in sources}
-        paths = dict.fromkeys(source.path for source in group.sources)  # in their order
-        once.append(replace(group, sources=[by_path[path] for path in paths if path in by_path]))
+    for found, chosen_sources in zip(inputs, chosen):
+        by_path = {source.path: source for source in chosen_sources}
+        paths = dict.fromkeys(source.path for source in found.sources)  # in their order
+        sources = [by_path[path] for path in paths if path in by_path]
+        once.append(replace(found, sources=sources))
     return once
 
 
@@ -295,7 +296,7 @@ def report_joined_texts(sources: Sequence[Source], report: Report) -> None:
 
 
 def _ends_a_line(source: Source) -> bool:
-    """Whether a text is empty or its last byte is a line feed."""
+    """Return whether a text is empty or its last byte is a line feed."""
     last = b""
     with contextlib.suppress(UnreadableFile), open_text(source.path) as file:
         if not source.compressed:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corpus.descriptions import DESCRIPTION_NAMES
+
 NUM_NAMED = 3  # paths that a line about many paths names
 
 DANGLING = "because the link leads nowhere"
 NOT_REGULAR = "because it is not a regular file"
 PREPARED = "because it is a prepared corpus"
 UNREADABLE = "because the folder cannot be read"
-
-DESCRIPTIONS = ("metadata.json", "metadata.yaml")  # of a folder, or of a prepared corpus: no text
 
 
 @dataclass
@@ -50,15 +50,15 @@ def list_files(item: str) -> Listing:
     listing = Listing(root)
     visited: set[tuple[int, int]] = set()
     if "**" in pattern:
-        place = pattern.index("**")
-        for base in _glob(root, pattern[:place]):
+        i = pattern.index("**")
+        for base in _glob(root, pattern[:i]):
             if base.is_dir():
-                _walk(base, listing, visited, pattern[place:])
+                _walk(base, listing, visited, pattern[i:])
     else:
         for path in _glob(root, pattern):
             if path.is_dir():
                 _walk(path, listing, visited)
-            elif not pattern or path.name not in DESCRIPTIONS:
+            elif not pattern or path.name not in DESCRIPTION_NAMES:
                 _add(path, listing)
     listing.paths.sort()
     return listing
@@ -112,7 +112,7 @@ def _walk(
             continue
         for name in names:
             path = folder / name
-            if name.startswith(".") or name in DESCRIPTIONS:
+            if name.startswith(".") or name in DESCRIPTION_NAMES:
                 continue
             if prepared and (name == "skipped.txt" or name.endswith(".bin")):
                 continue
@@ -133,7 +133,7 @@ def _add(path: Path, listing: Listing) -> None:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a pattern matches a path below a folder, or a folder that holds the path."""
+    """Return whether a pattern matches a path below a folder, or a folder that holds the path."""
     if not pattern:
         return True
     if pattern[0] == "**" and _matches(parts, pattern[1:]):
@@ -146,6 +146,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _is_prepared(names: Sequence[str]) -> bool:
-    """Whether a folder with these names is a corpus that is prepared, or is being prepared."""
+    """Return whether a folder with these names is a prepared corpus, or becomes one."""
     has_tokens = any(name.endswith(".bin") for name in names)
     return ".work" in names or (has_tokens and "metadata.json" in names)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.packages import optional
 from corpus.sources import Source
-from corpus.split_names import Report, keep_named_splits, split_of_name
+from corpus.split_names import Report, keep_named_splits, report_nothing, split_of_name
 
 
 def hugging_face(
@@ -64,11 +64,9 @@ def hugging_face(
             )
     if not sources:
         raise ValueError(f"--input {item}: the data set has no rows")
-    return keep_named_splits(sources, report if len(targets) > 1 else _quiet, item)
-
-
-def _quiet(line: str) -> None:
-    """Report nothing: a data set with one split has nothing to keep apart."""
+    if len(targets) == 1:  # there is nothing to say about splits
+        report = report_nothing
+    return keep_named_splits(sources, report, item)
 
 
 def _load(datasets, name: str, config: str | None) -> dict:
@@ -106,7 +104,7 @@ def _reason(error: Exception, path: str) -> str:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
+    """Return whether Dataset.save_to_disk or DatasetDict.save_to_disk wrote a folder."""
     is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return is_dataset or (folder / "dataset_dict.json").is_file()
 

@@ -185,7 +185,7 @@ def _download_missing(entry: CatalogEntry, folder: Path) -> None:
 
 
 def _is_downloaded(download_file: DownloadFile, source: Source, folder: Path) -> bool:
-    """Whether the files that a download gives are in `folder`."""
+    """Return whether the files that a download gives are in `folder`."""
     if download_file.members:  # their files were written whole, from a checked archive
         return all((folder / name).exists() for _, name in download_file.members)
     path = folder / source.path

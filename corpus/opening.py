@@ -137,16 +137,13 @@ def open_text(path: str) -> BufferedReader:
         UnreadableFile: The first bytes are not those of a text.
         ValueError: The package that reads the compression format is missing.
     """
-    file = open_file(path)
-    try:
-        reason = _reason_for_head(path, _read_head(file.raw))
-    except BaseException:
-        file.close()
-        raise
+    with open_file(path) as file:
+        head = _read_head(file.raw)
+    reason = _reason_for_head(path, head)
     if reason:
-        file.close()
         raise UnreadableFile(path, reason)
-    return file
+    # opened anew, because a file that is damaged in `head` would seem to end there after a seek
+    return open_file(path)
 
 
 def zstd(path: str) -> ModuleType:
@@ -231,12 +228,11 @@ def _open_compressed(path: str, suffix: str) -> Any:
 
 
 def _read_head(raw_file) -> bytes:
-    """Return the first bytes of a file, and go back to its beginning; damage is left to readers."""
+    """Return the first bytes of a file, or fewer if the file is damaged in them."""
     head = b""
     with contextlib.suppress(DamagedFile):
         while len(head) < HEAD and (data := raw_file.read(HEAD - len(head))):
             head += data
-    raw_file.seek(0)
     return head
 
 

@@ -239,7 +239,7 @@ class _Preparation:
 
     @contextlib.contextmanager
     def unchanged_sources(self) -> Iterator[None]:
-        """Raise ValueError if a source changes within the block, also in place of its errors."""
+        """Raise ValueError if a source changes within the block, in place of any other error."""
         try:
             yield
         except (ValueError, OSError):  # perhaps because half of the new text was read

@@ -83,7 +83,7 @@ def split_text(
         sources: Files of the text, in order.
         train_split_ratio: Share of the characters for train.
         tokenizer: Tokenizer that will encode the text. If the tokenizer is not `divisible`, the
-            sources are marked to be read in one piece.
+            sources are marked to be read as one text each.
 
     Returns:
         The sources with their splits. A source that holds the end of train comes twice, once for

@@ -22,7 +22,7 @@ from io import BufferedIOBase
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
 from corpus.opening import DamagedFile, UnreadableFile, open_text, shell_input
 from corpus.sources import BLOCK, InvalidDocument, InvalidText, Source, text_of_row
-from corpus.tables import divide_table, read_table
+from corpus.tables import divide_table, place_of_row, read_table
 
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
 ASCII_SPACE = " \t\r\f\v\n"
@@ -178,7 +178,7 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
 
 
 class _LineCounter:
-    """Returns the line numbers of ascending positions in a chunk, and counts each byte once.
+    """The line numbers of ascending positions in a chunk; each byte is counted once.
 
     Attributes:
         chunk: Chunk that is read.
@@ -229,7 +229,7 @@ def place_of(source: Source, position: int) -> str:
         OSError: The file cannot be read.
     """
     if source.is_table:
-        return f"{source.path}, row {position}"
+        return place_of_row(source, position)
     return f"{source.path}, line {1 + _count_line_feeds(source.path, position)}"
 
 
@@ -339,26 +339,25 @@ def _json_text(record: bytes, field: str) -> str:
     return text_of_row(row, field)
 
 
-def require_json_lines(path: str) -> None:
-    """Check that a .json file holds JSON lines, by its first line.
+def why_not_json_lines(path: str) -> str:
+    """Return why a .json file does not hold JSON lines, by its first line; "" if it may hold them.
 
-    A file that cannot be read passes, because `read` names its fault.
+    The result is "", too, if the file is not text or is damaged, because `read` names that fault.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file holds one JSON array, or objects of several lines.
     """
     try:
         with open_text(path) as file:
             lines = iter(functools.partial(file.readline, LONGEST_FIRST_LINE), b"")
             first_line = next((line for line in lines if line.strip(JSON_SPACE)), b"")
     except UnreadableFile:
-        return
+        return ""
     first_line = first_line.removeprefix(BYTE_ORDER_MARK).strip(JSON_SPACE)
     target = shlex.quote(re.sub(r"\.json(\.\w+)?$", ".jsonl", path, flags=re.IGNORECASE))
     if first_line.startswith(b"["):
         command = shell_input(path, f"python -c '{PRINT_ROWS}'")
-        raise ValueError(
+        return (
             f"{path} is one JSON array, not one object per line: convert it with: "
             f"{command} > {target}"
         )
@@ -366,7 +365,8 @@ def require_json_lines(path: str) -> None:
         try:
             json.loads(first_line)
         except (ValueError, RecursionError):
-            raise ValueError(
+            return (
                 f"{path} does not have one JSON object per line: convert it with: "
                 f"{shell_input(path, 'jq -c .')} > {target}"
-            ) from None
+            )
+    return ""

@@ -1,12 +1,14 @@
 """Sources: input files, chunks of them, and invalid documents."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMATS = ("text", "jsonl", "parquet", "arrow")  # of a Source
 DIVISIONS = ("", "line", "blank-line", "file", "article")  # of a Source
-KEEPING_WHITE_SPACE = ("line", "blank-line")  # divisions that once dropped it around documents
+KEEPING_WHITE_SPACE = ("line", "blank-line")  # older corpora lack the space around such documents
 BLOCK = 1 << 20  # bytes read at once
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of compressed files, in any case
 
@@ -125,8 +127,14 @@ def text_of_row(row: Any, field: str) -> str:
     """
     if isinstance(row, dict) and field in row:
         return checked_text(row[field], field)
-    fields = f"; it has {', '.join(list(row)[:9])}" if isinstance(row, dict) else ""
-    raise InvalidText(f"no field {field!r}{fields}: choose one with --text_field")
+    raise InvalidText(no_field(field, row if isinstance(row, dict) else ()))
+
+
+def no_field(field: str, others: Iterable[str]) -> str:
+    """Return the reason why a row or a table without `field` has no text, with its first fields."""
+    names = ", ".join(itertools.islice(others, 9))
+    fields = f"; it has {names}" if names else ""
+    return f"no field {field!r}{fields}: choose one with --text_field"
 
 
 def checked_text(value: Any, field: str) -> str:

@@ -21,6 +21,10 @@ WORDS = {  # in the order in which they count, so that text for tests is never t
 Report = Callable[[str], object]  # takes one line for the user
 
 
+def report_nothing(line: str) -> None:
+    """Drop a line for the user: a Report like `print`."""
+
+
 def split_of_name(name: str) -> str:
     """Return train, val or test if a whole word of the name says so, else "".
 
@@ -54,7 +58,7 @@ def keep_named_splits(sources: Sequence[Source], report: Report, item: str = "")
     counts = Counter(source.split for source in sources)
     if not counts.keys() - {""}:
         return list(sources)
-    what = f"--input {item}" if item else "the files"
+    subject = f"--input {item}" if item else "the files"
     if counts["train"] and counts[""]:
         unnamed = next(source for source in sources if not source.split)
         train = next(source for source in sources if source.split == "train")
@@ -64,18 +68,18 @@ def keep_named_splits(sources: Sequence[Source], report: Report, item: str = "")
         )
     if not counts["train"] and not counts[""]:
         raise ValueError(
-            f"{what} have names of val or test only (first: {sources[0].path}), and such text is "
-            f"never trained on: add text for train, or give the names no meaning with "
+            f"{subject} have names of val or test only (first: {sources[0].path}), and such text "
+            f"is never trained on: add text for train, or give the names no meaning with "
             f"--split_names ignore"
         )
     train_split = "train" if counts["val"] else ""
-    parts = [f"{split} {counts[split]}" for split in ("train", "val", "test") if counts[split]]
+    numbers = [f"{split} {counts[split]}" for split in ("train", "val", "test") if counts[split]]
     if counts[""]:
-        parts.append(f"without a name {counts['']}, for {train_split or 'train and val'}")
+        numbers.append(f"without a name {counts['']}, for {train_split or 'train and val'}")
     elif not train_split:
-        parts.append("val is taken from train")
+        numbers.append("val is taken from train")
     report(
-        f"splits by the names of {what} (number of files): {'; '.join(parts)}; --split_names "
+        f"splits by the names of {subject} (number of files): {'; '.join(numbers)}; --split_names "
         f"ignore gives the names no meaning"
     )
     return [

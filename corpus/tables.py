@@ -16,7 +16,7 @@ from corpus.sources import (
     InvalidText,
     Source,
     checked_text,
-    text_of_row,
+    no_field,
 )
 
 ROWS = 1024  # most rows read at once; fewer if their texts are long
@@ -168,7 +168,7 @@ def _row_groups(table, source) -> list[tuple[int, int]]:
             for batch in table.batches()
         ]
     row_groups = map(table.metadata.row_group, range(table.num_row_groups))
-    return [(group.num_rows, _text_bytes(group, source.field)) for group in row_groups]
+    return [(row_group.num_rows, _text_bytes(row_group, source.field)) for row_group in row_groups]
 
 
 def _text_bytes(row_group, field) -> int:
@@ -228,8 +228,8 @@ def _columns_of_row_group(table, chunk, i, batch, step):
     pyarrow = optional("pyarrow", chunk.path)
     try:
         # one row group per call, because pyarrow keeps in memory all row groups of a call
-        for part in table.iter_batches(step, row_groups=[i], columns=[chunk.field]):
-            yield part.column(0)
+        for batch in table.iter_batches(step, row_groups=[i], columns=[chunk.field]):
+            yield batch.column(0)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -238,10 +238,7 @@ def _columns_of_row_group(table, chunk, i, batch, step):
 
 def _rows_without_text(table, chunk, names):
     """Yield an InvalidDocument for every row of a table that lacks the column of the text."""
-    try:
-        text_of_row(dict.fromkeys(names), chunk.field)
-    except InvalidText as error:
-        reason = str(error)
+    reason = no_field(chunk.field, names)
     num_rows = sum(rows for rows, _ in _row_groups(table, chunk))
     stop = num_rows if chunk.stop is None else chunk.stop
     yield from _invalid_rows(chunk, range(chunk.start, stop), reason)
@@ -251,7 +248,7 @@ def _invalid_rows(chunk, positions, reason):
     """Yield an InvalidDocument for each of some rows, in lists."""
     for start in range(positions.start, positions.stop, ROWS):
         rows = range(start, min(start + ROWS, positions.stop))
-        yield rows, [InvalidDocument(reason, _place(chunk, row)) for row in rows]
+        yield rows, [InvalidDocument(reason, place_of_row(chunk, row)) for row in rows]
 
 
 def _values(column) -> list:
@@ -272,14 +269,14 @@ def _value(value):
 
 def _text(value, row, chunk):
     """Return the text in a row, or an InvalidDocument."""
+    if isinstance(value, InvalidText):
+        return InvalidDocument(str(value), place_of_row(chunk, row))
     try:
-        if isinstance(value, InvalidText):
-            raise value
         return checked_text(value, chunk.field)
     except InvalidText as error:
-        return InvalidDocument(str(error), _place(chunk, row))
+        return InvalidDocument(str(error), place_of_row(chunk, row))
 
 
-def _place(chunk, row) -> str:
-    """Return file and row."""
+def place_of_row(chunk: Source, row: int) -> str:
+    """Return file and row of a document."""
     return f"{chunk.path}, row {row}"

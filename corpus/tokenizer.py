@@ -58,7 +58,7 @@ LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE},}}")
 
 
 class CannotEncode(ValueError):
-    """Raised for a text that a tokenizer cannot encode.
+    """A tokenizer cannot encode a text.
 
     Attributes:
         offset: Number of characters before the fault, or 0 if the place is unknown.
@@ -77,7 +77,7 @@ class Tokenizer:
         vocab_size: Number of ids. Every id is below this number.
         eot_token: Id of the end-of-text token. No text is encoded to this id.
         sha256: Hash of the vocabulary. With equal hashes, equal ids mean equal text.
-        divisible: Whether a text may be encoded piece by piece, with cuts as in boundaries.py.
+        divisible: Whether a text may be encoded in several calls, with cuts as in boundaries.py.
         lossless: Whether decode_bytes returns exactly the encoded text, also for a part of the ids.
         token_bytes: Id -> bytes that the id stands for.
     """
@@ -142,11 +142,11 @@ class Tokenizer:
         which stand for 7 bytes.
 
         Args:
-            text: a text.
+            text: Any text.
             ids: (n,) array, the first ids of the text, but not all of them; at least one.
 
         Raises:
-            CannotEncode: if the tokenizer cannot encode the text.
+            CannotEncode: The tokenizer cannot encode the text.
         """
         return len(self.decode_bytes(ids))
 
@@ -203,8 +203,7 @@ class TiktokenTokenizer(Tokenizer):
         special = {name.encode(): i for name, i in encoding._special_tokens.items()}
         ids = (encoding._mergeable_ranks | special).items()
         self.token_bytes = dict(sorted((i, token) for token, i in ids))
-        lines = (b"%d %s\n" % (i, token.hex().encode()) for i, token in self.token_bytes.items())
-        self.sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
+        self.sha256 = vocabulary_digest(self.token_bytes)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text.
@@ -389,6 +388,16 @@ def _has_pattern_of_gpt2(settings: dict) -> bool:
         and settings["model"].get("dropout") is None
         and all(token["special"] for token in settings["added_tokens"])
     )
+
+
+def vocabulary_digest(vocabulary: dict[int, bytes]) -> str:
+    """Return the sha256 of a vocabulary: equal for equal ids with equal bytes.
+
+    Args:
+        vocabulary: Id -> bytes, in any order.
+    """
+    lines = [b"%d %s\n" % (i, token.hex().encode()) for i, token in sorted(vocabulary.items())]
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def encodable(text: str) -> str:

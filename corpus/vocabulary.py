@@ -1,14 +1,13 @@
-"""Vocabularies: the bytes that each id stands for, whichever files say so.
+"""Vocabularies: the bytes that each id stands for, from any kind of file.
 
     vocabulary = vocabulary_of(tokenizer)         # {0: b"!", 1: b'"', ...}
-    digest(vocabulary) == GPT2_DIGEST
+    vocabulary_digest(vocabulary) == GPT2_DIGEST
     tokenizer = tokenizer_of(metadata, folder)    # the one that a corpus was prepared with
 
 Two vocabularies are the same if equal ids stand for equal bytes. GPT-2's is the same from tiktoken,
 from vocab.json and from tokenizer.json; the files themselves are never compared.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -112,16 +111,6 @@ def _bytes_of_letters(text: str) -> bytes:
     if all(letter in _BYTE_OF_LETTER for letter in text):
         return bytes(_BYTE_OF_LETTER[letter] for letter in text)
     return text.encode()  # a special token
-
-
-def digest(vocabulary: dict[int, bytes]) -> str:
-    """Return the sha256 of a vocabulary: equal for equal ids with equal bytes.
-
-    Args:
-        vocabulary: Id -> bytes, in any order.
-    """
-    lines = [b"%d %s\n" % (i, token.hex().encode()) for i, token in sorted(vocabulary.items())]
-    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def first_difference(vocabulary: dict[int, bytes], other: dict[int, bytes]) -> int | None:

@@ -250,7 +250,7 @@ def last_checkpoint(run_dir: Path) -> dict:
 
 
 def _load_last(run_dir: Path) -> tuple[Path, dict]:
-    """Return the path, too, of the checkpoint that last_checkpoint loads."""
+    """Return (path, checkpoint) of last.pt or, if last.pt is damaged, of previous.pt."""
     last = run_dir / "last.pt"
     previous = run_dir / "previous.pt"
     try:

@@ -5,7 +5,7 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT. No other module reads them. Values on t
 gloo, gradients on CUDA by nccl.
 
 If a rank fails, ends or does not answer, each other rank ends with one line that names the rank.
-The ranks tell each other so through the store that they also start with:
+The ranks write to one key-value store (torch's TCPStore), whose keys are:
 
     started/RANK    the rank has started
     failed/RANK     the rank ends, because of the error that is the value

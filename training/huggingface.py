@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from common.files import atomic_write, exclusive_lock, folder_name, read_json
+from common.files import atomic_write, folder_name, read_json
 from corpus.download import download
 from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer
 from corpus.vocabulary import LETTERS
@@ -60,14 +60,10 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
     if all((folder / file).exists() for file in FILES):
         return folder
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    folder.mkdir(parents=True, exist_ok=True)
-    # one of the processes of a torchrun downloads, and the others wait for it
-    with exclusive_lock(folder.with_suffix(".lock"), wait=True):
-        for file in FILES:
-            if not (folder / file).exists():
-                # the hub's answer names the sha256 of large files
-                url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
-                download([url], folder / file)
+    for file in FILES:
+        # one of the processes of a torchrun downloads the file, and the others wait for it
+        url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
+        download([url], folder / file)  # the hub sends the sha256 of large files
     return folder
 
 
@@ -273,9 +269,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     }
     merges = []
     for token_bytes in sorted(ids, key=ids.__getitem__):
-        parts = _last_merge(token_bytes, ids)
-        if len(parts) == 2:
-            merges.append([_letters(part) for part in parts])
+        merged = _last_merge(token_bytes, ids)
+        if len(merged) == 2:
+            merges.append([_letters(token) for token in merged])
     model = {
         "type": "BPE",
         "vocab": {_letters(token_bytes): i for token_bytes, i in ids.items()} | special,
@@ -298,21 +294,23 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 
 def _last_merge(token_bytes: bytes, ids: dict[bytes, int]) -> list[bytes]:
-    """Return the two parts whose merge gives a token; other lengths if no merge gives it.
+    """Return the two tokens whose merge gives a token; another number if no merge gives it.
 
     Example: token_bytes=b"abc", ids={b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4} ->
     [b"ab", b"c"].
     """
-    parts = [bytes([byte]) for byte in token_bytes]
-    own_id = ids[token_bytes]
-    while len(parts) > 2:
-        pair_ids = [ids.get(first + second, own_id) for first, second in itertools.pairwise(parts)]
+    tokens = [bytes([byte]) for byte in token_bytes]
+    token_id = ids[token_bytes]
+    while len(tokens) > 2:
+        pair_ids = [
+            ids.get(first + second, token_id) for first, second in itertools.pairwise(tokens)
+        ]
         lowest = min(pair_ids)
-        if lowest >= own_id:
+        if lowest >= token_id:
             break
         i = pair_ids.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens
 
 
 def _letters(token_bytes: bytes) -> str:

@@ -114,7 +114,7 @@ def new_run(settings: RunSettings) -> Path:
     number = 1
     while True:
         run_dir = out_dir / f"{settings.corpus}-{settings.size}-{number}"
-        try:  # without a look first: two runs may start at once
+        try:  # not `if it exists`: two runs may start at once
             run_dir.mkdir()
             return run_dir
         except FileExistsError:

@@ -21,7 +21,7 @@ class StopSignal:
 
     SIGHUP comes when a terminal closes. A second SIGINT, which a person sends, acts as it would
     outside the block. Other signals stay recorded however often they come: schedulers and torchrun
-    repeat them, and end an urgent process by SIGKILL.
+    repeat them, and send SIGKILL if a process takes too long.
 
     A process that waits for another rank cannot end its step. If the process still waits
     SECONDS_TO_END after the signal, or at a second SIGINT, it ends at once, without a checkpoint.

@@ -5,10 +5,15 @@ import tempfile
 from pathlib import Path
 
 from common.packages import optional
-from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer, fetch_vocabulary, get_tokenizer
+from corpus.tokenizer import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    fetch_vocabulary,
+    get_tokenizer,
+    vocabulary_digest,
+)
 from corpus.vocabulary import (
     GPT2_DIGEST,
-    digest,
     first_difference,
     read_vocabulary,
     tokenizer_of,
@@ -28,8 +33,6 @@ def same_vocabulary(metadata: dict, other: dict) -> bool:
     Returns:
         False, too, if the names differ and a vocabulary is not on this machine as it was.
     """
-    if metadata["tokenizer"] == other["tokenizer"]:
-        return True
     if metadata["tokenizer"]["sha256"] == other["tokenizer"]["sha256"]:
         return True
     try:
@@ -60,7 +63,7 @@ def check_vocabulary(init_from: str, folder: Path, corpus: str, metadata: dict) 
     if wanted is None and init_from not in RELEASED:
         _say(f"{init_from} has no vocabulary: assuming that of the corpus {corpus} ({name})")
         return
-    has_gpt2 = wanted is None or digest(wanted) == GPT2_DIGEST
+    has_gpt2 = wanted is None or vocabulary_digest(wanted) == GPT2_DIGEST
     if has_gpt2 and metadata["tokenizer"]["sha256"] == GPT2_DIGEST:
         return
     try:
@@ -72,7 +75,7 @@ def check_vocabulary(init_from: str, folder: Path, corpus: str, metadata: dict) 
         )
         return
     if wanted is None:
-        if digest(found) == GPT2_DIGEST:
+        if vocabulary_digest(found) == GPT2_DIGEST:
             return
         example = "it is GPT-2's"
     else:
@@ -110,7 +113,7 @@ def tokenizer_of_weights(init_from: str, folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         return HuggingFaceTokenizer(folder.name, folder / "tokenizer.json")
     vocabulary = read_vocabulary(folder)
-    if vocabulary is not None and digest(vocabulary) != GPT2_DIGEST:
+    if vocabulary is not None and vocabulary_digest(vocabulary) != GPT2_DIGEST:
         return _read_vocab_and_merges(folder)
     if vocabulary is None and init_from not in RELEASED:
         _say(f"{init_from} has no vocabulary: assuming GPT-2's")

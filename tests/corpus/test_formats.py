@@ -71,6 +71,17 @@ def test_each_format_is_read_compressed_and_in_any_case(tmp_path, name, suffix):
     assert bytes(i % 256 for i in ids.tolist()) == b"one\0two\0"  # 256 ends a text
 
 
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
+def test_a_compressed_file_that_is_cut_anywhere_is_damaged(tmp_path, suffix):
+    """Also within the first bytes, which are read to find out what the file is."""
+    data = COMPRESS[suffix](LINES)
+    path = tmp_path / f"a.jsonl{suffix}"
+    for size in range(1, len(data)):
+        path.write_bytes(data[:size])
+        found = [text for _, text in read_documents(Source(str(path), "jsonl"))]
+        assert isinstance(found[-1], InvalidDocument), size
+
+
 @pytest.mark.parametrize("suffix", ["", ".xz"])
 def test_a_txt_with_json_lines_stays_text(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"

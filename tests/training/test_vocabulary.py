@@ -12,9 +12,14 @@ import dataset
 import sample
 import train_gpt2
 from corpus.metadata import read_metadata
-from corpus.tokenizer import HuggingFaceTokenizer, get_tokenizer, vocabulary_folder
+from corpus.tokenizer import (
+    HuggingFaceTokenizer,
+    get_tokenizer,
+    vocabulary_digest,
+    vocabulary_folder,
+)
 from corpus.verify import verify
-from corpus.vocabulary import GPT2_DIGEST, digest, read_vocabulary, vocabulary_of
+from corpus.vocabulary import GPT2_DIGEST, read_vocabulary, vocabulary_of
 from model import GPT, GPTConfig
 from training.huggingface import tokenizer_json
 from training.vocabulary import check_vocabulary
@@ -67,7 +72,7 @@ def test_one_vocabulary_in_three_forms_is_the_same(vocabularies, tmp_path):
             write_weights(tmp_path / name / form, tokenizer, form)
             assert read_vocabulary(tmp_path / name / form) == tokenizer.token_bytes
         file = HuggingFaceTokenizer("file", tmp_path / name / "tokenizer.json" / "tokenizer.json")
-        assert digest(vocabulary_of(file)) == tokenizer.sha256
+        assert vocabulary_digest(vocabulary_of(file)) == tokenizer.sha256
     assert read_vocabulary(tmp_path) is None
     assert vocabularies["mine"].sha256 != vocabularies["other"].sha256
 
@@ -75,9 +80,9 @@ def test_one_vocabulary_in_three_forms_is_the_same(vocabularies, tmp_path):
 def test_gpt2s_vocabulary_is_the_same_in_all_forms(gpt2_tokenizer, tmp_path):
     content = json.loads(tokenizer_json(gpt2_tokenizer))
     (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
-    assert digest(read_vocabulary(tmp_path)) == gpt2_tokenizer.sha256 == GPT2_DIGEST
+    assert vocabulary_digest(read_vocabulary(tmp_path)) == gpt2_tokenizer.sha256 == GPT2_DIGEST
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert digest(read_vocabulary(tmp_path)) == GPT2_DIGEST
+    assert vocabulary_digest(read_vocabulary(tmp_path)) == GPT2_DIGEST
 
 
 def test_a_vocabulary_without_byte_letters_is_read(tmp_path):
