@@ -106,23 +106,12 @@ def choose_compute(
         compiler = choose_compile(settings.compile, device.value, flops_per_token * num_tokens)
     lines = [str(device), str(dtype), str(compiler)]
 
-    has_documents = metadata["eot_per_document"]
-    if settings.document_mask == "true" and not has_documents:
-        raise ValueError(f"{settings.corpus} is one running text: it has no documents to mask")
-    separate = has_documents and settings.document_mask != "false"
-    if checkpoint:
-        # older checkpoints have the value in use among their settings
-        old_mask = old_choices.get("document_mask", checkpoint["config"].get("document_mask"))
-        if old_mask in ("true", "false") and separate != (old_mask == "true"):
-            raise ValueError(
-                f"{settings.resume} was trained with document_mask {old_mask}, which decides "
-                f"what its validation loss means: --resume cannot change it"
-            )
-        if left_out_first_tokens(checkpoint):
-            lines.append(
-                "the best validation starts anew: the version that saved this run gave the first "
-                "tokens of documents no loss"
-            )
+    separate = separates_documents(settings, metadata, checkpoint)
+    if checkpoint and left_out_first_tokens(checkpoint):
+        lines.append(
+            "the best validation starts anew: the version that saved this run gave the first "
+            "tokens of documents no loss"
+        )
     flex = False
     if separate:
         failure = why_no_flex_attention(device.value, dtype.value, compiler.value, model)
@@ -145,6 +134,33 @@ def choose_compute(
         peak=None if peak is None else peak * ranks.world_size,
         lines=tuple(lines),
     )
+
+
+def separates_documents(settings: RunSettings, metadata: dict, checkpoint: dict | None) -> bool:
+    """Return whether documents in one sequence do not attend to each other.
+
+    Args:
+        settings: After resolve_size.
+        metadata: Metadata of the corpus.
+        checkpoint: The checkpoint that the run resumes, or None.
+
+    Raises:
+        ValueError: The setting does not fit the corpus or the resumed run.
+    """
+    has_documents = metadata["eot_per_document"]
+    if settings.document_mask == "true" and not has_documents:
+        raise ValueError(f"{settings.corpus} is one running text: it has no documents to mask")
+    separate = has_documents and settings.document_mask != "false"
+    if checkpoint:
+        # older checkpoints have the value in use among their settings
+        choices = checkpoint.get("chosen", {})
+        old_mask = choices.get("document_mask", checkpoint["config"].get("document_mask"))
+        if old_mask in ("true", "false") and separate != (old_mask == "true"):
+            raise ValueError(
+                f"{settings.resume} was trained with document_mask {old_mask}, which decides "
+                f"what its validation loss means: --resume cannot change it"
+            )
+    return separate
 
 
 def left_out_first_tokens(checkpoint: dict) -> bool:

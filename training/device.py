@@ -56,11 +56,14 @@ def choose_device(name: str) -> Choice:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         if num_gpus:
-            name, reason = "cuda", "auto takes a CUDA GPU where there is one"
+            name = "cuda"
+            reason = "auto takes a CUDA GPU where there is one"
         elif has_mps:
-            name, reason = "mps", "auto takes the Apple GPU where there is no CUDA GPU"
+            name = "mps"
+            reason = "auto takes the Apple GPU where there is no CUDA GPU"
         else:
-            name, reason = "cpu", "auto found neither a CUDA GPU nor an Apple GPU"
+            name = "cpu"
+            reason = "auto found neither a CUDA GPU nor an Apple GPU"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -93,10 +93,8 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
         prompt_ids(tokenizer, "", metadata)
-    except FileNotFoundError as error:  # a run on a machine that has data/ but no vocabulary
-        print(f"no sample: {error}")
-        return
-    except ValueError as error:  # another vocabulary, or one without a line break
+    except (FileNotFoundError, ValueError) as error:
+        # no vocabulary on this machine, another vocabulary, or one without a line break
         print(f"no sample: {error}")
         return
     samples = []
