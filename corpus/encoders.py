@@ -164,20 +164,28 @@ class FastEncoder:
             EncoderFailed: The fast package fails.
         """
         texts = list(texts)
-        if any(_has_long_space(text) for text in texts):
+        longest = max(map(len, texts), default=0)
+        if longest >= LONGEST_SPACE and any(_has_long_space(text) for text in texts):
             return self.tokenizer.encode_documents(texts)
+        ids = self._encode_joined(texts)
+        self._check(texts, ids, are_documents=True)
+        return ids
+
+    def _encode_joined(self, texts: list[str]) -> np.ndarray:
+        """Return the ids of documents, in one call if none holds the literal end-of-text."""
         eot_text = self.tokenizer.eot_text
+        joined = eot_text.join([*texts, ""])
+        if joined.count(eot_text) == len(texts):
+            return self._encode(joined, with_eot=True)
         end = np.array([self.tokenizer.eot_token], np.uint32)
-        arrays = [np.empty(0, np.uint32)]
+        arrays = []
         for has_eot, group in itertools.groupby(texts, key=lambda text: eot_text in text):
-            if has_eot:  # the literal end-of-text must not end a document, so one call per text
+            if has_eot:  # the literal must not end a document, so one call per text
                 for text in group:
                     arrays += [self._encode(text, with_eot=False), end]
             else:
                 arrays.append(self._encode(eot_text.join([*group, ""]), with_eot=True))
-        ids = np.concatenate(arrays)
-        self._check(texts, ids, are_documents=True)
-        return ids
+        return np.concatenate(arrays)
 
     def _encode(self, text: str, with_eot: bool) -> np.ndarray:
         """Return the ids of a text, in which a literal end of text is the token or ordinary."""
