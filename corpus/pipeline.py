@@ -224,25 +224,26 @@ class _Preparation:
             finished = self.finished_counts()
             if finished:
                 print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
-            job = self.job
-            if self.reference_only_path.exists():
-                job = replace(job, encoder=REFERENCE)
+            reference_only = self.reference_only_path.exists()
             try:
                 with self.unchanged_sources():
-                    self.tokenize_tasks([i for i in numbers if i not in finished], job)
+                    self.tokenize_tasks([i for i in numbers if i not in finished])
             except EncoderFailed as error:
                 print(f"{error}; {REFERENCE} does all tasks, from the beginning")
                 self.reference_only_path.touch()
                 continue
-            if job.encoder == REFERENCE or not self.reference_only_path.exists():
+            if reference_only or not self.reference_only_path.exists():
                 return
 
-    def tokenize_tasks(self, numbers: list[int], job: Job) -> None:
+    def tokenize_tasks(self, numbers: list[int]) -> None:
         """Do the tasks of these numbers, and show the progress.
 
         On a terminal the progress line moves; elsewhere, as in the output of Slurm, there is one
         line per minute.
         """
+        job = self.job
+        if self.reference_only_path.exists():
+            job = replace(job, encoder=REFERENCE)
         interval = 0.2 if sys.stderr.isatty() else 60  # seconds
         num_tokens = 0
         with tqdm(
