@@ -35,6 +35,7 @@ def always_fast(monkeypatch, gpt2_tokenizer):
     """Let the smallest corpus use the fast encoder."""
     monkeypatch.setattr(encoders, "SMALLEST_CORPUS", 0)
     monkeypatch.setattr(pipeline, "TASK_BYTES", (2000, 2000))
+    monkeypatch.delitem(sys.modules, "pyarrow", raising=False)  # workers are forks of this process
 
 
 class Liar:
