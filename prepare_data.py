@@ -49,6 +49,7 @@ class Settings:
     train_split_ratio: float = 0.9  # share for train, if the corpus has no splits
     seed: int = 0  # decides which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
+    encoder: Literal["auto", "tiktoken"] = "auto"  # auto: a faster package, if its ids are the same
     engine: Literal["processes", "ray"] = "processes"  # runner of the tasks: this machine, or Ray
     workers: int = 0  # tasks at once, on this machine at most four per core; 0: one per core
     ray_address: str = ""  # HOST:PORT of a Ray cluster, or auto; "": start Ray on this machine
@@ -130,6 +131,7 @@ def prepare_corpus(settings: Settings) -> None:
             seed=settings.seed,
             max_length=settings.max_length,
             on_error=settings.on_error,
+            encoder=settings.encoder,
             part=settings.part,
         )
 

@@ -9,6 +9,7 @@ In the order of a corpus's way:
    text; boundaries.py: places at which a text may be divided; reader.py, tables.py: chunks to
    documents.
 3. tokenizer.py: text to token ids and back. vocabulary.py: the bytes that an id stands for.
+   encoders.py: a faster package with the same ids.
 4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py:
    sources to chunks and tasks; tasks.py: what one worker does; engines.py: processes or Ray;
    shards.py: the files of all tasks to shards.

@@ -78,7 +78,14 @@ def _process_engine(workers: int) -> Iterator[RunTasks]:
         try:  # a worker may die while calls are still being submitted
             futures = {pool.submit(function, *call): i for i, call in enumerate(calls)}
             for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
+                try:
+                    result = future.result()
+                except Exception:  # no call runs on, so that the caller may call again
+                    for other in futures:
+                        other.cancel()
+                    concurrent.futures.wait(futures)
+                    raise
+                yield futures[future], result
         except BrokenProcessPool:
             raise OSError(
                 "a worker process was killed, perhaps because memory ran out: run this again with "
@@ -130,11 +137,14 @@ def _ray_engine(workers: int, address: str) -> Iterator[RunTasks]:
                     return
                 (future,), _ = ray.wait(list(running))
                 try:
-                    yield running.pop(future), ray.get(future)
+                    result = ray.get(future)
                 except ray.exceptions.RayTaskError as error:
+                    # no call runs on, so that the caller may call again
+                    ray.wait(list(running), num_returns=len(running))
                     raise error.cause from None
                 except ray.exceptions.RayError as error:
                     raise OSError(f"Ray lost a task, run this again: {error}") from None
+                yield running.pop(future), result
 
         yield run_tasks
     finally:

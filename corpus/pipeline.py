@@ -31,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.files import exclusive_lock
+from corpus.encoders import REFERENCE, EncoderFailed, choose_encoder
 from corpus.engines import RunTasks
 from corpus.existing import has_unpublished_shards, refuse_other_files, up_to_date
 from corpus.inputs import Corpus
@@ -56,6 +57,7 @@ def prepare(
     max_length: int = 0,
     on_error: str = "stop",
     part: str = "",
+    encoder: str = "auto",
 ) -> dict | None:
     """Tokenize a corpus into a folder.
 
@@ -69,6 +71,7 @@ def prepare(
         max_length: Tokens kept of a document; 0 keeps all.
         on_error: "stop" or "skip", at an invalid document.
         part: "I/N" does every N-th task only, from the I-th; "" does all tasks.
+        encoder: "auto", or "tiktoken" to leave a faster encoder unused. The result is the same.
 
     Returns:
         The metadata, or None if tasks are left to other parts.
@@ -106,6 +109,10 @@ def prepare(
             return metadata
     tasks = plan(corpus, tokenizer, train_split_ratio, *TASK_BYTES, on_error)
     check_room(corpus_dir, tokenizer, tasks)
+    num_bytes = sum(task.num_bytes for task in tasks)
+    encoder_name, encoder_line = choose_encoder(encoder, tokenizer, num_bytes)
+    if encoder_line:
+        print(encoder_line)
     job = Job(
         tasks_dir=str(tasks_dir),
         tokenizer=tokenizer.name,
@@ -114,6 +121,7 @@ def prepare(
         train_split_ratio=train_split_ratio,
         seed=seed,
         on_error=on_error,
+        encoder=encoder_name,
     )
     preparation = _Preparation(
         corpus=corpus,
@@ -207,12 +215,25 @@ class _Preparation:
     # the steps
 
     def tokenize(self, numbers: range) -> None:
-        """Do the tasks of these numbers that are not finished."""
-        finished = self.finished_counts()
-        if finished:
-            print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
-        with self.unchanged_sources():
-            self.tokenize_tasks([i for i in numbers if i not in finished])
+        """Do the tasks of these numbers that are not finished.
+
+        If the fast encoder fails in one task, tiktoken does all tasks of the corpus: also those
+        that are finished, those of other parts, and those that are left after a restart.
+        """
+        while True:
+            finished = self.finished_counts()
+            if finished:
+                print(f"resuming: {len(finished):,} of {len(self.tasks):,} tasks are finished")
+            reference_only = self.reference_only_path.exists()
+            try:
+                with self.unchanged_sources():
+                    self.tokenize_tasks([i for i in numbers if i not in finished])
+            except EncoderFailed as error:
+                print(f"{error}; {REFERENCE} does all tasks, from the beginning")
+                self.reference_only_path.touch()
+                continue
+            if reference_only or not self.reference_only_path.exists():
+                return
 
     def tokenize_tasks(self, numbers: list[int]) -> None:
         """Do the tasks of these numbers, and show the progress.
@@ -220,6 +241,9 @@ class _Preparation:
         On a terminal the progress line moves; elsewhere, as in the output of Slurm, there is one
         line per minute.
         """
+        job = self.job
+        if self.reference_only_path.exists():
+            job = replace(job, encoder=REFERENCE)
         interval = 0.2 if sys.stderr.isatty() else 60  # seconds
         num_tokens = 0
         with tqdm(
@@ -230,7 +254,7 @@ class _Preparation:
             delay=interval,
             leave=False,
         ) as progress:
-            calls = [(self.job, i, self.tasks[i].chunks) for i in numbers]
+            calls = [(job, i, self.tasks[i].chunks) for i in numbers]
             for index, counts in self.run_tasks(tokenize_task, calls):
                 num_tokens += sum(split["tokens"] for split in counts["splits"].values())
                 speed = num_tokens / max(1e-9, time.time() - progress.start_t)
@@ -337,12 +361,19 @@ class _Preparation:
         """Make the folder of finished tasks."""
         self.tasks_dir.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def reference_only_path(self) -> Path:
+        """Path of the empty file that forbids the fast encoder for all tasks."""
+        return self.tasks_dir / f"{REFERENCE}-only"
+
     def finished_counts(self) -> dict[int, dict]:
         """Return index -> counts of each finished task that these settings can use."""
         finished = self.all_finished_counts()
-        if self.job.on_error == "skip":
-            return finished
-        return {i: counts for i, counts in finished.items() if not counts["skipped"]}
+        if self.job.on_error != "skip":
+            finished = {i: counts for i, counts in finished.items() if not counts["skipped"]}
+        if self.reference_only_path.exists():
+            finished = {i: c for i, c in finished.items() if c.get("encoder") == REFERENCE}
+        return finished
 
     def all_finished_counts(self) -> dict[int, dict]:
         """Return index -> counts of each finished task, with those that skipped documents."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from common.files import atomic_write
 from common.hashing import splitmix64
+from corpus.encoders import REFERENCE, EncoderFailed, EncodersDiffer, FastEncoder, open_encoder
 from corpus.reader import place_of, read
 from corpus.sources import BLOCK, InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, Tokenizer, encodable, get_tokenizer
@@ -54,6 +55,7 @@ class Job:
         train_split_ratio: Share of the documents for train, if `assign_split` decides.
         seed: Seed of `assign_split`.
         on_error: "stop" or "skip", at an invalid document.
+        encoder: Name of the encoder, from encoders.choose_encoder. The ids do not depend on it.
     """
 
     tasks_dir: str
@@ -63,6 +65,7 @@ class Job:
     train_split_ratio: float
     seed: int
     on_error: str
+    encoder: str = REFERENCE
 
 
 def assign_split(
@@ -118,13 +121,15 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
     Returns:
         The counts: "chunks" (identifies the task), "splits" (split name -> "tokens", "documents"
         and "bytes" of UTF-8 text), "dropped" (tokens beyond max_length), "skipped" (place and
-        reason of each invalid document) and "seconds".
+        reason of each invalid document), "encoder" and "seconds".
 
     Raises:
         ValueError: A document is invalid, and job.on_error is "stop".
         OSError: A file cannot be read or written.
+        EncoderFailed: The fast encoder differs from the tokenizer, or is not on this machine.
     """
     tokenizer = get_tokenizer(job.tokenizer)
+    encoder = open_encoder(job.encoder, tokenizer)
     began = time.perf_counter()
     stem = Path(job.tasks_dir) / f"{number:06}"
     skipped = []
@@ -144,7 +149,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                     if split not in writers:
                         path = Path(f"{stem}.{split}.bin")
                         file = files.enter_context(atomic_write(path, clean=False))
-                        writers[split] = _SplitWriter(job, tokenizer, file, path, skipped)
+                        writers[split] = _SplitWriter(job, tokenizer, encoder, file, path, skipped)
                     split_positions = list(itertools.compress(positions, chosen))
                     split_texts = list(itertools.compress(texts, chosen))
                     writers[split].add(chunk, split_positions, split_texts)
@@ -155,6 +160,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
         "splits": {split: writer.split_counts for split, writer in writers.items()},
         "dropped": sum(writer.dropped for writer in writers.values()),
         "skipped": skipped,
+        "encoder": job.encoder,
         "seconds": time.perf_counter() - began,
     }
     with atomic_write(Path(f"{stem}.json"), clean=False) as f:
@@ -166,10 +172,17 @@ class _SplitWriter:
     """Tokenize the texts of one split into a file, about BLOCK characters at once."""
 
     def __init__(
-        self, job: Job, tokenizer: Tokenizer, file: BinaryIO, path: Path, skipped: list[str]
+        self,
+        job: Job,
+        tokenizer: Tokenizer,
+        encoder: Tokenizer | FastEncoder,
+        file: BinaryIO,
+        path: Path,
+        skipped: list[str],
     ):
         self.job = job
         self.tokenizer = tokenizer
+        self.encoder = encoder  # shared by the writers of a task
         self.file = file
         self.path = path
         self.skipped = skipped  # shared by the writers of a task
@@ -189,14 +202,18 @@ class _SplitWriter:
         """Tokenize and write the texts that wait."""
         texts = [text for _, _, texts in self.waiting for text in texts]
         try:
-            ids = self._encode(texts)
+            ids = self._encode(texts, self.encoder)
         except CannotEncode:
             texts = self._encodable_texts()
-            ids = self._encode(texts)
+            ids = self._encode(texts, self.tokenizer)
+        except EncodersDiffer as error:
+            raise EncoderFailed(f"{error}: {self._place_of(error)}") from None
         self.waiting = []
         self.num_characters = 0
         self.split_counts["documents"] += len(texts)
-        self.split_counts["bytes"] += sum(len(encodable(text).encode()) for text in texts)
+        # one call for all texts; the line feeds keep surrogates of two texts apart
+        num_bytes = len(encodable("\n".join(texts)).encode())
+        self.split_counts["bytes"] += num_bytes - max(0, len(texts) - 1)
         if self.job.max_length:
             ids = self._drop_beyond_max_length(ids, texts)
         tokenizer = self.tokenizer
@@ -212,12 +229,27 @@ class _SplitWriter:
             raise
         self.split_counts["tokens"] += len(ids)
 
-    def _encode(self, texts) -> np.ndarray:
+    def _encode(self, texts: list[str], encoder: Tokenizer | FastEncoder) -> np.ndarray:
         """Return the ids of texts, with end-of-text tokens after documents."""
         if self.job.has_documents:
-            return self.tokenizer.encode_documents(texts)
-        arrays = [self.tokenizer.encode(text) for text in texts]
-        return np.concatenate([np.empty(0, np.uint32), *arrays])
+            return encoder.encode_documents(texts)
+        arrays = [np.empty(0, np.uint32)]
+        for index, text in enumerate(texts):
+            try:
+                arrays.append(encoder.encode(text))
+            except EncodersDiffer as error:
+                raise EncodersDiffer(index, error.offset) from None
+        return np.concatenate(arrays)
+
+    def _place_of(self, error: EncodersDiffer) -> str:
+        """Return the place of the text for which the encoders differ."""
+        places = [
+            (chunk, position) for chunk, positions, _ in self.waiting for position in positions
+        ]
+        chunk, position = places[error.index]
+        if chunk.is_table or self.job.has_documents:
+            return place_of(chunk, position)
+        return place_of(chunk, position + error.offset)
 
     def _encodable_texts(self) -> list[str]:
         """Return the texts that the tokenizer can encode, and skip or refuse the others."""

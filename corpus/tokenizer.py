@@ -467,6 +467,16 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
     return missing
 
 
+def vocabulary_paths(name: str) -> dict[str, Path]:
+    """Return the name at OpenAI -> path of each vocabulary file of an encoding of tiktoken.
+
+    Example: {"vocab.bpe": ..., "encoder.json": ...} for gpt2. Other tokenizers have no such file.
+    """
+    folder = vocabulary_folder()
+    files = VOCABULARY_FILES.get(name, {})
+    return {file.rpartition("/")[2]: folder / _cache_name(file) for file in files}
+
+
 def _cache_name(file: str) -> str:
     """Return the name under which tiktoken looks for a vocabulary file."""
     return hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
@@ -505,8 +515,7 @@ def copy_vocabulary(name: str, folder: Path) -> None:
         FileNotFoundError: The name is the path of a file that does not exist.
     """
     missing = {path for _, path, _ in missing_files(name)}
-    files = VOCABULARY_FILES.get(ALIASES.get(name, name), {})
-    paths = [vocabulary_folder() / _cache_name(file) for file in files]
+    paths = [*vocabulary_paths(ALIASES.get(name, name)).values()]
     if _is_file(name) and not Path(name).is_file():
         paths = [vocabulary_folder() / name]  # kept there by _keep_copy
     for path in paths:

@@ -347,7 +347,8 @@ def test_a_failed_write_names_the_file_of_its_split(tmp_path):
         seed=0,
         on_error="stop",
     )
-    writer = tasks._SplitWriter(job, get_tokenizer("bytes"), FullDisk(), "000001.val.bin", [])
+    tokenizer = get_tokenizer("bytes")
+    writer = tasks._SplitWriter(job, tokenizer, tokenizer, FullDisk(), "000001.val.bin", [])
     writer.add(Source("a.jsonl", "jsonl"), [0], ["text"])
     with pytest.raises(OSError, match=r"No space left on device: '000001\.val\.bin'"):
         writer.flush()

@@ -1,0 +1,116 @@
+"""Compare the fast encoder with tiktoken, for GPT-2's vocabulary.
+
+python -m bench.encoders documents 1000000    # so many random documents: the same ids?
+python -m bench.encoders unicode              # every code point in many contexts: the same ids?
+python -m bench.encoders memory 500           # peak memory over so many MB of distinct words
+
+Needs pip install fastokens, in the version that corpus/encoders.py names. The first two end with an
+error at the first difference.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.script import run_script
+from corpus.encoders import FAST, FastEncoder, open_encoder
+from corpus.tokenizer import Tokenizer, get_tokenizer
+
+CONTEXTS = (  # of a code point, in place of the @
+    "@", "@@", "a@", "@a", "a@a", "1@", "@1", "1@1", "@'ll", "@'s", "@'d", "'@", "a'@", "'l@", " @",
+    "@ ", " @ a", "  @", "@  a", "\n@\n", "@\n\n@", ".@", "@.", ".@.", "\xe9@", "\u6f22@\u6f22",
+)  # fmt: skip
+BLOCK_CODE_POINTS = 2048  # compared in one call
+BATCH_DOCUMENTS = 1000  # compared in one call
+FRAGMENTS = (
+    "a", "Z", "the", " of", "hello", "ing", "'ll", "'s", "'d", "'ve", "'LL", "'", "\u2019s", "0",
+    "42", "1234567", " ", "  ", "   ", "\n", "\r\n", "\n\n", "\t", "\x00", "\x1c", "\x85", "\xa0",
+    "\u180e", "\u200b", "\u200d", "\u2028", "\u3000", "\ufeff", ".", "!!!", "--", "\xbd", "\u0661",
+    "\xe9", "e\u0301", "\u6f22", "\u0e01\u0e33", "\U0001f600", "\U0001f469\u200d\U0001f4bb",
+    "<|endoftext|>", "<|endof", "text|>", "\ud83d", "\ude00", "\U00011db2", "\u088f",
+)  # fmt: skip
+
+
+def main() -> None:
+    commands = {"documents": compare_documents, "unicode": compare_unicode, "memory": fill_memory}
+    arguments = [int(argument) for argument in sys.argv[2:] if argument.isdigit()]
+    if len(sys.argv) < 2 or sys.argv[1] not in commands or len(arguments) < len(sys.argv[2:]):
+        raise ValueError("name a comparison, as in python -m bench.encoders documents 1000000")
+    began = time.perf_counter()
+    print(commands[sys.argv[1]](*arguments), f"in {time.perf_counter() - began:.0f} s")
+
+
+def compare_documents(count: int = 1_000_000, seed: int = 0) -> str:
+    """Compare the ids of `count` random documents."""
+    tokenizer = get_tokenizer("gpt2")
+    encoder = open_encoder(FAST, tokenizer)
+    for number in range(0, count, BATCH_DOCUMENTS):
+        generator = random.Random(f"{seed}/{number}")
+        texts = [random_document(generator) for _ in range(min(BATCH_DOCUMENTS, count - number))]
+        refuse_difference(tokenizer, encoder, texts)
+    return f"{count:,} documents: the same ids"
+
+
+def random_document(generator: random.Random) -> str:
+    """Return a document of up to forty fragments and code points."""
+    parts = []
+    for _ in range(generator.randrange(40)):
+        kind = generator.random()
+        if kind < 0.7:
+            parts.append(generator.choice(FRAGMENTS))
+        elif kind < 0.72:
+            parts.append(generator.choice(FRAGMENTS) * generator.randrange(300))
+        else:
+            stop = generator.choice((0x80, 0x800, 0x10000, 0x20000, 0x110000))
+            parts.append(chr(generator.randrange(stop)))
+    return "".join(parts)
+
+
+def compare_unicode() -> str:
+    """Compare the ids of every code point in every context."""
+    tokenizer = get_tokenizer("gpt2")
+    encoder = open_encoder(FAST, tokenizer)
+    count = 0
+    for code_points in blocks_of_code_points():
+        texts = [context.replace("@", chr(c)) for c in code_points for context in CONTEXTS]
+        refuse_difference(tokenizer, encoder, texts)
+        count += len(code_points)
+    return f"{count:,} code points in {len(CONTEXTS)} contexts: the same ids"
+
+
+def blocks_of_code_points() -> Iterator[list[int]]:
+    """Yield all code points, without surrogates, in blocks."""
+    for start in range(0, 0x110000, BLOCK_CODE_POINTS):
+        if not 0xD800 <= start < 0xE000:
+            yield list(range(start, start + BLOCK_CODE_POINTS))
+
+
+def refuse_difference(tokenizer: Tokenizer, encoder: FastEncoder, texts: list[str]) -> None:
+    """Raise ValueError with a text for which the ids differ."""
+    if np.array_equal(encoder.encode_documents(texts), tokenizer.encode_documents(texts)):
+        return
+    for text in texts:
+        if not np.array_equal(encoder.encode(text), tokenizer.encode(text)):
+            raise ValueError(f"the ids of {text!a} differ")
+    raise ValueError(f"the ids of {texts!a} differ, though not those of each alone")
+
+
+def fill_memory(megabytes: int = 500) -> str:
+    """Encode documents of random words, nearly all of them distinct."""
+    encoder = open_encoder(FAST, get_tokenizer("gpt2"))
+    generator = np.random.default_rng(0)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", np.uint8)
+    for _ in range(megabytes):
+        text = letters[generator.integers(0, len(letters), 1_000_000)].tobytes().decode()
+        encoder.encode_documents([text[i : i + 150] for i in range(0, len(text), 150)])
+    status = Path("/proc/self/status").read_text()  # ru_maxrss may be that of the parent
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return f"{megabytes} MB of distinct words: {peak:.0f} MiB at the peak"
+
+
+if __name__ == "__main__":
+    run_script(main)
