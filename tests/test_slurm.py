@@ -140,8 +140,6 @@ def test_an_error_under_ray_fails_the_job(job, tmp_path):
     assert not list(Path("/tmp").glob(f"ray-{job_id}*"))
 
 
-@pytest.mark.slow
-@pytest.mark.slurm
 @pytest.mark.parametrize(
     ("numbers", "step", "parts"),
     [
@@ -173,6 +171,7 @@ def test_the_jobs_of_an_array_have_different_parts_or_fail(tmp_path, numbers, st
         assert ("submit --array=0-" in job.stderr) == (part is None)
 
 
+@pytest.mark.slow
 def test_a_long_temporary_folder_of_ray_is_a_one_line_error(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="ray is in requirements-dev.txt")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 20)
@@ -185,6 +184,8 @@ def test_a_long_temporary_folder_of_ray_is_a_one_line_error(tmp_path, monkeypatc
     assert_one_line_error(result, "set RAY_TMPDIR to a short one")
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_an_array_job_writes_the_bytes_of_one_process(job, expected, tmp_path):
     array = "--array=4-8:2", "-c", "1", "cluster/prepare_data_array.sbatch"
     assert wait_for_end(job(*array, out="%a")) == "COMPLETED 0:0"
