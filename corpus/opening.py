@@ -124,7 +124,10 @@ def open_file(path: str) -> BufferedReader:
     file = _open_compressed(path, suffix)
     with FileIO(path) as compressed_file:
         head = compressed_file.read(HEAD)
-    if head and not COMPRESSIONS[suffix].magic.match(head):
+    if not head:
+        file.close()
+        raise UnreadableFile(path, "the file has 0 bytes: download it again, or remove it")
+    if not COMPRESSIONS[suffix].magic.match(head):
         file.close()
         raise UnreadableFile(path, _reason_for_wrong_suffix(path, suffix, head))
     return BufferedReader(_UncompressedFile(file, path), BLOCK)

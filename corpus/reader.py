@@ -338,10 +338,18 @@ def _json_text(record: bytes, field: str) -> str:
         pass  # the slow way below finds the fault
     text = _decode(record.removesuffix(b"\n").removeprefix(BYTE_ORDER_MARK))
     try:
-        row = json.loads(text)
+        row = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise InvalidText(f"not JSON ({error})") from None
     return text_of_row(row, field)
+
+
+def _integer(digits: str) -> int:
+    """Return an integer of a row, or 0 if it has more digits than Python converts."""
+    try:
+        return int(digits)
+    except ValueError:
+        return 0
 
 
 def why_not_json_lines(path: str) -> str:
@@ -368,7 +376,7 @@ def why_not_json_lines(path: str) -> str:
         )
     if first_line.startswith(b"{") and len(first_line) < LONGEST_FIRST_LINE - 1:
         try:
-            json.loads(first_line)
+            json.loads(first_line, parse_int=_integer)
         except (ValueError, RecursionError):
             return (
                 f"{path} does not have one JSON object per line: convert it with: "
