@@ -179,7 +179,7 @@ def test_a_long_temporary_folder_of_ray_is_a_one_line_error(tmp_path, monkeypatc
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    command = "--input a.jsonl --tokenizer bytes --engine ray --workers 1".split()
+    command = ["--input", "a.jsonl", "--tokenizer", "bytes", "--engine", "ray", "--workers", "1"]
     result = run_script("prepare_data.py", *command, cwd=tmp_path)
     assert_one_line_error(result, "set RAY_TMPDIR to a short one")
 
