@@ -51,6 +51,7 @@ def open_engine(name: str, workers: int = 0, ray_address: str = "") -> Iterator[
 
     Raises:
         ConnectionError: No Ray cluster answers.
+        OSError: The path of Ray's temporary folder is too long.
         ValueError: Ray is not installed.
     """
     if not ray_address:
@@ -176,3 +177,10 @@ def _connect_ray(ray, workers: int, address: str) -> None:
     except (ConnectionError, ValueError) as error:
         location = f"at {address}" if address else "on this machine"
         raise ConnectionError(f"no Ray cluster {location}: {error}") from None
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise OSError(
+            f"the path of Ray's temporary folder is too long for sockets ({error}): "
+            f"set RAY_TMPDIR to a short one, for example RAY_TMPDIR=/tmp"
+        ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from corpus.descriptions import Description, read_description
 from corpus.folders import list_files, name_some
 from corpus.hub import hugging_face
-from corpus.opening import UnreadableFile, open_text
+from corpus.opening import UnreadableFile, open_text, start_of_text
 from corpus.reader import why_not_json_lines
 from corpus.sources import BLOCK, Source, compression_of
 from corpus.split_names import Report, keep_named_splits, split_of_name
@@ -186,7 +186,8 @@ def _find_files(item: str, options: _Options) -> _Input:
         division = options.division if file_format == "text" else ""
         field = options.text_field or "text"
         name = name_below(listing.root, str(path))
-        sources.append(Source(str(path), file_format, division, field, name=name))
+        start = start_of_text(str(path)) if file_format == "text" else 0
+        sources.append(Source(str(path), file_format, division, field, start=start, name=name))
     left_out = [
         f"{len(paths):,} {reason} ({name_some(paths)})"
         for reason, paths in listing.left_out.items()

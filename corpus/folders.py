@@ -15,7 +15,10 @@ NUM_NAMED = 3  # paths that a line about many paths names
 DANGLING = "because the link leads nowhere"
 NOT_REGULAR = "because it is not a regular file"
 PREPARED = "because it is a prepared corpus"
+WORKING = "because it holds no rows of the table, but Spark's log or unfinished work"
 UNREADABLE = "because the folder cannot be read"
+
+WORKING_FOLDERS = ("_temporary", "_delta_log", "_spark_metadata")  # inside a table of many files
 
 
 @dataclass
@@ -56,7 +59,9 @@ def list_files(item: str) -> Listing:
                 _walk(base, listing, visited, pattern[i:])
     else:
         for path in _glob(root, pattern):
-            if path.is_dir():
+            if path.is_dir() and pattern and path.name in WORKING_FOLDERS:
+                listing.leave_out(path, WORKING)
+            elif path.is_dir():
                 _walk(path, listing, visited)
             elif not pattern or path.name not in DESCRIPTION_NAMES:
                 _add(path, listing)
@@ -116,7 +121,9 @@ def _walk(
                 continue
             if prepared and (name == "skipped.txt" or name.endswith(".bin")):
                 continue
-            if path.is_dir():
+            if path.is_dir() and name in WORKING_FOLDERS:
+                listing.leave_out(path, WORKING)
+            elif path.is_dir():
                 folders.append(path)
             elif _matches(path.relative_to(top).parts, pattern):
                 _add(path, listing)

@@ -23,6 +23,7 @@ from common.packages import optional
 from corpus.sources import BLOCK, compression_of
 
 LONGEST_WINDOW = 31  # log2 of the bytes that a .zst file may refer back to (zstd --long=31)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it before a UTF-8 text
 HEAD = 512  # bytes that decide what a file is: a tar archive has its mark in the first 512
 
 
@@ -123,7 +124,10 @@ def open_file(path: str) -> BufferedReader:
     file = _open_compressed(path, suffix)
     with FileIO(path) as compressed_file:
         head = compressed_file.read(HEAD)
-    if head and not COMPRESSIONS[suffix].magic.match(head):
+    if not head:
+        file.close()
+        raise UnreadableFile(path, "the file has 0 bytes: download it again, or remove it")
+    if not COMPRESSIONS[suffix].magic.match(head):
         file.close()
         raise UnreadableFile(path, _reason_for_wrong_suffix(path, suffix, head))
     return BufferedReader(_UncompressedFile(file, path), BLOCK)
@@ -144,6 +148,18 @@ def open_text(path: str) -> BufferedReader:
         raise UnreadableFile(path, reason)
     # opened anew, because a file that is damaged in `head` would seem to end there after a seek
     return open_file(path)
+
+
+def start_of_text(path: str) -> int:
+    """Return the first byte of a text after a byte order mark, which is not part of the text.
+
+    Example: 3 for a file with the bytes EF BB BF 61, and 0 for a file with the byte 61. A file that
+    cannot be read gives 0, because its reader names the fault.
+    """
+    with contextlib.suppress(OSError, UnreadableFile), open_text(path) as file:
+        if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+            return len(BYTE_ORDER_MARK)
+    return 0
 
 
 def zstd(path: str) -> ModuleType:

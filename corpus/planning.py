@@ -92,7 +92,7 @@ def split_text(
     Raises:
         OSError: A source cannot be read.
     """
-    counts = [0 if source.split else _count_characters(source.path) for source in sources]
+    counts = [0 if source.split else _count_characters(source) for source in sources]
     if not tokenizer.divisible:
         sources = [replace(source, division="file") for source in sources]
     left_for_train = int(sum(counts) * train_split_ratio)
@@ -106,7 +106,7 @@ def split_text(
         elif left_for_train <= 0:
             split_sources.append(replace(source, split="val"))
         else:
-            offset = _byte_of_character(source.path, left_for_train)
+            offset = _byte_of_character(source, left_for_train)
             split_sources.append(replace(source, split="train", stop=offset))
             split_sources.append(replace(source, split="val", start=offset))
         left_for_train -= count
@@ -126,7 +126,7 @@ def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
     """
     if tokenizer.divisible:
         return
-    count = _count_characters(source.path)
+    count = _count_characters(source)
     if count > LONGEST_UNDIVIDED:
         raise ValueError(
             f"{source.path} is one running text of {count:,} characters, and {tokenizer.name} "
@@ -136,29 +136,30 @@ def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
         )
 
 
-def _character_starts(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (offset, bool array) for each block of a file: which bytes begin a character."""
-    offset = 0
-    with contextlib.suppress(DamagedFile), open_text(path) as f:  # the reader reports damage
+def _character_starts(source: Source) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (offset, bool array) for each block of a source: which bytes begin a character."""
+    offset = source.start
+    with contextlib.suppress(DamagedFile), open_text(source.path) as f:  # the reader reports damage
+        f.seek(offset)
         while block := f.read(BLOCK):
             yield offset, (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
             offset += len(block)
 
 
-def _count_characters(path: str) -> int:
-    """Return how many characters a UTF-8 file has."""
-    return sum(int(np.count_nonzero(starts)) for _, starts in _character_starts(path))
+def _count_characters(source: Source) -> int:
+    """Return how many characters a UTF-8 source has."""
+    return sum(int(np.count_nonzero(starts)) for _, starts in _character_starts(source))
 
 
-def _byte_of_character(path: str, number: int) -> int:
-    """Return the byte offset of character `number`, counted from 0, in a UTF-8 file."""
+def _byte_of_character(source: Source, number: int) -> int:
+    """Return the byte offset in its file of character `number` of a UTF-8 source, from 0."""
     count = 0
-    for offset, starts in _character_starts(path):
+    for offset, starts in _character_starts(source):
         num_starts = int(np.count_nonzero(starts))
         if count + num_starts > number:
             return offset + int(np.flatnonzero(starts)[number - count])
         count += num_starts
-    raise ValueError(f"{path} has changed while it was read: run this again")
+    raise ValueError(f"{source.path} has changed while it was read: run this again")
 
 
 def check_room(corpus_dir: Path, tokenizer: Tokenizer, tasks: list[Task]) -> None:

@@ -20,7 +20,13 @@ from dataclasses import dataclass, replace
 from io import BufferedIOBase
 
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
-from corpus.opening import DamagedFile, UnreadableFile, open_text, shell_input
+from corpus.opening import (
+    BYTE_ORDER_MARK,
+    DamagedFile,
+    UnreadableFile,
+    open_text,
+    shell_input,
+)
 from corpus.sources import BLOCK, InvalidDocument, InvalidText, Source, text_of_row
 from corpus.tables import divide_table, place_of_row, read_table
 
@@ -29,7 +35,6 @@ ASCII_SPACE = " \t\r\f\v\n"
 CONTROL = re.compile(rb"[\0-\x06\x0e-\x19]")  # no text in latin1 or a similar encoding has them
 JSON_SPACE = b" \t\r\n"
 LONGEST_FIRST_LINE = 1 << 24  # bytes of a .json file that are read to find out what it holds
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PRINT_ROWS = (
     "import json, sys; [print(json.dumps(row)) for row in json.loads(sys.stdin.buffer.read())]"
 )
@@ -58,7 +63,7 @@ def divide(source: Source, chunk_bytes: int) -> list[tuple[Source, int]]:
     file_bytes = os.path.getsize(source.path)
     if source.compressed:
         return [(source, file_bytes)]
-    if file_bytes == 0:
+    if file_bytes <= source.start:
         return []
     stop = file_bytes if source.stop is None else source.stop
     if source.division == "file" and source.format == "text":
@@ -333,10 +338,18 @@ def _json_text(record: bytes, field: str) -> str:
         pass  # the slow way below finds the fault
     text = _decode(record.removesuffix(b"\n").removeprefix(BYTE_ORDER_MARK))
     try:
-        row = json.loads(text)
+        row = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise InvalidText(f"not JSON ({error})") from None
     return text_of_row(row, field)
+
+
+def _integer(digits: str) -> int:
+    """Return an integer of a row, or 0 if it has more digits than Python converts."""
+    try:
+        return int(digits)
+    except ValueError:
+        return 0
 
 
 def why_not_json_lines(path: str) -> str:
@@ -363,7 +376,7 @@ def why_not_json_lines(path: str) -> str:
         )
     if first_line.startswith(b"{") and len(first_line) < LONGEST_FIRST_LINE - 1:
         try:
-            json.loads(first_line)
+            json.loads(first_line, parse_int=_integer)
         except (ValueError, RecursionError):
             return (
                 f"{path} does not have one JSON object per line: convert it with: "

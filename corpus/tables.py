@@ -84,8 +84,11 @@ def read_table(
             if isinstance(column, InvalidText):
                 yield from _invalid_rows(chunk, positions, str(column))
                 continue
-            rows = zip(positions, _values(column))
-            yield positions, [_text(value, row, chunk) for row, value in rows]
+            for part in _bounded(column):
+                rows = positions[: len(part)]
+                positions = positions[len(part) :]
+                pairs = zip(rows, _values(part))
+                yield rows, [_text(value, row, chunk) for row, value in pairs]
 
 
 class _ArrowFile:
@@ -234,6 +237,19 @@ def _columns_of_row_group(table, chunk, i, batch, step):
         if isinstance(error, OSError) and error.errno:
             raise
         yield InvalidText(_damage(chunk, error))
+
+
+def _bounded(column):
+    """Yield a column in slices of at most twice BLOCK bytes, or of one longer text.
+
+    The size of a row group does not tell how long its rows are: a text that repeats counts once.
+    """
+    if len(column) < 2 or column.nbytes <= 2 * BLOCK:
+        yield column
+        return
+    middle = len(column) // 2
+    yield from _bounded(column.slice(0, middle))
+    yield from _bounded(column.slice(middle))
 
 
 def _rows_without_text(table, chunk, names):

@@ -142,11 +142,14 @@ def _read_source(corpus_dir: Path, file: dict, has_names: bool) -> Source:
         and type(file["number"]) is int
         and file["number"] >= 0
         and type(file.get("name", "")) is str
+        and type(file.get("start", 0)) is int
+        and file.get("start", 0) >= 0
     )
     if not valid:
         raise TypeError(f"not a source: {file}")
     path = str(source_path(corpus_dir, file))
-    return Source(path, **values, number=file["number"], name=file.get("name", ""))
+    start = file.get("start", 0)
+    return Source(path, **values, number=file["number"], start=start, name=file.get("name", ""))
 
 
 def _is_unchanged(corpus_dir: Path, metadata: dict, sources: list[Source]) -> bool:

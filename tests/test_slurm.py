@@ -140,6 +140,50 @@ def test_an_error_under_ray_fails_the_job(job, tmp_path):
     assert not list(Path("/tmp").glob(f"ray-{job_id}*"))
 
 
+@pytest.mark.parametrize(
+    ("numbers", "step", "parts"),
+    [
+        ([], 1, ["0/1"]),
+        ([0, 1, 2], 1, ["0/3", "1/3", "2/3"]),
+        ([4, 6, 8], 2, ["0/3", "1/3", "2/3"]),
+        ([3, 7, 8], 1, [None, None, None]),  # only the jobs that failed, submitted again
+        ([3, 7, 8], 4, [None, None, None]),
+        ([3, 7, 9, 15], 4, ["0/4", "1/4", None, "3/4"]),
+    ],
+)
+def test_the_jobs_of_an_array_have_different_parts_or_fail(tmp_path, numbers, step, parts):
+    """Without Slurm: a job that cannot know its part would do that of another, or none."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$3"\n')  # python prepare_data.py --part PART
+    python.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    if numbers:
+        names = ("MIN", "MAX", "STEP", "COUNT")
+        values = (min(numbers), max(numbers), step, len(numbers))
+        env |= {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values)}
+    for number, part in zip(numbers or [None], parts):
+        if number is not None:
+            env["SLURM_ARRAY_TASK_ID"] = str(number)
+        script = ["bash", "cluster/prepare_data_array.sbatch"]
+        job = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert job.stdout.strip() == (part or "")
+        assert job.returncode == (part is None)
+        assert ("submit --array=0-" in job.stderr) == (part is None)
+
+
+@pytest.mark.slow
+def test_a_long_temporary_folder_of_ray_is_a_one_line_error(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray is in requirements-dev.txt")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 20)
+    folder = tmp_path / ("folder_of_a_job_" * 6)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    command = ["--input", "a.jsonl", "--tokenizer", "bytes", "--engine", "ray", "--workers", "1"]
+    result = run_script("prepare_data.py", *command, cwd=tmp_path)
+    assert_one_line_error(result, "set RAY_TMPDIR to a short one")
+
+
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_an_array_job_writes_the_bytes_of_one_process(job, expected, tmp_path):

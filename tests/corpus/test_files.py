@@ -283,6 +283,16 @@ def test_a_folder_says_what_it_leaves_out(here, capsys, monkeypatch):
         find("raw")
 
 
+def test_the_log_and_unfinished_work_of_spark_are_left_out(here, capsys):
+    """Rows of a failed attempt would come twice, and a log of a table has no rows."""
+    for name in ("_temporary/0/b.jsonl", "_delta_log/0.jsonl", "sub/_spark_metadata/0.jsonl"):
+        write(f"table/{name}")
+    write("table/_notes/a.jsonl")
+    for item in ("table", "table/*", "table/**/*.jsonl"):
+        assert [source.path for source in find(item)] == ["table/_notes/a.jsonl"]
+        assert "3 because it holds no rows of the table" in capsys.readouterr().out
+
+
 def test_a_glob_reads_the_folders_that_it_matches(here, capsys):
     write("raw/a.jsonl", "raw/b/c.jsonl", "raw/d/e.md")
     assert documents(find("raw/*")) == {"": ["raw/a.jsonl", "raw/b/c.jsonl"]}

@@ -246,6 +246,47 @@ def test_a_corpus_from_before_white_space_was_kept_is_verified_and_prepared_anew
     assert "100 of 100 documents were compared with the source" in capsys.readouterr().out
 
 
+# byte order mark
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("division", ["", "line", "blank-line", "file"])
+def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path, capsys, division, suffix):
+    """Tokens, the character at which val begins and --verify are those of the text without it."""
+    text = "".join(f"línea {i}\n\n" for i in range(100))
+    metadata = {}
+    for name, mark in (("with", b"\xef\xbb\xbf"), ("without", b"")):
+        for i in range(20):
+            path = tmp_path / name / f"{i}.txt{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(COMPRESS[suffix](mark + text[i * 10 :].encode()))
+        found = find(str(path.parent), division)
+        corpus = Corpus(name, {}, found)
+        with open_engine("processes", workers=1) as run_tasks:
+            metadata[name] = pipeline.prepare(
+                corpus,
+                get_tokenizer("bytes"),
+                tmp_path / "data" / name,
+                run_tasks,
+                train_split_ratio=0.5,
+            )
+        verify(tmp_path / "data" / name)
+        assert "the same" in capsys.readouterr().out
+        ids = tokenize(path.parent, get_tokenizer("bytes"), documents=division)
+        assert 0xEF not in ids.read([0], length=len(ids))
+    sizes = [
+        sum(split["bytes"] for split in entry["splits"].values()) for entry in metadata.values()
+    ]
+    assert sizes[0] == sizes[1]
+    if not division:  # a document is in another split, because its position is 3 in place of 0
+        for split in ("train.bin", "val.bin"):
+            files = [(tmp_path / "data" / name / split).read_bytes() for name in metadata]
+            assert files[0] == files[1]
+    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf")
+    (source,) = find(str(tmp_path / "only.txt"), division)
+    assert divide(source, 1) == []
+
+
 # damaged files
 
 

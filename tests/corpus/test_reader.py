@@ -12,6 +12,7 @@ from conftest import read_documents
 
 from common.files import atomic_write
 from corpus import reader
+from corpus.files import find
 from corpus.opening import UnreadableFile, zstd
 from corpus.reader import divide, place_of, read
 from corpus.sources import InvalidDocument, Source
@@ -103,7 +104,7 @@ INVALID_LINES = {  # case -> line, reason
     "wrong type": (b'{"text": 12}', "the field 'text' is not text, but int"),
     "null": (b'{"text": null}', "NoneType"),
     "deep": (b"[" * 100_000, "not JSON"),
-    "a huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not JSON"),
+    "a huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not text, but int"),
 }
 
 
@@ -135,6 +136,15 @@ def test_a_truncated_compressed_file_gives_its_documents_and_then_an_invalid_one
     assert whole and not any(isinstance(text, InvalidDocument) for _, text in whole)
     assert [text for _, text in whole] == [noise[90 * i : 90 * i + 90] for i in range(len(whole))]
     assert isinstance(bad, InvalidDocument) and "damaged from here on" in bad.reason
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_of_no_bytes_is_an_invalid_document(tmp_path, suffix):
+    """A download that failed leaves such a file; an empty text has a compressed form with bytes."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"")
+    ((_, invalid),) = read_documents(Source(str(path), "jsonl"))
+    assert invalid.reason == "the file has 0 bytes: download it again, or remove it"
 
 
 def test_a_running_text_gives_the_ids_of_the_whole(tmp_path, monkeypatch, tinyshakespeare):
@@ -272,6 +282,27 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path):
         groups = [group for _, group in read(Source(str(tmp_path / f"a.{kind}"), kind))]
         assert max(sum(map(len, group)) for group in groups) < 1 << 20
         assert [text for group in groups for text in group] == table["text"].to_pylist()
+
+
+def test_a_long_text_that_repeats_is_read_a_few_times_at_a_time(tmp_path):
+    """A parquet file holds such a text once, so its size does not tell how long the rows are."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    texts = ["lorem ipsum " * 25_000, "short"] * 50
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), "parquet")
+    assert max(sum(map(len, group)) for _, group in read(source)) <= 2 << 20
+    assert [document for document in read_documents(source)] == list(enumerate(texts))
+
+
+def test_a_long_integer_in_another_field_is_no_fault(tmp_path):
+    """Python converts no more than 4,300 digits, but JSON has no limit."""
+    row = '{"id": [' + "9" * 5000 + '], "text": "one"}'
+    (tmp_path / "a.json").write_text(f"{row}\n" + '{"text": ' + "1" * 5000 + "}\n")
+    (source,) = find(str(tmp_path / "a.json"))
+    (_, first), (_, second) = read_documents(source)
+    assert first == "one"
+    assert second.reason == "the field 'text' is not text, but int"
 
 
 def test_every_row_of_a_table_without_the_column_is_an_invalid_document(tmp_path):
