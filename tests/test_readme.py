@@ -73,7 +73,8 @@ def shortened(command: str) -> str | None:
     if "opening.txt" in command:
         return None  # test_tour runs this
     if "train_gpt2.py" in command:
-        return f"{command} {QUICK_FLAGS}" + ("" if "--resume out/" in command else f" {TINY_FLAGS}")
+        has_shape = "--resume out/" in command or "--init_from" in command
+        return f"{command} {QUICK_FLAGS}" + ("" if has_shape else f" {TINY_FLAGS}")
     return command
 
 

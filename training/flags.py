@@ -12,7 +12,7 @@ from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
-from training.checkpoint import shared_checkpoint
+from training.checkpoint import num_positions, shared_checkpoint
 from training.run_folder import RunLock, run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 
@@ -186,7 +186,8 @@ def resolve_size(
         The same object.
 
     Raises:
-        ValueError: --size contradicts --init_from.
+        ValueError: --size contradicts --init_from, or the weights of --init_from are damaged.
+        FileNotFoundError: The weights of --init_from do not exist.
     """
     if settings.init_from and settings.size not in ("auto", "pretrained"):
         raise ValueError(
@@ -202,6 +203,9 @@ def resolve_size(
     defaults.pop("micro_batch_size", None)
     if settings.optimizer == "adamw":
         defaults["learning_rate"] /= 3
+    if settings.init_from and settings.sequence_length is None:
+        limit = num_positions(settings.init_from, settings.data_dir)
+        defaults["sequence_length"] = min(defaults["sequence_length"], limit)
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
