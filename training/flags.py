@@ -88,6 +88,8 @@ def resumed_run(flags: Any) -> Path | None:
     if not flags.resume:
         return None
     if flags.resume == "auto":  # a job that may have been started before
+        if not flags.run_name:
+            raise ValueError("--resume auto needs --run_name NAME")
         run_dir = Path(flags.out_dir) / folder_name(flags.run_name, "--run_name")
         return run_dir if (run_dir / "last.pt").exists() else None
     run_dir = run_of(Path(flags.resume))

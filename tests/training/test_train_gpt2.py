@@ -161,7 +161,7 @@ def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
     assert list(losses(folder)) == [1, 2, 3, 4]
     train(**command)  # the run has ended already
     assert load_checkpoint(folder / "last.pt")["step"] == 4
-    with pytest.raises(ValueError, match="--run_name NAME"):
+    with pytest.raises(ValueError, match="--resume auto needs --run_name NAME"):
         train(**TINY, resume="auto")
 
 
