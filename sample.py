@@ -23,7 +23,7 @@ from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
 from training.huggingface import RELEASED, pretrained_folder
 from training.run_folder import newest_run
-from training.sampling import continue_prompt, until_end
+from training.sampling import continue_prompt, prompt_ids, until_end
 from training.vocabulary import tokenizer_of_weights
 
 
@@ -168,9 +168,8 @@ def print_samples(
     """
     tokens = continue_prompt(
         model,
-        tokenizer,
-        prompt,
-        metadata,
+        prompt_ids(tokenizer, prompt, metadata),
+        tokenizer.eot_token,
         max_new_tokens=settings.max_new_tokens,
         num_samples=settings.num_samples,
         temperature=settings.temperature,

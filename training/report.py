@@ -92,7 +92,7 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     model = load_model(best_checkpoint(run_dir), device)
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
-        prompt_ids(tokenizer, "", metadata)
+        prompt = prompt_ids(tokenizer, "", metadata)
     except (FileNotFoundError, ValueError) as error:
         # no vocabulary on this machine, another vocabulary, or one without a line break
         print(f"no sample: {error}")
@@ -101,7 +101,12 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     num_left = 200
     while num_left > 0:
         tokens = continue_prompt(
-            model, tokenizer, "", metadata, max_new_tokens=num_left, temperature=0.8, top_k=50
+            model,
+            prompt,
+            tokenizer.eot_token,
+            max_new_tokens=num_left,
+            temperature=0.8,
+            top_k=50,
         )
         ids = list(until_end(map(int, tokens), tokenizer.eot_token))
         samples.append(tokenizer.decode(ids))
