@@ -54,7 +54,7 @@ from training.flags import (
 )
 from training.metrics import open_metrics
 from training.optimizer import create_optimizer
-from training.report import print_model, print_report
+from training.report import print_complete, print_model, print_report
 from training.run_folder import RunLock, run_folder, write_config
 from training.run_settings import RunSettings
 from training.signals import StopSignal
@@ -261,6 +261,10 @@ def train(
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
     check_ranks_agree(progress, metadata, ranks)
+    if checkpoint and is_complete(progress, settings):
+        if ranks.is_first:
+            print_complete(progress, settings, metadata, device.value)
+        return 0
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
     parallel: Any = compiled
     if ranks.world_size > 1:

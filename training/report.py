@@ -40,6 +40,28 @@ def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, rank
     print(f"{model.num_parameters():,} parameters; {tokens:,} tokens per step = {factors}")
 
 
+def print_complete(
+    progress: Progress, settings: RunSettings, metadata: dict, device: torch.device
+) -> None:
+    """Print how to continue a resumed run that was complete already.
+
+    If the run was killed before it wrote its sample, the sample is printed and written first.
+
+    Args:
+        progress: How far the run is.
+        settings: The settings of the resumed run.
+        metadata: Metadata of the corpus.
+        device: Device of the run.
+    """
+    run_dir = Path(settings.resume)
+    if not (run_dir / "sample.txt").exists():
+        print_sample(run_dir, metadata, device)
+    remedy = "--max_steps M"
+    if progress.step < settings.max_steps:
+        remedy = f"--patience P, above {settings.patience}"
+    print(f"{run_dir} is complete at step {progress.step}; continue with {remedy}")
+
+
 def print_report(
     run_dir: Path,
     progress: Progress,

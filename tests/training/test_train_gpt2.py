@@ -151,7 +151,7 @@ def test_a_file_of_a_run_stands_for_the_run(train, capsys):
         train(resume="out/b/last.pt")
 
 
-def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
+def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train, capsys):
     """A scheduler may kill a job at any time and repeat its command."""
     command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}
     folder = Path("out/job")
@@ -159,8 +159,17 @@ def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
     train(**command, stop_at=2)
     assert train(**command).name == "job"
     assert list(losses(folder)) == [1, 2, 3, 4]
-    train(**command)  # the run has ended already
+    (folder / "sample.txt").unlink()
+    capsys.readouterr()
+    train(**command)  # the run has ended already, but a kill prevented its sample
     assert load_checkpoint(folder / "last.pt")["step"] == 4
+    assert (folder / "sample.txt").exists()
+    capsys.readouterr()
+    train(resume="out/job")
+    line = "out/job is complete at step 4; continue with --max_steps M\n"
+    assert capsys.readouterr().out == line
+    train(resume="out/job", max_steps=5)
+    assert load_checkpoint(folder / "last.pt")["step"] == 5
     with pytest.raises(ValueError, match="--resume auto needs --run_name NAME"):
         train(**TINY, resume="auto")
 
