@@ -234,6 +234,7 @@ REFUSED = [  # script, flags, words of the error
     (TRAIN, "--n_layer 1000000000", "GB of memory"),
     (TRAIN, "--n_embd 1000000 --n_head 1", "GB of memory"),
     (TRAIN, "--batch_size 1000000000", "GB of memory"),
+    (TRAIN, "--batch_size 1000000", "lower --micro_batch_size, which is 1000000 now"),
     (TRAIN, "--max_steps 9 --train_flops 9", "--train_flops has no effect beside --max_steps"),
     (TRAIN, "--resume out/x --run_name y", "--run_name y differs from the name of --resume out/x"),
     (SAMPLE, "--interactive --prompt x", "--prompt has no effect beside --interactive"),
