@@ -27,6 +27,22 @@ RANGES = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
 }  # fmt: skip
 EXCLUDES = {"max_steps": ("train_flops",)}
 NEW_NAMES = {"replace": "token_noise"}  # settings of older checkpoints
+OTHER_NAMES = {  # name in nanoGPT, transformers or elsewhere -> setting
+    "ctx_len": "sequence_length", "block_size": "sequence_length",
+    "context_length": "sequence_length", "context_size": "sequence_length",
+    "max_seq_len": "sequence_length", "n_ctx": "sequence_length",
+    "n_positions": "sequence_length", "seq_len": "sequence_length",
+    "d_model": "n_embd", "hidden_size": "n_embd", "num_heads": "n_head", "num_layers": "n_layer",
+    "device_batch_size": "micro_batch_size", "grad_accum_steps": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "max_iters": "max_steps", "num_steps": "max_steps", "epochs": "max_steps",
+    "eval_interval": "eval_every", "eval_steps": "eval_every",
+    "log_interval": "log_every", "logging_steps": "log_every",
+    "lr": "learning_rate", "max_lr": "learning_rate", "warmup_iters": "warmup_steps",
+    "max_grad_norm": "grad_clip", "wd": "weight_decay",
+    "checkpoint": "resume", "dataset": "corpus", "model": "size", "model_type": "size",
+    "output_dir": "out_dir", "wandb_log": "tensorboard",
+}  # fmt: skip
 Flags = TypeVar("Flags")  # the dataclass of settings in train_gpt2.py
 
 
@@ -40,7 +56,7 @@ def parse_flags(cls: type[Flags], doc: str) -> Flags:
     Raises:
         ValueError: A value is out of range, or a flag has no effect beside another.
     """
-    flags = parse_settings(cls, doc)
+    flags = parse_settings(cls, doc, other_names=OTHER_NAMES)
     check_ranges(flags, RANGES)
     check_conflicts(flags, EXCLUDES)
     return flags

@@ -36,6 +36,7 @@ from model import GPT, GPTConfig
 from training import device
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.distributed import Ranks
+from training.flags import OTHER_NAMES
 from training.run_folder import RunLock
 
 TINY_RUN = (
@@ -169,6 +170,15 @@ def test_a_misspelt_flag_suggests_the_nearest_flag(call, script):
         )
         assert (code, err.count("\n")) == (2, 1)
         assert call(script, f"--{field.name[:-1]}", "1")[0] == 2  # a prefix is not a flag
+
+
+def test_names_of_other_programs_lead_to_our_flags(call):
+    names = {field.name for field in dataclasses.fields(train_gpt2.Settings)}
+    assert {*OTHER_NAMES.values()} <= names and names.isdisjoint(OTHER_NAMES)
+    for flag, name in (("--lr", "learning_rate"), ("--block-size=64", "sequence_length")):
+        code, err = call("train_gpt2.py", flag, "1")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: unknown {flag}; did you mean --{name}? (python")
 
 
 def test_a_repeated_flag_takes_its_last_value_and_input_takes_all(call, capsys):
