@@ -133,16 +133,34 @@ def print_settings(settings: Any) -> None:
     """Print the settings in use, without the empty ones, on as few lines as they need."""
     parts = []
     for name, value in dataclasses.asdict(settings).items():
-        if value in (None, "", (), False):
-            continue
-        if isinstance(value, float):
-            text = f"{value:g}"
-        elif isinstance(value, tuple):
-            text = " ".join(map(str, value))
-        else:
-            text = str(value)
-        parts.append(f"{name}={text}")
+        if value not in (None, "", (), False):
+            parts.append(f"{name}={_text(value)}")
     print(textwrap.fill(" ".join(parts), width=100))
+
+
+def print_changes(old: Any, new: Any) -> None:
+    """Print the settings that flags have changed on one line, or nothing if there are none.
+
+    Args:
+        old: The settings before.
+        new: The settings after, of the same class.
+    """
+    old_values = dataclasses.asdict(old)
+    changes = []
+    for name, value in dataclasses.asdict(new).items():
+        if value != old_values[name]:
+            changes.append(f"{name} {_text(old_values[name])} -> {_text(value)}")
+    if changes:
+        print(f"changed by flags: {', '.join(changes)}")
+
+
+def _text(value: Any) -> str:
+    """Return the value of a setting as one writes it on the command line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "unset" if value in (None, "") else str(value)
 
 
 @_number_types.primitive_rule

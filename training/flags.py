@@ -1,18 +1,19 @@
 """Where the settings of a run come from: flags, the run that is resumed, and a size."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import torch
 
 from common.files import folder_name
-from common.settings import check_conflicts, check_ranges, parse_settings
+from common.settings import check_conflicts, check_ranges, parse_settings, print_changes
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import num_positions, shared_checkpoint
+from training.distributed import is_first_rank
 from training.run_folder import RunLock, run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 
@@ -154,9 +155,12 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
         )
     if settings.stop_at and settings.stop_at <= step:
         raise ValueError(f"{run_dir} is at step {step}, not before --stop_at {settings.stop_at}")
-    settings.out_dir = str(run_dir.parent)
-    settings.run_name = run_dir.name
-    settings.resume = str(run_dir)
+    for either in (old, settings):  # these flags name the run, and do not change it
+        either.out_dir = str(run_dir.parent)
+        either.run_name = run_dir.name
+        either.resume = str(run_dir)
+    if is_first_rank():
+        print_changes(replace(old, stop_at=settings.stop_at), settings)
     return settings
 
 

@@ -168,7 +168,9 @@ def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train, caps
     train(resume="out/job")
     line = "out/job is complete at step 4; continue with --max_steps M\n"
     assert capsys.readouterr().out == line
-    train(resume="out/job", max_steps=5)
+    train(resume="out/job", max_steps=5, learning_rate=0.02, stop_at=6)
+    line = "changed by flags: max_steps 4 -> 5, learning_rate 0.01 -> 0.02"
+    assert line in capsys.readouterr().out.splitlines()
     assert load_checkpoint(folder / "last.pt")["step"] == 5
     with pytest.raises(ValueError, match="--resume auto needs --run_name NAME"):
         train(**TINY, resume="auto")
