@@ -204,6 +204,19 @@ def test_without_a_terminal_progress_is_one_line_per_minute(tmp_path, capsys, mo
     assert "step  2/10: train 1.2500, 8 tokens/s, MFU 50%; 0:00:00 left" in out
 
 
+def test_a_progress_line_has_the_losses_that_exist(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.metrics.plot_losses", lambda folder: None)
+    metrics = Metrics(tmp_path, step=0, max_steps=10)
+    metrics.validation(2, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.train(Progress(3), 8.0, None, 1.25, 0.1)
+    metrics.validation(4, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.close()
+    before, after = capsys.readouterr().out.splitlines()
+    validation = "validation 1.5000 nats per token, 2.1640 bits per byte"
+    assert before == f"step  2/10: {validation}; 0:00:00 left"
+    assert after == f"step  4/10: {validation}; train 1.2500, 8 tokens/s; 0:00:00 left"
+
+
 def test_on_a_terminal_progress_is_one_changing_line(tmp_path, capsys, monkeypatch):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
