@@ -149,10 +149,12 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
             f"--train_flops has no effect on --resume: {run_dir} has {old.max_steps} steps; "
             f"change them with --max_steps"
         )
-    if settings.max_steps != old.max_steps and settings.max_steps <= step:
-        raise ValueError(
-            f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
-        )
+    if settings.max_steps != old.max_steps:
+        if settings.max_steps <= step:
+            raise ValueError(
+                f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
+            )
+        old.train_flops = settings.train_flops = None  # they do not decide max_steps any more
     if settings.stop_at and settings.stop_at <= step:
         raise ValueError(f"{run_dir} is at step {step}, not before --stop_at {settings.stop_at}")
     for either in (old, settings):  # these flags name the run, and do not change it
@@ -228,6 +230,8 @@ def resolve_size(
     if settings.init_from and settings.sequence_length is None:
         limit = num_positions(settings.init_from, settings.data_dir)
         defaults["sequence_length"] = min(defaults["sequence_length"], limit)
+    if settings.max_steps:
+        del defaults["train_flops"]  # which has no effect
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -238,7 +242,8 @@ def resolve_steps(settings: RunSettings, model: GPT) -> None:
     """Set max_steps by train_flops, and eval_every by max_steps, where no flag has set them."""
     tokens_per_step = settings.batch_size * settings.sequence_length
     flops_per_step = model.flops_per_token(settings.sequence_length) * tokens_per_step
-    settings.max_steps = settings.max_steps or max(1, round(settings.train_flops / flops_per_step))
+    if settings.train_flops is not None and not settings.max_steps:
+        settings.max_steps = max(1, round(settings.train_flops / flops_per_step))
     settings.eval_every = settings.eval_every or math.ceil(settings.max_steps / 5)
 
 

@@ -56,6 +56,7 @@ def test_a_run_writes_its_files_and_metrics(rhyme, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_layer"], config["max_steps"], config["chosen"]["dtype"]) == (2, 40, "float32")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "max_steps=40" in result.stdout and "train_flops" not in result.stdout
     assert "batch_size=4" in result.stdout and "64 tokens per step" in result.stdout
     assert "best validation" in result.stdout
     assert "sample.py --run out/rhyme-tiny-1" in result.stdout
@@ -305,11 +306,14 @@ def test_bfloat16_and_the_compiler_give_the_same_curve(train):
     assert losses(train(resume="out/fast", compile="false", dtype="float32"))[3] > 0
 
 
-def test_train_flops_decide_the_number_of_steps(train):
+def test_train_flops_decide_the_number_of_steps(train, capsys):
     matrices = 10_992 - 16 * 16  # all parameters but the positions
     flops = 6 * matrices + 12 * 2 * 16 * 16  # per token; 2 layers, 16 channels, 16 tokens
     folder = train(train_flops=flops * 64 * 12.2)  # 64 tokens per step
     assert load_checkpoint(folder / "last.pt")["step"] == 12
+    assert "train_flops=" in capsys.readouterr().out
+    train(resume=folder, max_steps=13)
+    assert "train_flops" not in capsys.readouterr().out
 
 
 def test_the_learning_rate_rises_and_falls(train):
