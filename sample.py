@@ -22,8 +22,8 @@ from training.checkpoint import best_checkpoint, is_run, load_model
 from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
 from training.huggingface import RELEASED, pretrained_folder
-from training.run_folder import newest_run
-from training.sampling import continue_prompt, until_end
+from training.run_folder import newest_run, no_run_message, run_of
+from training.sampling import continue_prompt, prompt_ids, until_end
 from training.vocabulary import tokenizer_of_weights
 
 
@@ -95,6 +95,8 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
         ValueError: The checkpoint is damaged, or the vocabulary is another one.
     """
     run_dir = Path(settings.run) if settings.run else newest_run(settings.out_dir)
+    if not is_run(run_of(run_dir)):
+        raise FileNotFoundError(no_run_message(run_dir, settings.out_dir))
     checkpoint = best_checkpoint(run_dir)
     print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
     metadata = checkpoint["metadata"]
@@ -168,9 +170,8 @@ def print_samples(
     """
     tokens = continue_prompt(
         model,
-        tokenizer,
-        prompt,
-        metadata,
+        prompt_ids(tokenizer, prompt, metadata),
+        tokenizer.eot_token,
         max_new_tokens=settings.max_new_tokens,
         num_samples=settings.num_samples,
         temperature=settings.temperature,

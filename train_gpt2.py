@@ -54,7 +54,7 @@ from training.flags import (
 )
 from training.metrics import open_metrics
 from training.optimizer import create_optimizer
-from training.report import print_model, print_report
+from training.report import print_complete, print_model, print_report
 from training.run_folder import RunLock, run_folder, write_config
 from training.run_settings import RunSettings
 from training.signals import StopSignal
@@ -77,17 +77,17 @@ class Settings:
     resume: str = ""  # folder of a run to continue; auto: run_name's, if it has a checkpoint
     init_from: str = ""  # weights to start from: gpt2, gpt2-medium, -large, -xl, a folder or run
     size: Size = "auto"  # what the flags below are by default; auto: tiny on a CPU, else small
-    n_layer: int | None = None  # blocks; this and all settings without a default depend on size
-    n_head: int | None = None  # attention heads per block; n_embd is a multiple of it
-    n_embd: int | None = None  # channels
-    sequence_length: int | None = None  # tokens per sequence
-    dropout: float | None = None  # probability that training sets a value to 0; below 1
+    n_layer: int | None = None  # blocks; default: by size
+    n_head: int | None = None  # attention heads per block, a divisor of n_embd; default: by size
+    n_embd: int | None = None  # channels; default: by size
+    sequence_length: int | None = None  # tokens per sequence; default: by size
+    dropout: float | None = None  # share of values set to 0 in training; default: by size
     token_noise: float = 0.0  # share of input tokens replaced by random ones
     document_mask: Switch = "auto"  # documents do not attend to each other; auto: if any
-    batch_size: int | None = None  # sequences per step, over all processes
-    micro_batch_size: int | None = None  # sequences per forward pass; default: all of a process
+    batch_size: int | None = None  # sequences per step, over all processes; default: by size
+    micro_batch_size: int | None = None  # sequences per forward pass; default: by size
     max_steps: int | None = None  # optimizer steps; default: as many as train_flops allows
-    train_flops: float | None = None  # FLOPs of the whole run, as MFU counts them
+    train_flops: float | None = None  # FLOPs of the whole run, as MFU counts them; default: by size
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C does; --resume continues
     eval_every: int | None = None  # steps between validations, each saved; default: max_steps / 5
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
@@ -261,6 +261,10 @@ def train(
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
     check_ranks_agree(progress, metadata, ranks)
+    if checkpoint and is_complete(progress, settings):
+        if ranks.is_first:
+            print_complete(progress, settings, metadata, device.value)
+        return 0
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
     parallel: Any = compiled
     if ranks.world_size > 1:
@@ -305,8 +309,11 @@ def train(
             loss = torch.zeros((), device=compute.device)
             for i, (micro_x, micro_y) in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
-                wait = ranks.world_size > 1 and not is_last  # the last one averages the gradients
-                with parallel.no_sync() if wait else ranks.waiting():
+                if ranks.world_size == 1 or is_last:
+                    synchronization = ranks.waiting()  # backward averages over the processes
+                else:
+                    synchronization = parallel.no_sync()  # backward only adds gradients up
+                with synchronization:
                     micro_loss = compute_loss(parallel, micro_x, micro_y, compute) / num_targets
                     # times world_size: an average over processes becomes a sum
                     scaler.scale(micro_loss * ranks.world_size).backward()

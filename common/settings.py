@@ -23,7 +23,12 @@ LARGEST_INT = 2**31 - 1
 _number_types = tyro.constructors.ConstructorRegistry()
 
 
-def parse_settings(cls: type[Settings], doc: str, defaults: Settings | None = None) -> Settings:
+def parse_settings(
+    cls: type[Settings],
+    doc: str,
+    defaults: Settings | None = None,
+    other_names: Mapping[str, str] | None = None,
+) -> Settings:
     """Return the settings that the command line gives.
 
     Each field is a flag of the same name: `--name value` or `--name=value`. A `bool` field is a
@@ -38,6 +43,8 @@ def parse_settings(cls: type[Settings], doc: str, defaults: Settings | None = No
             `Literal`, tuples of these, and each of them `| None`.
         doc: Docstring of the script. `--help` prints this text above the flags.
         defaults: Values of the flags that are not given; None for the defaults of `cls`.
+        other_names: Name that other programs have for a field -> name of the field. Such a name is
+            an error, too; the message suggests the field.
 
     Returns:
         An instance of `cls`. All numbers are finite.
@@ -45,7 +52,9 @@ def parse_settings(cls: type[Settings], doc: str, defaults: Settings | None = No
     types = get_type_hints(cls)
     flags = [f"--{name}" for name in types]
     tuple_flags = {f"--{name}" for name, kind in types.items() if get_origin(kind) is tuple}
-    with tyro._errors.on_parse_error(lambda event: _usage_error(_reason(event, flags))):
+    with tyro._errors.on_parse_error(
+        lambda event: _usage_error(_reason(event, flags, other_names or {}))
+    ):
         return tyro.cli(
             cls,
             description=doc,
@@ -124,16 +133,34 @@ def print_settings(settings: Any) -> None:
     """Print the settings in use, without the empty ones, on as few lines as they need."""
     parts = []
     for name, value in dataclasses.asdict(settings).items():
-        if value in (None, "", (), False):
-            continue
-        if isinstance(value, float):
-            text = f"{value:g}"
-        elif isinstance(value, tuple):
-            text = " ".join(map(str, value))
-        else:
-            text = str(value)
-        parts.append(f"{name}={text}")
+        if value not in (None, "", (), False):
+            parts.append(f"{name}={_text(value)}")
     print(textwrap.fill(" ".join(parts), width=100))
+
+
+def print_changes(old: Any, new: Any) -> None:
+    """Print the settings that flags have changed on one line, or nothing if there are none.
+
+    Args:
+        old: The settings before.
+        new: The settings after, of the same class.
+    """
+    old_values = dataclasses.asdict(old)
+    changes = []
+    for name, value in dataclasses.asdict(new).items():
+        if value != old_values[name]:
+            changes.append(f"{name} {_text(old_values[name])} -> {_text(value)}")
+    if changes:
+        print(f"changed by flags: {', '.join(changes)}")
+
+
+def _text(value: Any) -> str:
+    """Return the value of a setting as one writes it on the command line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "unset" if value in (None, "") else str(value)
 
 
 @_number_types.primitive_rule
@@ -194,13 +221,18 @@ def _join_tuples(arguments: Sequence[str], tuple_flags: Collection[str]) -> list
     return scalars
 
 
-def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
+def _reason(
+    event: tyro._errors.ParseErrorEvent, flags: Sequence[str], other_names: Mapping[str, str]
+) -> str:
     """Return the fault of the command line as one sentence."""
     if isinstance(event, tyro._errors.UnrecognizedArgs):
         token = event.tokens[0]
         if not token.startswith("-"):
             return f"unexpected value {token!r}"
-        return f"unknown {token}{near(token.split('=')[0], flags)}"
+        flag = token.split("=")[0]
+        name = other_names.get(flag.lstrip("-").replace("-", "_"))
+        suggestion = f"; did you mean --{name}?" if name else near(flag, flags)
+        return f"unknown {token}{suggestion}"
     flag = event.argument.lowered.name_or_flags[0]  # type: ignore[attr-defined]
     if isinstance(event, tyro._errors.BadValue):
         return f"{flag} needs a value; write {flag}=VALUE if the value begins with a dash"

@@ -26,7 +26,7 @@ from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import Ranks, is_first_rank
-from training.huggingface import EMBEDDING, RELEASED, pretrained_folder
+from training.huggingface import EMBEDDING, RELEASED, pretrained_folder, read_shape
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
@@ -417,6 +417,24 @@ def _model_of(checkpoint: dict, **changes: Any) -> GPT:
     model = GPT(config)
     model.load_state_dict(weights)
     return model
+
+
+def num_positions(init_from: str, data_dir: str) -> int:
+    """Return the number of positions of the weights of --init_from; nothing is downloaded.
+
+    Args:
+        init_from: One of OpenAI's models, a folder of weights, or a run.
+        data_dir: Folder of prepared corpora.
+
+    Raises:
+        ValueError: The weights are damaged.
+        FileNotFoundError: The weights do not exist.
+    """
+    if init_from in RELEASED:
+        return 1024
+    if is_run(Path(init_from)):
+        return best_checkpoint(Path(init_from))["model_config"]["n_positions"]
+    return read_shape(pretrained_folder(init_from, data_dir))["n_positions"]
 
 
 def create_model(

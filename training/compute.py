@@ -204,7 +204,7 @@ def choose_micro_batch_size(
         return settings.micro_batch_size
     share = max(1, settings.batch_size // ranks.world_size)
     limit = min(share, sizes[settings.size].get("micro_batch_size", share))
-    return max(number for number in range(1, limit + 1) if share % number == 0)
+    return next(number for number in range(limit, 0, -1) if share % number == 0)
 
 
 def check_batch(
@@ -235,9 +235,12 @@ def check_batch(
     needed = least_memory(settings, metadata["vocab_size"], share, micro_batch_size)
     available = total_memory(device)
     if needed > available:
+        remedy = "batch_size, n_layer or n_embd"
+        if least_memory(settings, metadata["vocab_size"], share, 1) <= available:
+            remedy = f"--micro_batch_size, which is {micro_batch_size} now"
         raise ValueError(
             f"this run needs at least {needed / 1e9:,.0f} GB of memory, and {device} has "
-            f"{available / 1e9:,.0f} GB: lower batch_size, n_layer or n_embd"
+            f"{available / 1e9:,.0f} GB: lower {remedy}"
         )
 
 

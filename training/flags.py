@@ -1,18 +1,19 @@
 """Where the settings of a run come from: flags, the run that is resumed, and a size."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import torch
 
 from common.files import folder_name
-from common.settings import check_conflicts, check_ranges, parse_settings
+from common.settings import check_conflicts, check_ranges, parse_settings, print_changes
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
-from training.checkpoint import shared_checkpoint
+from training.checkpoint import num_positions, shared_checkpoint
+from training.distributed import is_first_rank
 from training.run_folder import RunLock, run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 
@@ -27,6 +28,22 @@ RANGES = dict.fromkeys(AT_LEAST_1, (1, 2**31 - 1)) | {
 }  # fmt: skip
 EXCLUDES = {"max_steps": ("train_flops",)}
 NEW_NAMES = {"replace": "token_noise"}  # settings of older checkpoints
+OTHER_NAMES = {  # name in nanoGPT, transformers or elsewhere -> setting
+    "ctx_len": "sequence_length", "block_size": "sequence_length",
+    "context_length": "sequence_length", "context_size": "sequence_length",
+    "max_seq_len": "sequence_length", "n_ctx": "sequence_length",
+    "n_positions": "sequence_length", "seq_len": "sequence_length",
+    "d_model": "n_embd", "hidden_size": "n_embd", "num_heads": "n_head", "num_layers": "n_layer",
+    "device_batch_size": "micro_batch_size", "grad_accum_steps": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "max_iters": "max_steps", "num_steps": "max_steps", "epochs": "max_steps",
+    "eval_interval": "eval_every", "eval_steps": "eval_every",
+    "log_interval": "log_every", "logging_steps": "log_every",
+    "lr": "learning_rate", "max_lr": "learning_rate", "warmup_iters": "warmup_steps",
+    "max_grad_norm": "grad_clip", "wd": "weight_decay",
+    "checkpoint": "resume", "dataset": "corpus", "model": "size", "model_type": "size",
+    "output_dir": "out_dir", "wandb_log": "tensorboard",
+}  # fmt: skip
 Flags = TypeVar("Flags")  # the dataclass of settings in train_gpt2.py
 
 
@@ -40,7 +57,7 @@ def parse_flags(cls: type[Flags], doc: str) -> Flags:
     Raises:
         ValueError: A value is out of range, or a flag has no effect beside another.
     """
-    flags = parse_settings(cls, doc)
+    flags = parse_settings(cls, doc, other_names=OTHER_NAMES)
     check_ranges(flags, RANGES)
     check_conflicts(flags, EXCLUDES)
     return flags
@@ -88,6 +105,8 @@ def resumed_run(flags: Any) -> Path | None:
     if not flags.resume:
         return None
     if flags.resume == "auto":  # a job that may have been started before
+        if not flags.run_name:
+            raise ValueError("--resume auto needs --run_name NAME")
         run_dir = Path(flags.out_dir) / folder_name(flags.run_name, "--run_name")
         return run_dir if (run_dir / "last.pt").exists() else None
     run_dir = run_of(Path(flags.resume))
@@ -130,15 +149,20 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
             f"--train_flops has no effect on --resume: {run_dir} has {old.max_steps} steps; "
             f"change them with --max_steps"
         )
-    if settings.max_steps != old.max_steps and settings.max_steps <= step:
-        raise ValueError(
-            f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
-        )
+    if settings.max_steps != old.max_steps:
+        if settings.max_steps <= step:
+            raise ValueError(
+                f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
+            )
+        old.train_flops = settings.train_flops = None  # they do not decide max_steps any more
     if settings.stop_at and settings.stop_at <= step:
         raise ValueError(f"{run_dir} is at step {step}, not before --stop_at {settings.stop_at}")
-    settings.out_dir = str(run_dir.parent)
-    settings.run_name = run_dir.name
-    settings.resume = str(run_dir)
+    for either in (old, settings):  # these flags name the run, and do not change it
+        either.out_dir = str(run_dir.parent)
+        either.run_name = run_dir.name
+        either.resume = str(run_dir)
+    if is_first_rank():
+        print_changes(replace(old, stop_at=settings.stop_at), settings)
     return settings
 
 
@@ -186,7 +210,8 @@ def resolve_size(
         The same object.
 
     Raises:
-        ValueError: --size contradicts --init_from.
+        ValueError: --size contradicts --init_from, or the weights of --init_from are damaged.
+        FileNotFoundError: The weights of --init_from do not exist.
     """
     if settings.init_from and settings.size not in ("auto", "pretrained"):
         raise ValueError(
@@ -202,6 +227,11 @@ def resolve_size(
     defaults.pop("micro_batch_size", None)
     if settings.optimizer == "adamw":
         defaults["learning_rate"] /= 3
+    if settings.init_from and settings.sequence_length is None:
+        limit = num_positions(settings.init_from, settings.data_dir)
+        defaults["sequence_length"] = min(defaults["sequence_length"], limit)
+    if settings.max_steps:
+        del defaults["train_flops"]  # which has no effect
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -212,7 +242,8 @@ def resolve_steps(settings: RunSettings, model: GPT) -> None:
     """Set max_steps by train_flops, and eval_every by max_steps, where no flag has set them."""
     tokens_per_step = settings.batch_size * settings.sequence_length
     flops_per_step = model.flops_per_token(settings.sequence_length) * tokens_per_step
-    settings.max_steps = settings.max_steps or max(1, round(settings.train_flops / flops_per_step))
+    if settings.train_flops is not None and not settings.max_steps:
+        settings.max_steps = max(1, round(settings.train_flops / flops_per_step))
     settings.eval_every = settings.eval_every or math.ceil(settings.max_steps / 5)
 
 

@@ -89,7 +89,7 @@ class Metrics:
             self.tensorboard = writer.SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
         self.start = time.perf_counter()
         self.last_line = self.start
-        self.status = "training"
+        self.status = ""  # the last training step that was logged
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", leave=False,
             disable=not sys.stderr.isatty(), delay=1e-9,  # not before the first step is done
@@ -140,7 +140,7 @@ class Metrics:
         """
         val_bpb = val_loss / math.log(2) * split["tokens"] / split["bytes"]
         self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
-        text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte; "
+        text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte"
         self.print_line(step, text)
         plot_losses(self.run_dir)
 
@@ -151,7 +151,8 @@ class Metrics:
         time_left = datetime.timedelta(seconds=round(pace * (self.max_steps - step)))
         number = f"{step:>{len(str(self.max_steps))}}/{self.max_steps}"
         with self.bar.external_write_mode():
-            print(f"step {number}: {text}{self.status}; {time_left} left", flush=True)
+            parts = [part for part in (text, self.status, f"{time_left} left") if part]
+            print(f"step {number}: {'; '.join(parts)}", flush=True)
 
     def close(self) -> None:
         """End the progress bar and close the files."""

@@ -40,6 +40,28 @@ def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, rank
     print(f"{model.num_parameters():,} parameters; {tokens:,} tokens per step = {factors}")
 
 
+def print_complete(
+    progress: Progress, settings: RunSettings, metadata: dict, device: torch.device
+) -> None:
+    """Print how to continue a resumed run that was complete already.
+
+    If the run was killed before it wrote its sample, the sample is printed and written first.
+
+    Args:
+        progress: How far the run is.
+        settings: The settings of the resumed run.
+        metadata: Metadata of the corpus.
+        device: Device of the run.
+    """
+    run_dir = Path(settings.resume)
+    if not (run_dir / "sample.txt").exists():
+        print_sample(run_dir, metadata, device)
+    remedy = "--max_steps M"
+    if progress.step < settings.max_steps:
+        remedy = f"--patience P, above {settings.patience}"
+    print(f"{run_dir} is complete at step {progress.step}; continue with {remedy}")
+
+
 def print_report(
     run_dir: Path,
     progress: Progress,
@@ -92,7 +114,7 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     model = load_model(best_checkpoint(run_dir), device)
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
-        prompt_ids(tokenizer, "", metadata)
+        prompt = prompt_ids(tokenizer, "", metadata)
     except (FileNotFoundError, ValueError) as error:
         # no vocabulary on this machine, another vocabulary, or one without a line break
         print(f"no sample: {error}")
@@ -101,7 +123,12 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     num_left = 200
     while num_left > 0:
         tokens = continue_prompt(
-            model, tokenizer, "", metadata, max_new_tokens=num_left, temperature=0.8, top_k=50
+            model,
+            prompt,
+            tokenizer.eot_token,
+            max_new_tokens=num_left,
+            temperature=0.8,
+            top_k=50,
         )
         ids = list(until_end(map(int, tokens), tokenizer.eot_token))
         samples.append(tokenizer.decode(ids))

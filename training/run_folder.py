@@ -121,13 +121,35 @@ def new_run(settings: RunSettings) -> Path:
             number += 1
 
 
+def saved_runs(out_dir: str | Path) -> list[Path]:
+    """Return the folders under `out_dir` that have a last.pt, the one saved last first."""
+    checkpoints = sorted(Path(out_dir).glob("*/last.pt"), key=os.path.getmtime, reverse=True)
+    return [path.parent for path in checkpoints]
+
+
 def newest_run(out_dir: str | Path) -> Path:
     """Return the folder under `out_dir` whose last.pt was saved last.
 
     Raises:
         FileNotFoundError: No run has a checkpoint.
     """
-    checkpoints = sorted(Path(out_dir).glob("*/last.pt"), key=os.path.getmtime)
-    if not checkpoints:
+    runs = saved_runs(out_dir)
+    if not runs:
         raise FileNotFoundError(f"{out_dir}/ has no trained model: run python train_gpt2.py first")
-    return checkpoints[-1].parent
+    return runs[0]
+
+
+def no_run_message(run: Path, out_dir: str | Path) -> str:
+    """Return the message for a path that names no run with a checkpoint.
+
+    The message lists the newest runs in the folder itself or beside it, else those of `out_dir`.
+
+    Args:
+        run: The path.
+        out_dir: Folder of runs.
+    """
+    for folder in (run, run.parent, Path(out_dir)):
+        names = [str(path) for path in saved_runs(folder)[:3]]
+        if names:
+            return f"{run} is not a run with a checkpoint: name one, such as {', '.join(names)}"
+    return f"{run} is not a run with a checkpoint: train one with python train_gpt2.py"

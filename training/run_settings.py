@@ -31,7 +31,7 @@ class RunSettings(Protocol):
     batch_size: int
     micro_batch_size: int | None  # as asked for; ComputeChoices has the one in use
     max_steps: int
-    train_flops: float
+    train_flops: float | None  # None if max_steps was given
     stop_at: int | None
     eval_every: int
     checkpoint_minutes: float

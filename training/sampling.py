@@ -43,9 +43,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, metadata: dict | None) -> list
 
 def continue_prompt(
     model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    metadata: dict | None,
+    ids: list[int],
+    eot_token: int,
     *,
     max_new_tokens: int,
     num_samples: int = 1,
@@ -61,9 +60,8 @@ def continue_prompt(
 
     Args:
         model: In evaluation mode.
-        tokenizer: The tokenizer of the corpus that the model was trained on.
-        prompt: The text to continue.
-        metadata: See prompt_ids.
+        ids: Token ids of the prompt, from prompt_ids.
+        eot_token: The end-of-text token, which ends a sample.
         max_new_tokens: Largest number of steps.
         num_samples: Number of samples.
         temperature: See model.next_token_probs.
@@ -73,16 +71,10 @@ def continue_prompt(
 
     Yields:
         (num_samples,) token ids. A sample that has ended repeats the end-of-text token.
-
-    Raises:
-        ValueError: See prompt_ids.
     """
-    ids = prompt_ids(tokenizer, prompt, metadata)
     device = model.transformer.wte.weight.device
     idx = torch.tensor(ids).expand(num_samples, -1).to(device)  # (B, T)
-    yield from model.generate(
-        idx, max_new_tokens, temperature, top_k, top_p, generator, tokenizer.eot_token
-    )
+    yield from model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator, eot_token)
 
 
 def until_end(ids: Iterable[int], eot_token: int) -> Iterator[int]:

@@ -36,6 +36,7 @@ from model import GPT, GPTConfig
 from training import device
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.distributed import Ranks
+from training.flags import OTHER_NAMES
 from training.run_folder import RunLock
 
 TINY_RUN = (
@@ -171,6 +172,15 @@ def test_a_misspelt_flag_suggests_the_nearest_flag(call, script):
         assert call(script, f"--{field.name[:-1]}", "1")[0] == 2  # a prefix is not a flag
 
 
+def test_names_of_other_programs_lead_to_our_flags(call):
+    names = {field.name for field in dataclasses.fields(train_gpt2.Settings)}
+    assert {*OTHER_NAMES.values()} <= names and names.isdisjoint(OTHER_NAMES)
+    for flag, name in (("--lr", "learning_rate"), ("--block-size=64", "sequence_length")):
+        code, err = call("train_gpt2.py", flag, "1")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: unknown {flag}; did you mean --{name}? (python")
+
+
 def test_a_repeated_flag_takes_its_last_value_and_input_takes_all(call, capsys):
     shutil.copy("raw/a.jsonl", "raw/b.jsonl")
     flags = ["--tokenizer", "bytes", "--workers", 1, "--seed", 7, "--seed", 8, "--corpus", "two"]
@@ -234,6 +244,7 @@ REFUSED = [  # script, flags, words of the error
     (TRAIN, "--n_layer 1000000000", "GB of memory"),
     (TRAIN, "--n_embd 1000000 --n_head 1", "GB of memory"),
     (TRAIN, "--batch_size 1000000000", "GB of memory"),
+    (TRAIN, "--batch_size 1000000", "lower --micro_batch_size, which is 1000000 now"),
     (TRAIN, "--max_steps 9 --train_flops 9", "--train_flops has no effect beside --max_steps"),
     (TRAIN, "--resume out/x --run_name y", "--run_name y differs from the name of --resume out/x"),
     (SAMPLE, "--interactive --prompt x", "--prompt has no effect beside --interactive"),

@@ -330,7 +330,7 @@ def fine_tuning_flags(tmp_path):
     """Flags for fine-tuning of the folder weights/ on the corpus data/c."""
     small_model().save_pretrained(tmp_path / "weights", get_tokenizer("bytes"))
     make_corpus(tmp_path / "data" / "c", ["one for sorrow, two for mirth\n" * 60])
-    flags = "--init_from weights --sequence_length 16 --batch_size 4 --dropout 0 --device cpu"
+    flags = "--init_from weights --batch_size 4 --dropout 0 --device cpu"
     return [*flags.split(), "--eval_every", "2", "--log_every", "1"]
 
 
@@ -344,6 +344,7 @@ def test_fine_tuning_starts_from_the_weights(tmp_path, fine_tuning_flags):
     for name, weight in small_model().state_dict().items():
         assert torch.equal(checkpoint["model"][name], weight), name
     assert checkpoint["model_config"]["n_positions"] == 24
+    assert checkpoint["config"]["sequence_length"] == 24  # the default: 256, or all positions
     result = run_script(
         "train_gpt2.py", *fine_tuning_flags, "--max_steps", 8, "--stop_at", 4, cwd=tmp_path
     )

@@ -231,7 +231,8 @@ def test_a_run_is_named_by_its_folder_or_a_file(write, flag):
 WRONG_FLAGS = {  # case -> flags, words of the error
     "temperature": (["--temperature", -1], "temperature"),
     "samples": (["--num_samples", 0], "num_samples must be at least 1"),
-    "no such run": (["--run", "out/x"], "out/x/last.pt"),
+    "no such run": (["--run", "out/x"], "out/x is not a run .* such as out/rhyme-tiny-1"),
+    "the folder of runs": (["--run", "out"], "out is not a run .* such as out/rhyme-tiny-1"),
     "two models": (["--run", "out/x", "--init_from", "gpt2"], "leave one out"),
     "two prompts": (["--prompt", "a", "--prompt_file", "b"], "leave one out"),
     "no such weights": (["--init_from", "nowhere"], "nowhere is neither a folder with config.json"),
@@ -255,3 +256,5 @@ def test_a_wrong_flag_is_a_one_line_error(trained):
 def test_sampling_without_a_run_is_a_one_line_error(tmp_path):
     result = run_script("sample.py", cwd=tmp_path)
     assert_one_line_error(result, "out/ has no trained model", "python train_gpt2.py")
+    result = run_script("sample.py", "--run", "out/x", cwd=tmp_path)
+    assert_one_line_error(result, "out/x is not a run", "train one with python train_gpt2.py")

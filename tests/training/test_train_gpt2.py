@@ -56,6 +56,7 @@ def test_a_run_writes_its_files_and_metrics(rhyme, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_layer"], config["max_steps"], config["chosen"]["dtype"]) == (2, 40, "float32")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "max_steps=40" in result.stdout and "train_flops" not in result.stdout
     assert "batch_size=4" in result.stdout and "64 tokens per step" in result.stdout
     assert "best validation" in result.stdout
     assert "sample.py --run out/rhyme-tiny-1" in result.stdout
@@ -151,7 +152,7 @@ def test_a_file_of_a_run_stands_for_the_run(train, capsys):
         train(resume="out/b/last.pt")
 
 
-def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
+def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train, capsys):
     """A scheduler may kill a job at any time and repeat its command."""
     command = TINY | {"max_steps": 4, "run_name": "job", "resume": "auto"}
     folder = Path("out/job")
@@ -159,9 +160,20 @@ def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train):
     train(**command, stop_at=2)
     assert train(**command).name == "job"
     assert list(losses(folder)) == [1, 2, 3, 4]
-    train(**command)  # the run has ended already
+    (folder / "sample.txt").unlink()
+    capsys.readouterr()
+    train(**command)  # the run has ended already, but a kill prevented its sample
     assert load_checkpoint(folder / "last.pt")["step"] == 4
-    with pytest.raises(ValueError, match="--run_name NAME"):
+    assert (folder / "sample.txt").exists()
+    capsys.readouterr()
+    train(resume="out/job")
+    line = "out/job is complete at step 4; continue with --max_steps M\n"
+    assert capsys.readouterr().out == line
+    train(resume="out/job", max_steps=5, learning_rate=0.02, stop_at=6)
+    line = "changed by flags: max_steps 4 -> 5, learning_rate 0.01 -> 0.02"
+    assert line in capsys.readouterr().out.splitlines()
+    assert load_checkpoint(folder / "last.pt")["step"] == 5
+    with pytest.raises(ValueError, match="--resume auto needs --run_name NAME"):
         train(**TINY, resume="auto")
 
 
@@ -191,6 +203,19 @@ def test_without_a_terminal_progress_is_one_line_per_minute(tmp_path, capsys, mo
         assert out.count("\n") == lines
         assert err == ""
     assert "step  2/10: train 1.2500, 8 tokens/s, MFU 50%; 0:00:00 left" in out
+
+
+def test_a_progress_line_has_the_losses_that_exist(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.metrics.plot_losses", lambda folder: None)
+    metrics = Metrics(tmp_path, step=0, max_steps=10)
+    metrics.validation(2, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.train(Progress(3), 8.0, None, 1.25, 0.1)
+    metrics.validation(4, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.close()
+    before, after = capsys.readouterr().out.splitlines()
+    validation = "validation 1.5000 nats per token, 2.1640 bits per byte"
+    assert before == f"step  2/10: {validation}; 0:00:00 left"
+    assert after == f"step  4/10: {validation}; train 1.2500, 8 tokens/s; 0:00:00 left"
 
 
 def test_on_a_terminal_progress_is_one_changing_line(tmp_path, capsys, monkeypatch):
@@ -281,11 +306,14 @@ def test_bfloat16_and_the_compiler_give_the_same_curve(train):
     assert losses(train(resume="out/fast", compile="false", dtype="float32"))[3] > 0
 
 
-def test_train_flops_decide_the_number_of_steps(train):
+def test_train_flops_decide_the_number_of_steps(train, capsys):
     matrices = 10_992 - 16 * 16  # all parameters but the positions
     flops = 6 * matrices + 12 * 2 * 16 * 16  # per token; 2 layers, 16 channels, 16 tokens
     folder = train(train_flops=flops * 64 * 12.2)  # 64 tokens per step
     assert load_checkpoint(folder / "last.pt")["step"] == 12
+    assert "train_flops=" in capsys.readouterr().out
+    train(resume=folder, max_steps=13)
+    assert "train_flops" not in capsys.readouterr().out
 
 
 def test_the_learning_rate_rises_and_falls(train):
@@ -662,7 +690,7 @@ def test_a_moved_run_says_how_to_name_its_corpus(train, tmp_path, monkeypatch):
 
 def test_the_types_of_the_settings():
     """RunSettings has every setting, with the type that it has once it is resolved."""
-    may_stay_none = {"micro_batch_size", "stop_at"}
+    may_stay_none = {"micro_batch_size", "stop_at", "train_flops"}
     expected = {}
     for field in dataclasses.fields(train_gpt2.Settings):
         kind = field.type
