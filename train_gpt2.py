@@ -260,7 +260,7 @@ def train(
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
-    check_ranks_agree(progress, metadata, ranks)
+    check_ranks_agree(settings, progress, metadata, ranks)
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters
     parallel: Any = compiled
     if ranks.world_size > 1:
