@@ -290,7 +290,8 @@ def _warn_of_copies() -> None:
         return
     print(
         f"warning: srun has started {num_tasks} tasks, and each trains a run of its own: "
-        f"start them with cluster/train_gpt2.sbatch to train one run, or set WORLD_SIZE=1 to train several",
+        f"start them with cluster/train_gpt2.sbatch to train one run, or set WORLD_SIZE=1 to train "
+        f"several",
         file=sys.stderr,
         flush=True,
     )
