@@ -21,7 +21,7 @@ from model import GPT
 from training.checkpoint import best_checkpoint, is_run, load_model
 from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
-from training.huggingface import RELEASED, pretrained_folder
+from training.huggingface import is_released, pretrained_folder
 from training.run_folder import newest_run, no_run_message, run_of
 from training.sampling import continue_prompt, prompt_ids, until_end
 from training.vocabulary import tokenizer_of_weights
@@ -68,7 +68,11 @@ def main() -> None:
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
     use_prefetched_vocabularies(settings.data_dir)
-    if settings.init_from not in ("", *RELEASED) and is_run(Path(settings.init_from)):
+    if (
+        settings.init_from
+        and not is_released(settings.init_from)
+        and is_run(Path(settings.init_from))
+    ):
         settings.run = settings.init_from
         settings.init_from = ""
     load = load_pretrained if settings.init_from else load_run
@@ -167,7 +171,16 @@ def print_samples(
         metadata: Metadata of the corpus that the model was trained on, None if unknown.
         generator: Random numbers, on the device of the model.
         prompt: The text to continue.
+
+    Raises:
+        ValueError: The prompt is not UTF-8 text, or cannot be encoded.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python reads other bytes of a command line as surrogates
+        raise ValueError(
+            f"the prompt is not UTF-8 text: see its character {error.start:,}"
+        ) from None
     tokens = continue_prompt(
         model,
         prompt_ids(tokenizer, prompt, metadata),

@@ -260,7 +260,7 @@ def train(
     progress = Progress()
     if checkpoint:
         progress = restore(checkpoint, settings, metadata, model, optimizer, scaler)
-    check_ranks_agree(progress, metadata, ranks)
+    check_ranks_agree(settings, progress, metadata, ranks)
     if checkpoint and is_complete(progress, settings):
         if ranks.is_first:
             print_complete(progress, settings, metadata, device.value)

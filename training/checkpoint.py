@@ -26,11 +26,14 @@ from common.files import atomic_write
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import Ranks, is_first_rank
-from training.huggingface import EMBEDDING, RELEASED, pretrained_folder, read_shape
+from training.huggingface import EMBEDDING, is_released, pretrained_folder, read_shape
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 from training.vocabulary import check_vocabulary, same_vocabulary
+
+# settings that may differ between the machines of a run
+MACHINE_SETTINGS = ("data_dir", "out_dir", "resume", "init_from", "device")
 
 
 @dataclass
@@ -139,12 +142,15 @@ def restore(
     return progress
 
 
-def check_ranks_agree(progress: Progress, metadata: dict, ranks: Ranks) -> None:
-    """Check that all ranks are at the same place of the same corpus.
+def check_ranks_agree(
+    settings: RunSettings, progress: Progress, metadata: dict, ranks: Ranks
+) -> None:
+    """Check that all ranks have the same settings, and are at the same place of the same corpus.
 
     DistributedDataParallel then gives the weights of rank 0 to all ranks.
 
     Args:
+        settings: After resolve_steps. Folders and devices may differ between machines.
         progress: How far the run is.
         metadata: Metadata of the corpus.
         ranks: This process among all.
@@ -154,6 +160,12 @@ def check_ranks_agree(progress: Progress, metadata: dict, ranks: Ranks) -> None:
     """
     corpus = [metadata["tokenizer"]["sha256"], metadata["splits"]]
     checksum = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()
+    flags = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in MACHINE_SETTINGS
+    }
+    ranks.check_equal(**flags)
     ranks.check_equal(step=progress.step, position=progress.position, corpus_checksum=checksum)
 
 
@@ -430,7 +442,7 @@ def num_positions(init_from: str, data_dir: str) -> int:
         ValueError: The weights are damaged.
         FileNotFoundError: The weights do not exist.
     """
-    if init_from in RELEASED:
+    if is_released(init_from):
         return 1024
     if is_run(Path(init_from)):
         return best_checkpoint(Path(init_from))["model_config"]["n_positions"]
@@ -476,7 +488,7 @@ def create_model(
         )
     path = Path(settings.init_from)
     folder = None
-    if settings.init_from not in RELEASED and is_run(path):
+    if not is_released(settings.init_from) and is_run(path):
         start = best_checkpoint(path)
         model = _model_of(start, dropout=settings.dropout, vocab_multiple=vocab_multiple)
     else:

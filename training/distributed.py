@@ -15,6 +15,7 @@ The ranks write to one key-value store (torch's TCPStore), whose keys are:
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Ranks:
                 if other[name] != value:
                     raise ValueError(
                         f"rank {rank} has {name} {other[name]!s:.40}, and rank 0 has "
-                        f"{value!s:.40}: give all ranks the same files"
+                        f"{value!s:.40}: give all ranks the same files and flags"
                     )
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
@@ -255,10 +256,11 @@ def join_processes() -> Iterator[Ranks]:
         ValueError: The launcher's variables are incomplete or not numbers.
         TimeoutError: A process of the run does not start; the message names its rank.
         ConnectionError: Another rank has failed, has ended or does not answer; the message names
-            the rank.
+            the rank. Or another run has the port.
     """
     ranks = launched_ranks()
     if ranks.world_size == 1:
+        _warn_of_copies()
         yield ranks
         return
     store = _meet(ranks)
@@ -279,6 +281,20 @@ def join_processes() -> Iterator[Ranks]:
             store.set(f"failed/{ranks.rank}", str(error) or type(error).__name__)
         raise
     dist.destroy_process_group()  # of nccl, too
+
+
+def _warn_of_copies() -> None:
+    """Print a warning if srun has started several tasks, and each would train a run of its own."""
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks == "1" or os.environ.get("WORLD_SIZE"):
+        return
+    print(
+        f"warning: srun has started {num_tasks} tasks, and each trains a run of its own: "
+        f"start them with cluster/train_gpt2.sbatch to train one run, or set WORLD_SIZE=1 to train "
+        f"several",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _lost_a_rank(error: Exception) -> bool:
@@ -336,13 +352,23 @@ def _meet(ranks: Ranks) -> dist.Store:
         )  # fmt: skip
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
+        if "failed to listen" in reason:
+            raise ConnectionError(
+                f"rank 0 cannot listen at {address}:{port}, because another program does: choose "
+                f"another MASTER_PORT"
+            ) from None
         raise TimeoutError(
             f"rank {ranks.rank} does not reach rank 0 at {address}:{port} ({reason:.80}): {remedy}"
         ) from None
     # after a failure torchrun starts all processes again, with the same store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"train_gpt2/{attempt}", store)
-    store.set(f"started/{ranks.rank}", "")
+    # torchrun may start a rank again under the same attempt
+    if store.add(f"started/{ranks.rank}", 1) > 1 and not by_torchrun:
+        raise ConnectionError(
+            f"the run at {address}:{port} has a rank {ranks.rank} already: end its processes, or "
+            f"choose another MASTER_PORT"
+        )
     try:
         store.wait([f"started/{rank}" for rank in range(ranks.world_size)], timeout)
     except dist.DistError:

@@ -149,6 +149,8 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
             f"--train_flops has no effect on --resume: {run_dir} has {old.max_steps} steps; "
             f"change them with --max_steps"
         )
+    if Path(settings.out_dir) not in (Path(old.out_dir), run_dir.parent):
+        raise ValueError(f"--out_dir has no effect on --resume: {run_dir} is continued where it is")
     if settings.max_steps != old.max_steps:
         if settings.max_steps <= step:
             raise ValueError(

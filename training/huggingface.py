@@ -23,6 +23,7 @@ from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer
 from corpus.vocabulary import LETTERS
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
+HUB_OWNER = "openai-community/"  # may precede these names, as on the hub
 FILES = ("config.json", "model.safetensors")
 INDEX = "model.safetensors.index.json"  # instead of model.safetensors, if there are several files
 SHAPE_FIELDS = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
@@ -38,6 +39,12 @@ SUPPORTED = {  # values that config.json may have beside the shape; first the de
 }
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
+GIT_LFS = b"version https://git-lfs"  # where a repository was cloned without its large files
+
+
+def is_released(name: str) -> bool:
+    """Return whether a name is that of one of OpenAI's models: gpt2 or openai-community/gpt2."""
+    return name.removeprefix(HUB_OWNER) in RELEASED
 
 
 def pretrained_folder(name: str, data_dir: str | Path) -> Path:
@@ -52,17 +59,25 @@ def pretrained_folder(name: str, data_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: `name` is neither one of the four models nor such a folder.
         ValueError: The folder has pickled weights; the message has the command that converts them.
+            Or a folder has the name of one of OpenAI's models.
         ConnectionError: A file cannot be downloaded.
     """
-    if name not in RELEASED:
+    if not is_released(name):
         return _weights_folder(Path(name))
+    model_files = ("config.json", "best.pt", "last.pt")
+    if name in RELEASED and any((Path(name) / file).exists() for file in model_files):
+        raise ValueError(
+            f"{name} is the name of OpenAI's weights, and there is a folder {name}, too: write "
+            f"./{name} for the folder, or {HUB_OWNER}{name} for OpenAI's"
+        )
+    name = name.removeprefix(HUB_OWNER)
     folder = Path(data_dir) / "pretrained" / name
     if all((folder / file).exists() for file in FILES):
         return folder
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     for file in FILES:
         # one of the processes of a torchrun downloads the file, and the others wait for it
-        url = f"{hub.rstrip('/')}/openai-community/{name}/resolve/main/{file}"
+        url = f"{hub.rstrip('/')}/{HUB_OWNER}{name}/resolve/main/{file}"
         download([url], folder / file)  # the hub sends the sha256 of large files
     return folder
 
@@ -142,6 +157,10 @@ def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         try:
             tensors |= safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:
+            if file.read_bytes()[: len(GIT_LFS)] == GIT_LFS:
+                raise ValueError(
+                    f"{file} is a pointer of Git LFS, not the weights: run git lfs pull in {folder}"
+                ) from None
             raise ValueError(f"{file} is damaged: {error}") from None
     weights = {}
     for name, tensor in tensors.items():
@@ -149,6 +168,8 @@ def read_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         if not name.endswith(MASKS):
             weights[name] = tensor.T.contiguous() if name.endswith(CONV1D) else tensor
     head = weights.pop("transformer.lm_head.weight", None)
+    if head is not None:  # safetensors saves one of two tied tensors, under either name
+        weights.setdefault(EMBEDDING, head)
     for name in sorted(shapes.keys() ^ weights.keys()):
         fault = "lacks" if name in shapes else "has an unknown"
         raise ValueError(f"{path} {fault} {name}: it does not fit config.json")

@@ -19,7 +19,8 @@ SECONDS_TO_END = 120  # that a process waits for another rank after a signal
 class StopSignal:
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP in `signum` instead of ending the process.
 
-    SIGHUP comes when a terminal closes. A second SIGINT, which a person sends, acts as it would
+    SIGHUP comes when a terminal closes. A signal that is ignored already stays ignored, as SIGHUP
+    under nohup. A second SIGINT, which a person sends, acts as it would
     outside the block. Other signals stay recorded however often they come: schedulers and torchrun
     repeat them, and send SIGKILL if a process takes too long.
 
@@ -30,7 +31,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self.prints = is_first_rank()
         names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        existing = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        numbers = [number for number in existing if signal.getsignal(number) != signal.SIG_IGN]
         self.signum = 0
         self.old_handlers: dict[int, Any] = {
             number: signal.signal(number, self._record) for number in numbers

@@ -20,7 +20,7 @@ from corpus.vocabulary import (
     vocabulary_of,
 )
 from training.distributed import is_first_rank
-from training.huggingface import RELEASED
+from training.huggingface import is_released
 
 
 def same_vocabulary(metadata: dict, other: dict) -> bool:
@@ -60,7 +60,7 @@ def check_vocabulary(init_from: str, folder: Path, corpus: str, metadata: dict) 
     """
     name = metadata["tokenizer"]["name"]
     wanted = read_vocabulary(folder)
-    if wanted is None and init_from not in RELEASED:
+    if wanted is None and not is_released(init_from):
         _say(f"{init_from} has no vocabulary: assuming that of the corpus {corpus} ({name})")
         return
     has_gpt2 = wanted is None or vocabulary_digest(wanted) == GPT2_DIGEST
@@ -115,7 +115,7 @@ def tokenizer_of_weights(init_from: str, folder: Path) -> Tokenizer:
     vocabulary = read_vocabulary(folder)
     if vocabulary is not None and vocabulary_digest(vocabulary) != GPT2_DIGEST:
         return _read_vocab_and_merges(folder)
-    if vocabulary is None and init_from not in RELEASED:
+    if vocabulary is None and not is_released(init_from):
         _say(f"{init_from} has no vocabulary: assuming GPT-2's")
     fetch_vocabulary("gpt2")
     return get_tokenizer("gpt2")

@@ -94,6 +94,30 @@ def test_a_missing_rank_is_named(launcher, free_port, monkeypatch):
         join_processes().__enter__()
 
 
+def test_a_port_in_use_and_a_second_process_of_a_rank_are_refused(launcher, monkeypatch):
+    """Two runs with one port: the second run neither waits nor disturbs the first one."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    launcher(RANK="0", **address)
+    with pytest.raises(ConnectionError, match=r"cannot listen at .*choose another MASTER_PORT"):
+        join_processes().__enter__()
+    torch.distributed.PrefixStore("train_gpt2/0", store).add("started/1", 1)
+    launcher(RANK="1", **address)
+    with pytest.raises(ConnectionError, match=r"has a rank 1 already: .* another MASTER_PORT"):
+        join_processes().__enter__()
+
+
+def test_tasks_of_srun_that_train_a_run_each_are_told(launcher, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    launcher()
+    with join_processes() as ranks:
+        assert ranks == Ranks(0, 1)
+    assert "srun has started 4 tasks, and each trains a run of its own" in capsys.readouterr().err
+    launcher(WORLD_SIZE="1")  # several runs are meant
+    with join_processes():
+        assert capsys.readouterr().err == ""
+
+
 def start_ranks(folder, script, *argv, separate=False) -> list:
     """Start two processes of one run, each with its streams in rank-0/ or rank-1/.
 
@@ -190,6 +214,19 @@ def test_ranks_with_different_corpora_do_not_start(two_disks, tmp_path):
     ranks = start_ranks(tmp_path, ROOT / "train_gpt2.py", *flags, separate=True)
     for line in errors_of(tmp_path, ranks):
         assert line.startswith("error: rank 1 has corpus_checksum ")
+
+
+def test_ranks_with_different_flags_do_not_start(rhyme, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "sys.argv += ['--learning_rate', '0.0' + os.environ['RANK'] + '1']\n"
+        f"runpy.run_path({str(ROOT / 'train_gpt2.py')!r}, run_name='__main__')"
+    )
+    flags = [str(part) for name, value in TINY.items() for part in (f"--{name}", value)]
+    for line in errors_of(tmp_path, start_ranks(tmp_path, script, *flags)):
+        assert line.startswith("error: rank 1 has learning_rate 0.011, and rank 0 has 0.001: ")
+    assert not list(tmp_path.glob("out/*"))
 
 
 LOOP = """

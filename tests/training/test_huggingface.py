@@ -27,7 +27,7 @@ from corpus.tokenizer import (
 )
 from model import GPT, GPTConfig
 from training.checkpoint import _model_of, load_checkpoint
-from training.huggingface import pretrained_folder, tokenizer_json, write_tokenizer
+from training.huggingface import EMBEDDING, pretrained_folder, tokenizer_json, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -226,6 +226,7 @@ FAULTS = {
     "is (3,), torch.float32, not (16,)": lambda t: t.update(
         {"transformer.ln_f.bias": torch.zeros(3)}
     ),
+    "lacks transformer.wte.weight": lambda t: t.pop("transformer.wte.weight"),
     "lm_head.weight differs from the token embedding": lambda t: t.update(
         {"lm_head.weight": torch.zeros(257, 16)}
     ),
@@ -264,6 +265,23 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
         FileNotFoundError, match=r"neither a folder with config.json and model.safetensor"
     ):
         pretrained_folder(str(tmp_path), tmp_path)
+
+
+def test_tied_weights_may_be_saved_under_the_name_of_the_output_layer(tmp_path):
+    """safetensors.torch.save_model keeps the first name of a tensor that has two."""
+    small_model().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda t: t.update({"lm_head.weight": t.pop(EMBEDDING)}))
+    found = GPT.from_pretrained(tmp_path).state_dict()
+    for name, weight in small_model().state_dict().items():
+        assert torch.equal(found[name], weight)
+
+
+def test_a_pointer_of_git_lfs_is_refused_with_the_remedy(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=r"pointer of Git LFS, .*: run git lfs pull in"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_sharded_weights_equal_those_of_one_file(tmp_path):
@@ -416,6 +434,18 @@ def test_several_processes_download_the_weights_of_the_hub_once(tmp_path, server
     assert [path.rsplit("/", 1)[1] for path in server.requested_paths] == names
     weights = GPT.from_pretrained(folder).transformer.wte.weight
     assert torch.equal(weights, small_model().transformer.wte.weight)
+
+
+def test_openais_weights_have_the_name_of_the_hub_and_a_folder_none_of_theirs(
+    tmp_path, server, hub, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert pretrained_folder("openai-community/gpt2", "data") == Path("data/pretrained/gpt2")
+    small_model(60).save_pretrained(Path("gpt2"))
+    with pytest.raises(ValueError, match=r"there is a folder gpt2, too: write ./gpt2"):
+        pretrained_folder("gpt2", "data")
+    assert pretrained_folder("./gpt2", "data") == Path("gpt2")
+    assert pretrained_folder("openai-community/gpt2", "data") == Path("data/pretrained/gpt2")
 
 
 def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path, server, hub, monkeypatch):

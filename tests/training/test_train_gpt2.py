@@ -642,6 +642,8 @@ def test_a_resumed_run_prints_the_choices_of_its_checkpoint(train, capsys):
     assert "dtype " in out and "as in the checkpoint" in out
     with pytest.raises(ValueError, match="--train_flops has no effect on --resume"):
         train(resume="out/mine", train_flops=1e15)
+    with pytest.raises(ValueError, match="--out_dir has no effect on --resume"):
+        train(resume="out/mine", out_dir="elsewhere")
     with pytest.raises(ValueError, match="out/mine is at step 3, not before --max_steps 2"):
         train(resume="out/mine", max_steps=2)
 
