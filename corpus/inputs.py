@@ -110,9 +110,12 @@ def load_corpus(
     try:
         _download_missing(entry, folder)
     except ConnectionError as error:
+        place = ""
+        if len(entry.downloads) == 1 and not entry.downloads[0].members:
+            place = f", or put the file at {folder / entry.sources[0].path}"
         raise ConnectionError(
             f"{error}; try again later, or download it on another machine (--prefetch DIR, and "
-            f"--data_dir DIR on this one), or add --input FILE"
+            f"--data_dir DIR on this one), or add --input FILE{place}"
         ) from None
     sources = [replace(source, path=str(folder / source.path)) for source in entry.sources]
     urls = [download_file.urls[0] for download_file in entry.downloads]

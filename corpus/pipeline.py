@@ -35,7 +35,7 @@ from corpus.encoders import REFERENCE, EncoderFailed, choose_encoder
 from corpus.engines import RunTasks
 from corpus.existing import has_unpublished_shards, refuse_other_files, up_to_date
 from corpus.inputs import Corpus
-from corpus.metadata import fingerprint, with_checksum
+from corpus.metadata import fingerprint, read_metadata, with_checksum
 from corpus.planning import check_room, plan
 from corpus.shards import join_shards, publish
 from corpus.sources import Source
@@ -314,12 +314,19 @@ class _Preparation:
             | {"dropped": sum(counts["dropped"] for counts in all_counts)}
             | {"skipped": len(skipped), "splits": splits}
         )
+        self.print_replaced()
         publish(self.tasks_dir, self.corpus_dir, metadata, skipped)
         self.clean_up()
         seconds = time.perf_counter() - self.began
         core_seconds = sum(counts["seconds"] for counts in all_counts)
         _print_report(self.corpus_dir, metadata, skipped, seconds, core_seconds)
         return metadata
+
+    def print_replaced(self) -> None:
+        """Print which prepared corpus is about to be replaced, if there is one."""
+        with contextlib.suppress(OSError, ValueError):  # metadata.json is missing or damaged
+            old = read_metadata(self.corpus_dir)
+            print(f"replaces {self.corpus_dir} ({old['tokenizer']['name']})")
 
     # what other processes did
 
