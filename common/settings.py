@@ -7,6 +7,7 @@ ranges and of flags that exclude each other are ours.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import textwrap
@@ -199,7 +200,9 @@ def _reason(event: tyro._errors.ParseErrorEvent, flags: Sequence[str]) -> str:
     if isinstance(event, tyro._errors.UnrecognizedArgs):
         token = event.tokens[0]
         if not token.startswith("-"):
-            return f"unexpected value {token!r}"
+            is_file = "--input" in flags and ("." in token or os.path.exists(token))
+            suggestion = f"; did you mean --input {token}?" if is_file else ""
+            return f"unexpected value {token!r}{suggestion}"
         return f"unknown {token}{near(token.split('=')[0], flags)}"
     flag = event.argument.lowered.name_or_flags[0]  # type: ignore[attr-defined]
     if isinstance(event, tyro._errors.BadValue):

@@ -12,6 +12,7 @@ A corpus is one of the following:
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from corpus.archives import unpack
 from corpus.catalog import CATALOG, CatalogEntry, DownloadFile
 from corpus.download import download, download_lock, sha256_of
 from corpus.files import find
+from corpus.metadata import read_metadata, source_path
 from corpus.sources import Source
 
 BUILT_IN = "python-docs"
@@ -102,6 +104,7 @@ def load_corpus(
     if name == BUILT_IN:
         return python_documentation(folder)
     if entry is None:
+        _refuse_missing_input(folder)
         names = [*CATALOG, BUILT_IN]
         raise ValueError(
             f"no corpus is called {name!r}: choose one of {', '.join(names)}, or name files of "
@@ -121,6 +124,25 @@ def load_corpus(
     urls = [download_file.urls[0] for download_file in entry.downloads]
     origin = {"url": urls, "licence": entry.licence}
     return Corpus(name, origin, _numbered(sources))
+
+
+def _refuse_missing_input(folder: Path) -> None:
+    """Raise ValueError if the corpus was prepared from files that --input must name again."""
+    try:
+        source = read_metadata(folder)["source"]
+        paths = [os.path.relpath(source_path(folder, file)) for file in source["files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # not prepared, or metadata.json is damaged
+        return
+    if source.get("url"):
+        paths = [url for url in source["url"] if url.startswith("hf:")]
+    if not paths:
+        return
+    made_of = shlex.join(paths[:3])
+    if len(paths) > 3:
+        remedy = f"{made_of} and {len(paths) - 3:,} more: name them with --input"
+    else:
+        remedy = f"{made_of}: add --input {made_of}"
+    raise ValueError(f"{folder} was made from {remedy}")
 
 
 def _numbered(sources) -> list[Source]:

@@ -238,6 +238,14 @@ def test_a_full_disk_leaves_no_corpus(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_the_corpus_of_a_file_is_prepared_again_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_corpus(tmp_path / "data" / "c", ["a text " * 40])
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--corpus", "c"])
+    with pytest.raises(ValueError, match=r"data/c was made from data/c.txt: add --input data/c"):
+        prepare_data.main()
+
+
 def test_preparing_again_says_what_it_replaces(tmp_path, capsys):
     make_corpus(tmp_path / "c", ["a text " * 40])
     assert "replaces" not in capsys.readouterr().out
