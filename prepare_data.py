@@ -54,7 +54,7 @@ class Settings:
     engine: Literal["processes", "ray"] = "processes"  # runner of the tasks: this machine, or Ray
     workers: int = 0  # tasks at once, on this machine at most four per core; 0: one per core
     ray_address: str = ""  # HOST:PORT of a Ray cluster, or auto; "": start Ray on this machine
-    part: str = ""  # I/N: only every N-th task, from the I-th; the last part joins all tasks
+    part: str = ""  # I/N: only tasks I, I + N, ..., counted from 0; the part to end last joins all
     on_error: Literal["stop", "skip"] = "stop"  # an invalid document: stop, or skip and list it
     list: bool = False  # list the corpora that need no --input, and do nothing else
     describe: str = ""  # write a description into this folder of raw text, and do nothing else

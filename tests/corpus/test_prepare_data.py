@@ -246,6 +246,13 @@ def test_the_corpus_of_a_file_is_prepared_again_with_its_file(tmp_path, monkeypa
         prepare_data.main()
 
 
+@pytest.mark.parametrize(("num_tokens", "length"), [(2, 1), (17, 16), (18, 16), (65, 64)])
+def test_the_next_command_fits_a_small_corpus(tmp_path, capsys, num_tokens, length):
+    make_corpus(tmp_path / "c", ["a" * 2 * num_tokens], train_split_ratio=0.5)
+    assert f" --sequence_length {length}\n" in capsys.readouterr().out
+    assert read_metadata(tmp_path / "c")["splits"]["val"]["tokens"] > length
+
+
 def test_preparing_again_says_what_it_replaces(tmp_path, capsys):
     make_corpus(tmp_path / "c", ["a text " * 40])
     assert "replaces" not in capsys.readouterr().out
