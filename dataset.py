@@ -162,8 +162,8 @@ class TextDataset(Dataset):
         if indices.ndim > 1:
             raise TypeError(f"indices must be one list, not an array of shape {indices.shape}")
         indices = indices.astype(np.int64, copy=False)
-        # As an unsigned integer, a negative index is a huge one: one pass finds every index that
-        # is negative or too large.
+        # One comparison finds both the negative and the too large indices: read as an unsigned
+        # integer, a negative index is larger than any number of windows.
         if indices.view(np.uint64).max(initial=0) >= self.num_windows:
             outside = indices[(indices < -self.num_windows) | (indices >= self.num_windows)]
             if outside.size:

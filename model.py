@@ -391,8 +391,9 @@ def next_token_probs(
 
 # ---- for speed alone: the loss in chunks, on a CPU
 #
-# All logits of a batch at once, 103 MB for GPT-2's vocabulary and 8 x 64 tokens, would be taken
-# from the kernel page by page again in every step. Memory for a few rows at a time is used again.
+# All logits of a batch are 103 MB, for GPT-2's vocabulary and 8 x 64 tokens. The process would
+# return so large a block to the kernel after each step and fetch it again, page by page, in the
+# next one. The logits of a few rows fit in memory that the process keeps and uses again.
 # Forward and backward on one thread: 223 ms in chunks, 302 ms at once (CHUNK_LOGITS = 10**9), by
 #
 #     python -m timeit -n 1 -r 15 -s "import torch, model; torch.set_num_threads(1);

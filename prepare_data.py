@@ -9,6 +9,7 @@ Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/READM
 interruption, the same command does the remaining work.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -53,7 +54,7 @@ class Settings:
     engine: Literal["processes", "ray"] = "processes"  # runner of the tasks: this machine, or Ray
     workers: int = 0  # tasks at once, on this machine at most four per core; 0: one per core
     ray_address: str = ""  # HOST:PORT of a Ray cluster, or auto; "": start Ray on this machine
-    part: str = ""  # I/N: only every N-th task, from the I-th; the last part joins all tasks
+    part: str = ""  # I/N: only tasks I, I + N, ..., counted from 0; the part to end last joins all
     on_error: Literal["stop", "skip"] = "stop"  # an invalid document: stop, or skip and list it
     list: bool = False  # list the corpora that need no --input, and do nothing else
     describe: str = ""  # write a description into this folder of raw text, and do nothing else
@@ -193,7 +194,9 @@ def prefetch(settings: Settings) -> None:
         corpus, tokenizer = load(settings, data_dir)
     except ConnectionError as error:
         reason = str(error).partition(";")[0]
-        raise ConnectionError(f"{reason}; --prefetch needs a network") from None
+        raise ConnectionError(
+            f"{reason}; --prefetch needs a network{describe_rest(data_dir)}"
+        ) from None
     exception = ", except its --input" if settings.input else ""
     flags = ["--data_dir", str(data_dir), "--corpus", corpus.name]
     if settings.input:
@@ -207,6 +210,23 @@ def prefetch(settings: Settings) -> None:
         f"machine and run there: python prepare_data.py {shlex.join(flags)}\n"
         f"train_gpt2.py and sample.py take {shlex.join(flags[:2])}, too"
     )
+
+
+def describe_rest(data_dir: Path) -> str:
+    """Return what a failed --prefetch has left in its folder, for the error message.
+
+    Removes the folders that are empty.
+    """
+    paths = sorted(data_dir.rglob("*"), reverse=True)  # a folder after its files
+    for path in [*paths, data_dir]:
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+    files = [str(path.relative_to(data_dir)) for path in reversed(paths) if path.is_file()]
+    if not files:
+        return ""
+    more = f" and {len(files) - 3:,} more files" if len(files) > 3 else ""
+    return f". {data_dir} is incomplete: it has only {', '.join(files[:3])}{more}"
 
 
 def describe_folder(settings: Settings) -> None:

@@ -43,7 +43,7 @@ class Settings:
     num_samples: int = 1  # texts sampled at once
     temperature: float = 0.8  # 0: always the most likely token; 1: the model's probabilities
     top_k: int = 50  # sample among this many of the most likely tokens; 0: among all
-    top_p: float = 1.0  # sample among the most likely tokens that hold this probability
+    top_p: float = 1.0  # sample among the fewest tokens that together have this probability; 1: all
     seed: int = 0  # of the sampling: the same seed gives the same text
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
 

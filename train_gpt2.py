@@ -87,7 +87,7 @@ class Settings:
     batch_size: int | None = None  # sequences per step, over all processes; default: by size
     micro_batch_size: int | None = None  # sequences per forward pass; default: by size
     max_steps: int | None = None  # optimizer steps; default: as many as train_flops allows
-    train_flops: float | None = None  # FLOPs of the whole run, as MFU counts them; default: by size
+    train_flops: float | None = None  # FLOPs of all steps, for max_steps; default: by size
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C does; --resume continues
     eval_every: int | None = None  # steps between validations, each saved; default: max_steps / 5
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
@@ -97,7 +97,7 @@ class Settings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
-    weight_decay: float = 0.1  # of the blocks' matrices, times the learning rate, per step
+    weight_decay: float = 0.1  # share by which a step shrinks the blocks' matrices, x learning_rate
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
     seed: int = 0  # of initial weights, data order and dropout
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu

@@ -7,6 +7,7 @@ ranges and of flags that exclude each other are ours.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import textwrap
@@ -228,7 +229,9 @@ def _reason(
     if isinstance(event, tyro._errors.UnrecognizedArgs):
         token = event.tokens[0]
         if not token.startswith("-"):
-            return f"unexpected value {token!r}"
+            is_file = "--input" in flags and ("." in token or os.path.exists(token))
+            suggestion = f"; did you mean --input {token}?" if is_file else ""
+            return f"unexpected value {token!r}{suggestion}"
         flag = token.split("=")[0]
         name = other_names.get(flag.lstrip("-").replace("-", "_"))
         suggestion = f"; did you mean --{name}?" if name else near(flag, flags)

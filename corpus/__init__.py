@@ -16,5 +16,8 @@ In the order of a corpus's way:
 5. metadata.py, token_files.py: what data/NAME/ holds afterwards. verify.py: whether a prepared
    corpus is as it should be.
 
+What gives a document its split: split_names.py, for files whose names say it; planning.py, for a
+running text; assign_split in tasks.py, for all other documents, by a hash.
+
 Nothing here imports batches/, training/ or a script.
 """

@@ -12,6 +12,7 @@ A corpus is one of the following:
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from corpus.archives import unpack
 from corpus.catalog import CATALOG, CatalogEntry, DownloadFile
 from corpus.download import download, download_lock, sha256_of
 from corpus.files import find
+from corpus.metadata import read_metadata, source_path
 from corpus.sources import Source
 
 BUILT_IN = "python-docs"
@@ -102,6 +104,7 @@ def load_corpus(
     if name == BUILT_IN:
         return python_documentation(folder)
     if entry is None:
+        _refuse_missing_input(folder)
         names = [*CATALOG, BUILT_IN]
         raise ValueError(
             f"no corpus is called {name!r}: choose one of {', '.join(names)}, or name files of "
@@ -110,14 +113,36 @@ def load_corpus(
     try:
         _download_missing(entry, folder)
     except ConnectionError as error:
+        place = ""
+        if len(entry.downloads) == 1 and not entry.downloads[0].members:
+            place = f", or put the file at {folder / entry.sources[0].path}"
         raise ConnectionError(
             f"{error}; try again later, or download it on another machine (--prefetch DIR, and "
-            f"--data_dir DIR on this one), or add --input FILE"
+            f"--data_dir DIR on this one), or add --input FILE{place}"
         ) from None
     sources = [replace(source, path=str(folder / source.path)) for source in entry.sources]
     urls = [download_file.urls[0] for download_file in entry.downloads]
     origin = {"url": urls, "licence": entry.licence}
     return Corpus(name, origin, _numbered(sources))
+
+
+def _refuse_missing_input(folder: Path) -> None:
+    """Raise ValueError if the corpus was prepared from files that --input must name again."""
+    try:
+        source = read_metadata(folder)["source"]
+        paths = [os.path.relpath(source_path(folder, file)) for file in source["files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # not prepared, or metadata.json is damaged
+        return
+    if source.get("url"):
+        paths = [url for url in source["url"] if url.startswith("hf:")]
+    if not paths:
+        return
+    made_of = shlex.join(paths[:3])
+    if len(paths) > 3:
+        remedy = f"{made_of} and {len(paths) - 3:,} more: name them with --input"
+    else:
+        remedy = f"{made_of}: add --input {made_of}"
+    raise ValueError(f"{folder} was made from {remedy}")
 
 
 def _numbered(sources) -> list[Source]:

@@ -35,7 +35,7 @@ from corpus.encoders import REFERENCE, EncoderFailed, choose_encoder
 from corpus.engines import RunTasks
 from corpus.existing import has_unpublished_shards, refuse_other_files, up_to_date
 from corpus.inputs import Corpus
-from corpus.metadata import fingerprint, with_checksum
+from corpus.metadata import fingerprint, read_metadata, with_checksum
 from corpus.planning import check_room, plan
 from corpus.shards import join_shards, publish
 from corpus.sources import Source
@@ -43,6 +43,7 @@ from corpus.tasks import SPLIT_RULE, Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
 
 TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
+LONGEST_DEFAULT = 256  # default of train_gpt2.py's --sequence_length on a GPU
 RUNNING = ".running"  # suffix of the lock file of a running part
 
 
@@ -314,12 +315,19 @@ class _Preparation:
             | {"dropped": sum(counts["dropped"] for counts in all_counts)}
             | {"skipped": len(skipped), "splits": splits}
         )
+        self.print_replaced()
         publish(self.tasks_dir, self.corpus_dir, metadata, skipped)
         self.clean_up()
         seconds = time.perf_counter() - self.began
         core_seconds = sum(counts["seconds"] for counts in all_counts)
         _print_report(self.corpus_dir, metadata, skipped, seconds, core_seconds)
         return metadata
+
+    def print_replaced(self) -> None:
+        """Print which prepared corpus is about to be replaced, if there is one."""
+        with contextlib.suppress(OSError, ValueError):  # metadata.json is missing or damaged
+            old = read_metadata(self.corpus_dir)
+            print(f"replaces {self.corpus_dir} ({old['tokenizer']['name']})")
 
     # what other processes did
 
@@ -492,6 +500,14 @@ def _refuse_empty_splits(corpus: Corpus, splits: dict, skipped: list[str]) -> No
         )
 
 
+def _fitting_length(num_tokens: int) -> int:
+    """Return a power of two below the tokens of a split: a window has one token more.
+
+    At most 64, the default on a CPU. Example: 18 tokens give 16, and 16 tokens give 8.
+    """
+    return min(64, 1 << ((num_tokens - 1).bit_length() - 1))
+
+
 def _print_report(
     corpus_dir: Path, metadata: dict, skipped: list[str], seconds: float, core_seconds: float
 ) -> None:
@@ -514,6 +530,9 @@ def _print_report(
     speed = num_bytes / 1e6 / max(1e-9, core_seconds)
     data_dir = corpus_dir.parent
     flag = "" if data_dir == Path("data") else f" --data_dir {shlex.quote(str(data_dir))}"
+    num_tokens = metadata["splits"]["val"]["tokens"]
+    if 1 < num_tokens <= LONGEST_DEFAULT:
+        flag += f" --sequence_length {_fitting_length(num_tokens)}"
     print(
         f"{corpus_dir}: done in {seconds:.1f} s, {speed:.1f} MB/s per core. "
         f"Next: python train_gpt2.py{flag}"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from common.files import atomic_write
+from corpus.metadata import source_path
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import Ranks, is_first_rank
@@ -118,7 +120,7 @@ def restore(
     if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
         raise ValueError(
             f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
-            f"trained on it: prepare it as it was"
+            f"trained on it ({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
         )
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
@@ -167,6 +169,35 @@ def check_ranks_agree(
     }
     ranks.check_equal(**flags)
     ranks.check_equal(step=progress.step, position=progress.position, corpus_checksum=checksum)
+
+
+def _change(old: dict, metadata: dict) -> str:
+    """Return the tokenizers of a corpus, then and now."""
+    return f"then {old['tokenizer']['name']}, now {metadata['tokenizer']['name']}"
+
+
+def _remedy(old: dict, metadata: dict, settings: RunSettings) -> str:
+    """Return how to prepare a corpus as it was, with the command if a few flags suffice.
+
+    No command brings back a text that has changed.
+    """
+    source = old.get("source", {})
+    files = source.get("files", [])
+    same_settings = all(
+        old.get(name) == metadata.get(name) for name in ("train_split_ratio", "seed", "max_length")
+    )
+    is_text = len(files) == 1 and files[0].get("format") == "text"
+    if not (same_settings and is_text) or same_vocabulary(old, metadata):
+        return "prepare it as it was"
+    flags = ["--corpus", settings.corpus, "--tokenizer", old["tokenizer"]["name"]]
+    if "url" not in source:
+        path = source_path(Path(settings.data_dir) / settings.corpus, files[0])
+        flags += ["--input", os.path.relpath(path)]
+        if files[0].get("division"):
+            flags += ["--documents", files[0]["division"]]
+    if settings.data_dir != "data":
+        flags += ["--data_dir", settings.data_dir]
+    return f"prepare it again with python prepare_data.py {shlex.join(flags)}"
 
 
 def check_finite(value: float, name: str, step: int, run_dir: Path) -> float:

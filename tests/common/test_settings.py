@@ -69,6 +69,7 @@ def test_a_missing_flag_keeps_its_default(parse):
         ("--corp my", "unknown --corp; did you mean --corpus?"),
         ("--zzz", "unknown --zzz"),
         ("my", "unexpected value 'my'"),
+        ("my.txt", "unexpected value 'my.txt'; did you mean --input my.txt?"),
         ("--corpus my yours", "unexpected value 'yours'"),
         ("--plot=true", "unexpected value 'true'"),
         ("--corpus", "--corpus needs a value; write --corpus=VALUE if the value begins with"),

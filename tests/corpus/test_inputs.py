@@ -752,6 +752,23 @@ def test_a_prefetched_corpus_is_prepared_without_a_network(
     assert (folder / "test.bin").read_bytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_a_failed_prefetch_says_what_it_leaves(
+    serve, server, tmp_path, capsys, monkeypatch, gpt2_tokenizer, tokenizer
+):
+    serve("wikitext-2", {"wikitext-2-raw-v1.zip": make_wikitext()})
+    (server.folder / "wikitext-2-raw-v1.zip").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConnectionError, match="--prefetch needs a network") as error:
+        flags = ("--prefetch", "usb", "--tokenizer", tokenizer)
+        main(capsys, monkeypatch, "--corpus", "wikitext-2", *flags)
+    if tokenizer == "bytes":
+        assert not Path("usb").exists()
+    else:
+        assert "usb is incomplete: it has only tokenizers/" in str(error.value)
+        assert [path.name for path in Path("usb").iterdir()] == ["tokenizers"]
+
+
 def test_prefetch_copies_a_tokenizer_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "here"))

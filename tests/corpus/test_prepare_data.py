@@ -142,6 +142,11 @@ def test_without_a_network_the_built_in_corpus_is_prepared(tmp_path):
     assert metadata["tokenizer"]["name"] == "bytes"
 
 
+def test_without_a_network_the_error_says_where_a_copied_file_goes(tmp_path, offline_error):
+    error = offline_error("--corpus", "tinyshakespeare", "--tokenizer", "bytes")
+    assert "or put the file at data/tinyshakespeare/input.txt" in error
+
+
 def test_without_a_vocabulary_the_built_in_corpus_is_prepared(tmp_path, tinyshakespeare):
     """The text of TinyShakespeare exists, and the files of GPT-2's vocabulary are missing."""
     folder = tmp_path / "data" / "tinyshakespeare"
@@ -231,6 +236,28 @@ def test_a_full_disk_leaves_no_corpus(tmp_path):
     result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=20_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data").exists()
+
+
+def test_the_corpus_of_a_file_is_prepared_again_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_corpus(tmp_path / "data" / "c", ["a text " * 40])
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--corpus", "c"])
+    with pytest.raises(ValueError, match=r"data/c was made from data/c.txt: add --input data/c"):
+        prepare_data.main()
+
+
+@pytest.mark.parametrize(("num_tokens", "length"), [(2, 1), (17, 16), (18, 16), (65, 64)])
+def test_the_next_command_fits_a_small_corpus(tmp_path, capsys, num_tokens, length):
+    make_corpus(tmp_path / "c", ["a" * 2 * num_tokens], train_split_ratio=0.5)
+    assert f" --sequence_length {length}\n" in capsys.readouterr().out
+    assert read_metadata(tmp_path / "c")["splits"]["val"]["tokens"] > length
+
+
+def test_preparing_again_says_what_it_replaces(tmp_path, capsys):
+    make_corpus(tmp_path / "c", ["a text " * 40])
+    assert "replaces" not in capsys.readouterr().out
+    make_corpus(tmp_path / "c", ["a text " * 40], seed=1)
+    assert f"replaces {tmp_path / 'c'} (bytes)\n" in capsys.readouterr().out
 
 
 def test_preparing_again_replaces_the_corpus(tmp_path):

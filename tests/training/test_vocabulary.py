@@ -137,8 +137,13 @@ def test_a_run_does_not_resume_with_another_vocabulary(vocabularies, monkeypatch
     assert fine_tune(monkeypatch, max_steps=2, stop_at=1) == 0
     make_corpus(Path("data/mine"), [TEXT], tokenizer=vocabularies["other"].name)
     monkeypatch.setattr("sys.argv", ["train_gpt2.py", "--resume", "out/run"])
-    with pytest.raises(ValueError, match="mine has another text or vocabulary than when out/run"):
+    with pytest.raises(
+        ValueError, match="mine has another text or vocabulary than when out/run"
+    ) as error:
         train_gpt2.main()
+    names = [vocabularies[name].name for name in ("mine", "other")]
+    assert f"(then {names[0]}, now {names[1]}): prepare it again with python" in str(error.value)
+    assert f"--corpus mine --tokenizer {names[0]} --input data/mine.txt" in str(error.value)
     # the same vocabulary from a file of another name gives the same ids
     copy = tmp_path / "copy.tiktoken"
     copy.write_bytes((vocabulary_folder() / vocabularies["mine"].name).read_bytes())
