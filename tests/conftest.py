@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEAD_PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
 
 torch.set_num_threads(1)  # every test gets the same sums, and two workers share two cores
+
+# A shell starts jobs in the background with SIGINT ignored, and child processes would inherit this.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest-xdist hands out whole files in this order. A long file at the end would leave one worker
 # without work.
