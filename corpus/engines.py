@@ -96,8 +96,10 @@ def _process_engine(workers: int) -> Iterator[RunTasks]:
     try:
         yield run_tasks
     except KeyboardInterrupt:  # a second Ctrl-C, while workers finish their tasks, would hang us
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        old_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nstopping when the running tasks are finished", file=sys.stderr)
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, old_handler)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
