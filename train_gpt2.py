@@ -34,6 +34,7 @@ from training.checkpoint import (
     check_ranks_agree,
     check_weights,
     create_model,
+    remove_unfinished_files,
     restore,
     save,
 )
@@ -263,6 +264,7 @@ def train(
     check_ranks_agree(settings, progress, metadata, ranks)
     if checkpoint and is_complete(progress, settings):
         if ranks.is_first:
+            remove_unfinished_files(Path(settings.resume))
             print_complete(progress, settings, metadata, device.value)
         return 0
     compiled: Any = torch.compile(model) if compute.compile else model  # shares the parameters

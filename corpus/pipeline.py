@@ -104,7 +104,7 @@ def prepare(
     for path in (tasks_dir.parent, tasks_dir):
         if path.is_symlink():  # the folder is emptied at the end
             raise ValueError(f"{path} is a link: remove it")
-    if not tasks_dir.exists() and not (corpus_dir / ".lock").exists():
+    if not _tasks_dirs(tasks_dir) and not (corpus_dir / ".lock").exists():
         metadata = up_to_date(corpus_dir, initial_metadata)
         if metadata:
             return metadata
@@ -440,7 +440,8 @@ class _Preparation:
 
     def clean_up(self) -> None:
         """Remove the finished tasks."""
-        _remove_tasks(self.tasks_dir)
+        for path in _tasks_dirs(self.tasks_dir):
+            _remove_tasks(path)
 
     def remove_empty_folders(self) -> None:
         """Remove the folders .work, data/NAME and data, if they are empty.
@@ -465,6 +466,11 @@ def _has_running_part(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _tasks_dirs(tasks_dir: Path) -> list[Path]:
+    """Return the folder of finished tasks, and what a killed process left while it removed it."""
+    return sorted(tasks_dir.parent.glob(f"{tasks_dir.name}*"))
 
 
 def _remove_tasks(path: Path) -> None:

@@ -279,6 +279,12 @@ def _keep_previous(path: Path) -> Iterator[None]:
         older.unlink(missing_ok=True)
 
 
+def remove_unfinished_files(run_dir: Path) -> None:
+    """Remove temporary files that a killed process left in a run's folder. Lock the run first."""
+    for path in run_dir.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def last_checkpoint(run_dir: Path) -> dict:
     """Load the checkpoint to resume from: last.pt or, where last.pt is damaged, previous.pt.
 
