@@ -95,11 +95,12 @@ def _process_engine(workers: int) -> Iterator[RunTasks]:
 
     try:
         yield run_tasks
-    except KeyboardInterrupt:  # a second Ctrl-C, while workers finish their tasks, would hang us
-        old_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        # A second Ctrl-C, while workers finish their tasks, would hang us; a third one, at the exit
+        # of Python, would end the process without its exit code. So the rest of the process
+        # ignores them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nstopping when the running tasks are finished", file=sys.stderr)
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, old_handler)
         raise
     finally:
         pool.shutdown(cancel_futures=True)

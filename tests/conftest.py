@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=position)
 
 
+@pytest.fixture(autouse=True)
+def restore_ctrl_c():
+    """Restore the handler of Ctrl-C: an engine ignores Ctrl-C after the first one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def make_tar(members) -> bytes:
     """Return a .tar.gz file.
 
