@@ -18,11 +18,12 @@ from common.settings import check_conflicts, check_ranges, parse_settings
 from corpus.tokenizer import Tokenizer, use_prefetched_vocabularies
 from corpus.vocabulary import tokenizer_of
 from model import GPT
-from training.checkpoint import best_checkpoint, is_run, load_model
+from training.checkpoint import best_checkpoint
 from training.compute import left_out_first_tokens
 from training.device import choose_device, memory_errors
 from training.huggingface import is_released, pretrained_folder
-from training.run_folder import newest_run, no_run_message, run_of
+from training.models import load_model
+from training.run_folder import is_run, newest_run, no_run_message, run_of
 from training.sampling import continue_prompt, prompt_ids, until_end
 from training.vocabulary import tokenizer_of_weights
 

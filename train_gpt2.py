@@ -33,7 +33,6 @@ from training.checkpoint import (
     check_finite,
     check_ranks_agree,
     check_weights,
-    create_model,
     remove_unfinished_files,
     restore,
     save,
@@ -54,6 +53,7 @@ from training.flags import (
     resolve_steps,
 )
 from training.metrics import open_metrics
+from training.models import create_model
 from training.optimizer import create_optimizer
 from training.report import print_complete, print_model, print_report
 from training.run_folder import RunLock, run_folder, write_config

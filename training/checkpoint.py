@@ -19,7 +19,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,11 +27,11 @@ from corpus.metadata import source_path
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.distributed import Ranks, is_first_rank
-from training.huggingface import EMBEDDING, is_released, pretrained_folder, read_shape
+from training.huggingface import EMBEDDING
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
-from training.run_settings import SHAPE_SETTINGS, RunSettings
-from training.vocabulary import check_vocabulary, same_vocabulary
+from training.run_settings import RunSettings
+from training.vocabulary import same_vocabulary
 
 # settings that may differ between the machines of a run
 MACHINE_SETTINGS = ("data_dir", "out_dir", "resume", "init_from", "device")
@@ -423,13 +422,6 @@ def _check_checksums(path: Path) -> None:
         raise zipfile.BadZipFile(f"{damaged} differs from what was saved")
 
 
-def is_run(path: Path) -> bool:
-    """Return whether a path names a run, by its folder or by one of its checkpoints."""
-    if path.is_file():
-        return path.suffix == ".pt"
-    return any((path / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
-
-
 def best_checkpoint(run: Path) -> dict:
     """Load the best weights of a run: best.pt, or last.pt if the run was never validated.
 
@@ -445,113 +437,3 @@ def best_checkpoint(run: Path) -> dict:
     run_dir = run_of(run)
     best = run_dir / "best.pt"
     return load_checkpoint(best) if best.exists() else last_checkpoint(run_dir)
-
-
-def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
-    """Return the model of a checkpoint on `device`, in evaluation mode.
-
-    Rows of the output layer beyond the corpus's vocabulary are cut off.
-    """
-    return _model_of(checkpoint, vocab_multiple=1).to(device).eval()
-
-
-def _model_of(checkpoint: dict, **changes: Any) -> GPT:
-    """Return the model of a checkpoint on the CPU, with changes to its configuration."""
-    vocab_size = checkpoint["metadata"]["vocab_size"]
-    config = GPTConfig(**checkpoint["model_config"] | {"vocab_size": vocab_size} | changes)
-    weights = dict(checkpoint["model"])
-    embedding = weights[EMBEDDING][:vocab_size]
-    padding = config.padded_vocab_size - vocab_size
-    weights[EMBEDDING] = torch.nn.functional.pad(embedding, (0, 0, 0, padding))
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model
-
-
-def num_positions(init_from: str, data_dir: str) -> int:
-    """Return the number of positions of the weights of --init_from; nothing is downloaded.
-
-    Args:
-        init_from: One of OpenAI's models, a folder of weights, or a run.
-        data_dir: Folder of prepared corpora.
-
-    Raises:
-        ValueError: The weights are damaged.
-        FileNotFoundError: The weights do not exist.
-    """
-    if is_released(init_from):
-        return 1024
-    if is_run(Path(init_from)):
-        return best_checkpoint(Path(init_from))["model_config"]["n_positions"]
-    return read_shape(pretrained_folder(init_from, data_dir))["n_positions"]
-
-
-def create_model(
-    settings: RunSettings, metadata: dict, checkpoint: dict | None, device: torch.device
-) -> GPT:
-    """Create the model that a run trains.
-
-    The model has the shape of the checkpoint, or the weights of --init_from, or it is new. The
-    shape of the weights of --init_from is filled into the settings.
-
-    Args:
-        settings: After resolve_size.
-        metadata: Metadata of the corpus.
-        checkpoint: The checkpoint that the run resumes, or None.
-        device: Device of the run; the model is still on the CPU.
-
-    Raises:
-        ValueError: The weights of --init_from do not fit the corpus or the settings.
-        FileNotFoundError: The weights of --init_from do not exist.
-        ConnectionError: The weights cannot be downloaded.
-    """
-    vocab_size = metadata["vocab_size"]
-    T = settings.sequence_length
-    if checkpoint:
-        return GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": settings.dropout}))
-    # a GPU multiplies faster by multiples of 64
-    vocab_multiple = 64 if device.type == "cuda" else 1
-    if not settings.init_from:
-        return GPT(
-            GPTConfig(
-                vocab_size=vocab_size,
-                n_positions=T,
-                n_layer=settings.n_layer,
-                n_head=settings.n_head,
-                n_embd=settings.n_embd,
-                dropout=settings.dropout,
-                vocab_multiple=vocab_multiple,
-            )
-        )
-    path = Path(settings.init_from)
-    folder = None
-    if not is_released(settings.init_from) and is_run(path):
-        start = best_checkpoint(path)
-        model = _model_of(start, dropout=settings.dropout, vocab_multiple=vocab_multiple)
-    else:
-        folder = pretrained_folder(settings.init_from, settings.data_dir)
-        model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
-    config = model.config
-    if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
-        raise ValueError(
-            f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
-            f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
-        )
-    if folder:
-        check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
-    elif not same_vocabulary(start["metadata"], metadata):
-        raise ValueError(
-            f"{settings.corpus} has another vocabulary than the corpus that {settings.init_from} "
-            f"was trained on: prepare it with the same --tokenizer"
-        )
-    if config.n_positions < T:
-        raise ValueError(
-            f"--sequence_length {T} is longer than the {config.n_positions} positions of "
-            f"{settings.init_from}: lower it"
-        )
-    for name in SHAPE_SETTINGS:
-        value = getattr(config, name)
-        if getattr(settings, name) not in (None, value):
-            raise ValueError(f"{settings.init_from} has {name} {value}: leave out --{name}")
-        setattr(settings, name, value)
-    return model

@@ -12,8 +12,9 @@ from common.settings import check_conflicts, check_ranges, parse_settings, print
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
 from corpus.tokenizer import use_prefetched_vocabularies
 from model import GPT
-from training.checkpoint import num_positions, shared_checkpoint
+from training.checkpoint import shared_checkpoint
 from training.distributed import is_first_rank
+from training.models import num_positions
 from training.run_folder import RunLock, run_of
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 

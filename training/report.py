@@ -9,10 +9,11 @@ from common.files import atomic_write
 from common.settings import print_settings
 from corpus.vocabulary import tokenizer_of
 from model import GPT
-from training.checkpoint import Progress, best_checkpoint, load_model
+from training.checkpoint import Progress, best_checkpoint
 from training.compute import ComputeChoices
 from training.distributed import Ranks
 from training.metrics import plot_losses
+from training.models import load_model
 from training.run_settings import RunSettings
 from training.sampling import continue_prompt, prompt_ids, until_end
 

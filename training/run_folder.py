@@ -63,6 +63,13 @@ def run_folder(settings: RunSettings, ranks: Ranks) -> Path:
     return ranks.on_first(lambda: new_run(settings))
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a path names a run, by its folder or by one of its checkpoints."""
+    if path.is_file():
+        return path.suffix == ".pt"
+    return any((path / name).exists() for name in ("last.pt", "previous.pt", "best.pt"))
+
+
 def run_of(path: Path) -> Path:
     """Return the folder of the run that a user names by the folder or by a file in it.
 

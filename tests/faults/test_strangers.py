@@ -35,7 +35,8 @@ from corpus.tokenizer import HuggingFaceTokenizer, get_tokenizer
 from corpus.verify import verify
 from dataset import TextDataset
 from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint, load_model
+from training.checkpoint import load_checkpoint
+from training.models import load_model
 
 MODEL_SHAPE = {"vocab_size": 257, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
 

@@ -26,8 +26,9 @@ from corpus.tokenizer import (
     vocabulary_folder,
 )
 from model import GPT, GPTConfig
-from training.checkpoint import _model_of, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.huggingface import EMBEDDING, pretrained_folder, tokenizer_json, write_tokenizer
+from training.models import _model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -16,7 +16,8 @@ from processes import start_script
 import sample
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from training.checkpoint import best_checkpoint, load_model
+from training.checkpoint import best_checkpoint
+from training.models import load_model
 from training.sampling import prompt_ids
 
 GREEDY = ["--prompt", "one for sorrow, ", "--temperature", "0"]

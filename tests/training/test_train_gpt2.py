@@ -27,11 +27,12 @@ from processes import start_script
 
 import train_gpt2
 from corpus.metadata import with_checksum
-from training.checkpoint import Progress, load_checkpoint, load_model
+from training.checkpoint import Progress, load_checkpoint
 from training.compute import choose_micro_batch_size
 from training.distributed import Ranks
 from training.flags import checkpoint_settings, load_settings, parse_flags, resolve_size
 from training.metrics import Metrics, read_metrics
+from training.models import load_model
 from training.run_folder import RunLock, newest_run
 from training.run_settings import RunSettings
 
