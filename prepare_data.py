@@ -25,15 +25,14 @@ from corpus.engines import open_engine
 from corpus.files import name_without_suffixes
 from corpus.inputs import BUILT_IN, Corpus, list_corpora, load_corpus
 from corpus.pipeline import prepare
-from corpus.tokenizer import (
-    Tokenizer,
+from corpus.tokenizer import Tokenizer, get_tokenizer
+from corpus.verify import verify
+from corpus.vocabulary_files import (
     check_tokenizer_name,
     copy_vocabulary,
     fetch_vocabulary,
-    get_tokenizer,
     use_prefetched_vocabularies,
 )
-from corpus.verify import verify
 
 
 @dataclass

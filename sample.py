@@ -15,8 +15,9 @@ import torch
 
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
-from corpus.tokenizer import Tokenizer, use_prefetched_vocabularies
+from corpus.tokenizer import Tokenizer
 from corpus.vocabulary import tokenizer_of
+from corpus.vocabulary_files import use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import best_checkpoint
 from training.compute import left_out_first_tokens

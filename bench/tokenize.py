@@ -131,13 +131,13 @@ def gpt2_files(folder: str) -> tuple[str, str]:
     Returns:
         The paths of encoder.json and vocab.bpe.
     """
-    from corpus.tokenizer import _HOST, VOCABULARY_FILES, vocabulary_folder
+    from corpus.vocabulary_files import HOST, VOCABULARY_FILES, vocabulary_folder
 
     paths = {}
     for url in VOCABULARY_FILES["gpt2"]:
         name = Path(url).name
         paths[name] = Path(folder) / name
-        cache_name = hashlib.sha1(f"{_HOST}/{url}".encode()).hexdigest()
+        cache_name = hashlib.sha1(f"{HOST}/{url}".encode()).hexdigest()
         paths[name].write_bytes((vocabulary_folder() / cache_name).read_bytes())
     return str(paths["encoder.json"]), str(paths["vocab.bpe"])
 

@@ -10,7 +10,6 @@ both all the same. After a difference, the pipeline does all tasks of the corpus
 
 import functools
 import importlib.metadata
-import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -26,8 +25,9 @@ from corpus.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     encodable,
-    vocabulary_paths,
+    encode_joined,
 )
+from corpus.vocabulary_files import vocabulary_paths
 
 REFERENCE = "tiktoken"
 FAST = "fastokens"
@@ -150,42 +150,14 @@ class FastEncoder:
         return ids
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode texts, each followed by the end-of-text token.
-
-        Args:
-            texts: Texts, one per document.
-
-        Returns:
-            (n,) uint32 array of ids.
-
-        Raises:
-            CannotEncode: tiktoken cannot encode one of the texts.
-            EncodersDiffer: The ids differ from tiktoken's.
-            EncoderFailed: The fast package fails.
-        """
+        """Encode texts as Tokenizer.encode_documents does; raise the errors of `encode`, too."""
         texts = list(texts)
         longest = max(map(len, texts), default=0)
         if longest >= LONGEST_SPACE and any(_has_long_space(text) for text in texts):
             return self.tokenizer.encode_documents(texts)
-        ids = self._encode_joined(texts)
+        ids = encode_joined(texts, self.tokenizer.eot_text, self.tokenizer.eot_token, self._encode)
         self._check(texts, ids, are_documents=True)
         return ids
-
-    def _encode_joined(self, texts: list[str]) -> np.ndarray:
-        """Return the ids of documents, in one call if none holds the literal end-of-text."""
-        eot_text = self.tokenizer.eot_text
-        joined = eot_text.join([*texts, ""])
-        if joined.count(eot_text) == len(texts):
-            return self._encode(joined, with_eot=True)
-        end = np.array([self.tokenizer.eot_token], np.uint32)
-        arrays = []
-        for has_eot, group in itertools.groupby(texts, key=lambda text: eot_text in text):
-            if has_eot:  # the literal must not end a document, so one call per text
-                for text in group:
-                    arrays += [self._encode(text, with_eot=False), end]
-            else:
-                arrays.append(self._encode(eot_text.join([*group, ""]), with_eot=True))
-        return np.concatenate(arrays)
 
     def _encode(self, text: str, with_eot: bool) -> np.ndarray:
         """Return the ids of a text, in which a literal end of text is the token or ordinary."""

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +25,17 @@ import tiktoken_ext.openai_public
 from common.files import atomic_write
 from common.grouping import in_groups
 from common.packages import optional
-from common.settings import near
 from corpus.boundaries import BOUNDARY
-from corpus.download import download, sha256_of
+from corpus.download import sha256_of
+from corpus.vocabulary_files import (
+    ALIASES,
+    VOCABULARY_FILES,
+    cache_name,
+    is_file_name,
+    missing_files,
+    vocabulary_folder,
+)
 
-_HOST = "https://openaipublic.blob.core.windows.net"
-VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabulary
-    "gpt2": {
-        "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    },
-    "r50k_base": {
-        "encodings/r50k_base.tiktoken": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-    },
-    "p50k_base": {
-        "encodings/p50k_base.tiktoken": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
-    },
-    "cl100k_base": {
-        "encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-    },
-    "o200k_base": {
-        "encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
-    },
-}  # fmt: skip
-VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
-VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
-ALIASES = {"distilgpt2": "gpt2"}  # name -> encoding with the same vocabulary
 LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
 CHARACTERS_AT_ONCE = 1 << 17  # of a tokenizer.json, which needs 120 bytes of memory for each
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character outside the vocabulary
@@ -214,25 +199,20 @@ class TiktokenTokenizer(Tokenizer):
         Raises:
             CannotEncode: The text has a million white-space characters in a row.
         """
-        return self._encode(text, set())
+        return self._encode(text, with_eot=False)
 
     def can_encode(self, text: str) -> bool:
         """Return whether `encode` can encode the text. A short text is not tried."""
         return len(text) < LONGEST_SPACE or super().can_encode(text)
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode many texts in one call, because a call costs as much as ten short documents."""
-        arrays = [np.empty(0, np.uint32)]
-        for has_eot, group in itertools.groupby(texts, key=lambda text: self.eot_text in text):
-            if has_eot:  # the literal end-of-text must not end a document, so one call per text
-                arrays.append(super().encode_documents(group))
-            else:
-                joined = self.eot_text.join([*group, ""])
-                arrays.append(self._encode(joined, {self.eot_text}))
-        return np.concatenate(arrays)
+        """Encode texts, each followed by the end-of-text token; see encode_joined."""
+        return encode_joined(texts, self.eot_text, self.eot_token, self._encode)
 
-    def _encode(self, text: str, allowed_special: set[str]) -> np.ndarray:
+    def _encode(self, text: str, with_eot: bool) -> np.ndarray:
+        """Return the ids of a text, in which a literal end of text is the token or ordinary."""
         text = encodable(text)
+        allowed_special = {self.eot_text} if with_eot else set()
         try:
             return self.encoding.encode_to_numpy(
                 text, allowed_special=allowed_special, disallowed_special=()
@@ -245,6 +225,39 @@ class TiktokenTokenizer(Tokenizer):
                 f"{self.name} cannot encode a run of {len(long_space[0]):,} white-space characters",
                 long_space.start(),
             ) from None
+
+
+def encode_joined(
+    texts: Iterable[str],
+    eot_text: str,
+    eot_token: int,
+    encode: Callable[[str, bool], np.ndarray],
+) -> np.ndarray:
+    """Encode many documents in one call, because a call costs as much as ten short documents.
+
+    Args:
+        texts: Texts, one per document.
+        eot_text: Text of the end-of-text token.
+        eot_token: Id of the end-of-text token.
+        encode: Function (text, with_eot) -> ids. If with_eot, each end of text in the text becomes
+            the token; otherwise it is ordinary text.
+
+    Returns:
+        (n,) uint32 array of ids, with the end-of-text token after each text.
+    """
+    texts = list(texts)
+    joined = eot_text.join([*texts, ""])
+    if joined.count(eot_text) == len(texts):  # no text holds the literal end of text
+        return encode(joined, True)
+    end = np.array([eot_token], np.uint32)
+    arrays = []
+    for has_eot, group in itertools.groupby(texts, key=lambda text: eot_text in text):
+        if has_eot:  # the literal must not end a document, so one call per text
+            for text in group:
+                arrays += [encode(text, False), end]
+        else:
+            arrays.append(encode(eot_text.join([*group, ""]), True))
+    return np.concatenate(arrays)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -346,7 +359,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _offsets_tokenizer(self):
-        """The same tokenizer without a post-processor, which may cut white space off the offsets."""
+        """The tokenizer without a post-processor, which may cut white space off the offsets."""
         tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
         tokenizer.encode_special_tokens = True
         tokenizer.post_processor = None
@@ -378,7 +391,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _has_pattern_of_gpt2(settings: dict) -> bool:
-    """Return whether a tokenizer.json only divides text as GPT-2 does, and changes nothing before."""
+    """Return whether a tokenizer.json divides text as GPT-2 does, and changes nothing before."""
     pattern = settings["pre_tokenizer"] or {}
     return (
         pattern.get("type") == "ByteLevel"
@@ -409,122 +422,6 @@ def encodable(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def vocabulary_folder() -> Path:
-    """Return the folder of vocabulary files: $TIKTOKEN_CACHE_DIR, or data/tokenizers.
-
-    tiktoken's own default is the system's temporary folder, which many systems empty at times.
-    """
-    default = Path(__file__).resolve().parent.parent / "data" / "tokenizers"
-    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
-
-
-def use_prefetched_vocabularies(data_dir: str | Path) -> None:
-    """Use the vocabularies in DATA_DIR/tokenizers, where --prefetch stores them, if there are any."""
-    folder = (Path(data_dir) / "tokenizers").resolve()
-    if folder.is_dir():
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
-
-
-def check_tokenizer_name(name: str) -> None:
-    """Check that a tokenizer of this name exists. Its vocabulary need not be on this machine.
-
-    Args:
-        name: Name or path that get_tokenizer takes.
-
-    Raises:
-        ValueError: The name is unknown.
-        FileNotFoundError: The name is the path of a file that does not exist.
-    """
-    if _is_file(name):
-        if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
-            raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
-        return
-    names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
-    if name not in names:
-        raise ValueError(
-            f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
-            f"tokenizer.json or a .tiktoken file" + near(name, names)
-        )
-
-
-def missing_files(name: str) -> list[tuple[str, Path, str]]:
-    """Return (url, path, sha256) of each vocabulary file that is missing or damaged.
-
-    Args:
-        name: Name or path that get_tokenizer takes.
-
-    Raises:
-        ValueError: The name is unknown.
-        FileNotFoundError: The name is the path of a file that does not exist.
-    """
-    check_tokenizer_name(name)
-    name = ALIASES.get(name, name)
-    missing = []
-    for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
-        path = vocabulary_folder() / _cache_name(file)
-        if not path.exists() or sha256_of(path) != sha256:
-            missing.append((f"{_HOST}/{file}", path, sha256))
-    return missing
-
-
-def vocabulary_paths(name: str) -> dict[str, Path]:
-    """Return the name at OpenAI -> path of each vocabulary file of an encoding of tiktoken.
-
-    Example: {"vocab.bpe": ..., "encoder.json": ...} for gpt2. Other tokenizers have no such file.
-    """
-    folder = vocabulary_folder()
-    files = VOCABULARY_FILES.get(name, {})
-    return {file.rpartition("/")[2]: folder / _cache_name(file) for file in files}
-
-
-def _cache_name(file: str) -> str:
-    """Return the name under which tiktoken looks for a vocabulary file."""
-    return hashlib.sha1(f"{_HOST}/{file}".encode()).hexdigest()
-
-
-def fetch_vocabulary(name: str) -> None:
-    """Download the vocabulary files that are missing.
-
-    Args:
-        name: Name or path that get_tokenizer takes.
-
-    Raises:
-        ConnectionError: A file cannot be downloaded.
-        ValueError: The name is unknown.
-        FileNotFoundError: The name is the path of a file that does not exist.
-    """
-    for url, path, sha256 in missing_files(name):
-        try:
-            download([url], path, sha256=sha256)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"{error}; try again later, set TIKTOKEN_CACHE_DIR to a folder that has "
-                f"{path.name}, or prepare data with --tokenizer bytes"
-            ) from None
-
-
-def copy_vocabulary(name: str, folder: Path) -> None:
-    """Copy the vocabulary files that are neither missing nor damaged.
-
-    Args:
-        name: Name or path that get_tokenizer takes.
-        folder: Folder to copy the files to.
-
-    Raises:
-        ValueError: The name is unknown.
-        FileNotFoundError: The name is the path of a file that does not exist.
-    """
-    missing = {path for _, path, _ in missing_files(name)}
-    paths = [*vocabulary_paths(ALIASES.get(name, name)).values()]
-    if _is_file(name) and not Path(name).is_file():
-        paths = [vocabulary_folder() / name]  # kept there by _keep_copy
-    for path in paths:
-        if path not in missing and path.parent.resolve() != folder.resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / path.name) as f:
-                f.write(path.read_bytes())
-
-
 def get_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer.
 
@@ -540,7 +437,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         FileNotFoundError: The vocabulary is not on this machine. `python prepare_data.py`
             downloads the vocabulary.
     """
-    if _is_file(name) and Path(name).is_file():
+    if is_file_name(name) and Path(name).is_file():
         name = _keep_copy(Path(name))
     name = ALIASES.get(name, name)
     if name == "bytes":
@@ -556,14 +453,10 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 @functools.lru_cache(1)  # forks of this process share the loaded tokenizer
 def _load(name: str, folder: Path) -> Tokenizer:
-    if _is_file(name):
+    if is_file_name(name):
         return _read_file(name, folder / name)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # where tiktoken looks
     return TiktokenTokenizer(name, tiktoken.get_encoding(name))
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".json", ".tiktoken"))
 
 
 def _read_file(name: str, path: Path) -> Tokenizer:
@@ -581,20 +474,20 @@ def _keep_copy(path: Path) -> str:
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     name = ""
-    cache_name = f"{path.stem}-{sha256[:12]}{path.suffix}"
+    copy_name = f"{path.stem}-{sha256[:12]}{path.suffix}"
     for encoding, files in VOCABULARY_FILES.items():
         if [*files.values()] == [sha256]:
             name = encoding
-            cache_name = _cache_name(*files)
+            copy_name = cache_name(*files)
             break
-    copy = vocabulary_folder() / cache_name
+    copy = vocabulary_folder() / copy_name
     if not copy.exists() or copy.read_bytes() != data:
         if not name:
-            _read_file(cache_name, path)  # a damaged file is not kept
+            _read_file(copy_name, path)  # a damaged file is not kept
         vocabulary_folder().mkdir(parents=True, exist_ok=True)
         with atomic_write(copy) as f:
             f.write(data)
-    return name or cache_name
+    return name or copy_name
 
 
 def _read_ranks(path: Path) -> tiktoken.Encoding:

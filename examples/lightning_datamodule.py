@@ -22,7 +22,8 @@ from common.settings import parse_settings
 from corpus.engines import open_engine
 from corpus.inputs import load_corpus
 from corpus.pipeline import prepare
-from corpus.tokenizer import fetch_vocabulary, get_tokenizer
+from corpus.tokenizer import get_tokenizer
+from corpus.vocabulary_files import fetch_vocabulary
 from dataset import (
     DocumentDataset,
     ShuffledBatches,

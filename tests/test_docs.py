@@ -14,7 +14,7 @@ import shlex
 import pytest
 from conftest import ROOT, run_script
 
-from corpus.tokenizer import ALIASES, VOCABULARY_FILES
+from corpus.vocabulary_files import ALIASES, VOCABULARY_FILES
 
 DOCS = ROOT / "docs"
 PAGES = ["data.md", "batches.md", "design.md", "benchmarks.md"]

@@ -10,7 +10,7 @@ import torch
 from common.files import folder_name
 from common.settings import check_conflicts, check_ranges, parse_settings, print_changes
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
-from corpus.tokenizer import use_prefetched_vocabularies
+from corpus.vocabulary_files import use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import shared_checkpoint
 from training.distributed import is_first_rank

@@ -5,13 +5,7 @@ import tempfile
 from pathlib import Path
 
 from common.packages import optional
-from corpus.tokenizer import (
-    HuggingFaceTokenizer,
-    Tokenizer,
-    fetch_vocabulary,
-    get_tokenizer,
-    vocabulary_digest,
-)
+from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer, get_tokenizer, vocabulary_digest
 from corpus.vocabulary import (
     GPT2_DIGEST,
     first_difference,
@@ -19,6 +13,7 @@ from corpus.vocabulary import (
     tokenizer_of,
     vocabulary_of,
 )
+from corpus.vocabulary_files import fetch_vocabulary
 from training.distributed import is_first_rank
 from training.huggingface import is_released
 

@@ -16,7 +16,8 @@ from corpus.boundaries import BOUNDARY
 from corpus.inputs import Corpus
 from corpus.planning import plan
 from corpus.sources import Source
-from corpus.tokenizer import HuggingFaceTokenizer, copy_vocabulary, get_tokenizer, missing_files
+from corpus.tokenizer import HuggingFaceTokenizer, get_tokenizer
+from corpus.vocabulary_files import copy_vocabulary, missing_files
 
 HOSTILE = [
     "",

@@ -19,12 +19,8 @@ from test_tokenizer import HOSTILE
 
 import train_gpt2
 from corpus.metadata import read_metadata, with_checksum
-from corpus.tokenizer import (
-    HuggingFaceTokenizer,
-    TiktokenTokenizer,
-    get_tokenizer,
-    vocabulary_folder,
-)
+from corpus.tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer
+from corpus.vocabulary_files import vocabulary_folder
 from model import GPT, GPTConfig
 from training.checkpoint import load_checkpoint
 from training.huggingface import EMBEDDING, pretrained_folder, tokenizer_json, write_tokenizer

@@ -12,14 +12,10 @@ import dataset
 import sample
 import train_gpt2
 from corpus.metadata import read_metadata
-from corpus.tokenizer import (
-    HuggingFaceTokenizer,
-    get_tokenizer,
-    vocabulary_digest,
-    vocabulary_folder,
-)
+from corpus.tokenizer import HuggingFaceTokenizer, get_tokenizer, vocabulary_digest
 from corpus.verify import verify
 from corpus.vocabulary import GPT2_DIGEST, read_vocabulary, vocabulary_of
+from corpus.vocabulary_files import vocabulary_folder
 from model import GPT, GPTConfig
 from training.huggingface import tokenizer_json
 from training.vocabulary import check_vocabulary

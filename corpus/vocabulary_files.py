@@ -1,0 +1,159 @@
+"""Vocabulary files: where they are, and how they come to this machine.
+
+fetch_vocabulary("gpt2")        # downloads what is missing into vocabulary_folder()
+missing_files("gpt2")           # [] afterwards
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import tiktoken
+
+from common.files import atomic_write
+from common.settings import near
+from corpus.download import download, sha256_of
+
+HOST = "https://openaipublic.blob.core.windows.net"
+VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabulary
+    "gpt2": {
+        "gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    },
+    "r50k_base": {
+        "encodings/r50k_base.tiktoken": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    },
+    "p50k_base": {
+        "encodings/p50k_base.tiktoken": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
+    },
+    "cl100k_base": {
+        "encodings/cl100k_base.tiktoken": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+    },
+    "o200k_base": {
+        "encodings/o200k_base.tiktoken": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+    },
+}  # fmt: skip
+VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
+VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
+ALIASES = {"distilgpt2": "gpt2"}  # name -> encoding with the same vocabulary
+
+
+def vocabulary_folder() -> Path:
+    """Return the folder of vocabulary files: $TIKTOKEN_CACHE_DIR, or data/tokenizers.
+
+    tiktoken's own default is the system's temporary folder, which many systems empty at times.
+    """
+    default = Path(__file__).resolve().parent.parent / "data" / "tokenizers"
+    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
+
+
+def use_prefetched_vocabularies(data_dir: str | Path) -> None:
+    """Use the vocabularies that --prefetch has stored in DATA_DIR/tokenizers, if there are any."""
+    folder = (Path(data_dir) / "tokenizers").resolve()
+    if folder.is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Check that a tokenizer of this name exists. Its vocabulary need not be on this machine.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    if is_file_name(name):
+        if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
+            raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
+        return
+    names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
+    if name not in names:
+        raise ValueError(
+            f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
+            f"tokenizer.json or a .tiktoken file" + near(name, names)
+        )
+
+
+def missing_files(name: str) -> list[tuple[str, Path, str]]:
+    """Return (url, path, sha256) of each vocabulary file that is missing or damaged.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    check_tokenizer_name(name)
+    name = ALIASES.get(name, name)
+    missing = []
+    for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
+        path = vocabulary_folder() / cache_name(file)
+        if not path.exists() or sha256_of(path) != sha256:
+            missing.append((f"{HOST}/{file}", path, sha256))
+    return missing
+
+
+def vocabulary_paths(name: str) -> dict[str, Path]:
+    """Return the name at OpenAI -> path of each vocabulary file of an encoding of tiktoken.
+
+    Example: {"vocab.bpe": ..., "encoder.json": ...} for gpt2. Other tokenizers have no such file.
+    """
+    folder = vocabulary_folder()
+    files = VOCABULARY_FILES.get(name, {})
+    return {file.rpartition("/")[2]: folder / cache_name(file) for file in files}
+
+
+def cache_name(file: str) -> str:
+    """Return the name under which tiktoken looks for a vocabulary file."""
+    return hashlib.sha1(f"{HOST}/{file}".encode()).hexdigest()
+
+
+def fetch_vocabulary(name: str) -> None:
+    """Download the vocabulary files that are missing.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ConnectionError: A file cannot be downloaded.
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    for url, path, sha256 in missing_files(name):
+        try:
+            download([url], path, sha256=sha256)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}; try again later, set TIKTOKEN_CACHE_DIR to a folder that has "
+                f"{path.name}, or prepare data with --tokenizer bytes"
+            ) from None
+
+
+def copy_vocabulary(name: str, folder: Path) -> None:
+    """Copy the vocabulary files that are neither missing nor damaged.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+        folder: Folder to copy the files to.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: The name is the path of a file that does not exist.
+    """
+    missing = {path for _, path, _ in missing_files(name)}
+    paths = [*vocabulary_paths(ALIASES.get(name, name)).values()]
+    if is_file_name(name) and not Path(name).is_file():
+        paths = [vocabulary_folder() / name]  # kept there by _keep_copy
+    for path in paths:
+        if path not in missing and path.parent.resolve() != folder.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / path.name) as f:
+                f.write(path.read_bytes())
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether the name of a tokenizer is the path of a file, or of a copy of a file."""
+    return name.endswith((".json", ".tiktoken"))
