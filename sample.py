@@ -7,7 +7,9 @@ echo "To be" | python sample.py --prompt -
 python sample.py --run out/mine --export mine               # for transformers
 """
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +85,13 @@ def main() -> None:
         export(model, tokenizer, Path(settings.export))
         return
     generator = torch.Generator(device).manual_seed(settings.seed)
+    continue_text = functools.partial(
+        print_samples, settings, model, tokenizer, metadata, generator
+    )
     if settings.interactive:
-        answer_prompts(settings, model, tokenizer, metadata, generator)
+        answer_prompts(continue_text)
     else:
-        print_samples(settings, model, tokenizer, metadata, generator, prompt)
+        continue_text(prompt)
 
 
 def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, dict | None]:
@@ -144,15 +149,26 @@ def read_prompt(settings: Settings) -> str:
         ValueError: The bytes are not UTF-8.
     """
     if settings.prompt_file:
-        data = Path(settings.prompt_file).read_bytes()
-    elif settings.prompt == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        return settings.prompt
+        return decode_prompt(Path(settings.prompt_file).read_bytes(), settings.prompt_file)
+    if settings.prompt == "-":
+        return decode_prompt(sys.stdin.buffer.read(), "standard input")
+    # Python reads other bytes of a command line as surrogates
+    return decode_prompt(settings.prompt.encode(errors="surrogateescape"), "--prompt")
+
+
+def decode_prompt(data: bytes, name: str) -> str:
+    """Return the text of UTF-8 bytes.
+
+    Args:
+        data: The bytes.
+        name: Where the bytes are from, for the message.
+
+    Raises:
+        ValueError: The bytes are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        name = settings.prompt_file or "standard input"
         raise ValueError(f"{name} is not UTF-8 text: see its byte {error.start:,}") from None
 
 
@@ -175,14 +191,8 @@ def print_samples(
         prompt: The text to continue.
 
     Raises:
-        ValueError: The prompt is not UTF-8 text, or cannot be encoded.
+        ValueError: The prompt cannot be encoded.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python reads other bytes of a command line as surrogates
-        raise ValueError(
-            f"the prompt is not UTF-8 text: see its character {error.start:,}"
-        ) from None
     tokens = continue_prompt(
         model,
         prompt_ids(tokenizer, prompt, metadata),
@@ -206,21 +216,11 @@ def print_samples(
         print(f"{prompt}{text}\n---")
 
 
-def answer_prompts(
-    settings: Settings,
-    model: GPT,
-    tokenizer: Tokenizer,
-    metadata: dict | None,
-    generator: torch.Generator,
-) -> None:
+def answer_prompts(continue_text: Callable[[str], None]) -> None:
     """Ask for prompts on standard input and continue each, until the input ends.
 
     Args:
-        settings: How to sample.
-        model: In evaluation mode.
-        tokenizer: The tokenizer of the model.
-        metadata: Metadata of the corpus that the model was trained on, None if unknown.
-        generator: Random numbers, on the device of the model.
+        continue_text: Prints a prompt and its continuation.
     """
     while True:
         try:
@@ -229,7 +229,7 @@ def answer_prompts(
             print()
             return
         try:
-            print_samples(settings, model, tokenizer, metadata, generator, prompt)
+            continue_text(decode_prompt(prompt.encode(errors="surrogateescape"), "the prompt"))
         except KeyboardInterrupt:  # ends this text, not the program
             print()
 

@@ -369,7 +369,7 @@ def train(
                 num_tokens = 0  # the speed is that of training alone
                 last_log = time.perf_counter()
                 last_save = time.monotonic()
-        if ranks.is_first:  # within the block: schedulers repeat their signal
+        if ranks.is_first:  # schedulers repeat their signal, so this is still within the block
             complete = is_complete(progress, settings)
             print_report(run_dir, progress, settings, metadata, compute.device, complete)
     return 0 if is_complete(progress, settings) else signum

@@ -60,15 +60,15 @@ RACES = {
             "--sequence_length 32 --batch_size 24",
         ),
         Race("its seconds", "bytes", 1, "1.58 nats", "--batch_size 12"),
-        Race("a quarter, documents apart", "bytes-apart", 1 / 4, "", f"{MASKED} true"),
-        Race("a quarter, documents in one", "bytes-apart", 1 / 4, "", f"{MASKED} false"),
+        Race("a quarter, separate documents", "bytes-documents", 1 / 4, "", f"{MASKED} true"),
+        Race("a quarter, joined documents", "bytes-documents", 1 / 4, "", f"{MASKED} false"),
     ],
     "cuda": [
         Race("a quarter of its seconds", "bytes", 1 / 4, "1.4697 nats"),
         Race("its seconds", "bytes", 1, "1.40 nats"),
         Race("its seconds", "gpt2", 1, "2.00 bits"),
-        Race("124M, documents apart", "gpt2-apart", 1, "", f"{LARGE} true"),
-        Race("124M, documents in one", "gpt2-apart", 1, "", f"{LARGE} false"),
+        Race("124M, separate documents", "gpt2-documents", 1, "", f"{LARGE} true"),
+        Race("124M, joined documents", "gpt2-documents", 1, "", f"{LARGE} false"),
     ],
 }  # fmt: skip
 TRIED = {  # tokenizer -> flags of train_gpt2.py
@@ -113,7 +113,7 @@ def main() -> None:
             try_recipes(settings, folder)
         else:
             races = RACES[settings.device]
-            prepare(folder, settings, {race.corpus.removesuffix("-apart") for race in races})
+            prepare(folder, settings, {race.corpus.removesuffix("-documents") for race in races})
             run_races(settings, folder, races)
 
 
@@ -139,8 +139,8 @@ def run_races(settings: Settings, folder: Path, races: list[Race]) -> None:
     head = ["", "corpus", "flags", "seconds", "nats per token", "bits per byte", "target"]
     text = (
         "TinyShakespeare, whole processes from start to sample; the loss by a full pass over the "
-        "validation text. nanoGPT's characters are bytes. Documents apart: the text is divided at "
-        "its blank lines, and each document attends to itself alone; in one: the same documents "
+        "validation text. nanoGPT's characters are bytes. Separate documents: the text is divided "
+        "at its blank lines, and each document attends to itself alone; joined: the same documents "
         f"attend to those before them.{left_out}\n\n" + table(head, rows)
     )
     title = "Learning" + (" on a GPU" if settings.device == "cuda" else "")

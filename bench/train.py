@@ -92,8 +92,8 @@ def main() -> None:
     text = (
         "Layers/heads/channels, sequences x tokens. Whole runs of train_gpt2.py with Muon (its "
         "default) or AdamW, and of nanoGPT's train.py, which has AdamW; both models gave the same "
-        "loss with the same weights. Documents apart: the text is divided at its blank lines, and "
-        "each document attends to itself alone."
+        "loss with the same weights. Separate documents: the text is divided at its blank lines, "
+        "and each document attends to itself alone."
         + (" Left out: nanoGPT (no --nanogpt was given)." if not settings.nanogpt else "")
         + (f" Share of the dense bfloat16 peak: {'; '.join(shares)}." if shares else "")
         + "\n\n"
@@ -144,11 +144,11 @@ def prepare(folder: Path, settings, tokenizers: Collection[str]) -> None:
     """Prepare the text for train_gpt2.py and for nanoGPT.
 
     For each tokenizer, folder/data/TOKENIZER has the text as a running text, and
-    folder/data/TOKENIZER-apart has its paragraphs as documents. nanoGPT's scripts are linked into
-    `folder`.
+    folder/data/TOKENIZER-documents has its paragraphs as documents. nanoGPT's scripts are linked
+    into `folder`.
     """
     for name in tokenizers:
-        for corpus, flags in ((name, []), (f"{name}-apart", ["--documents", "blank-line"])):
+        for corpus, flags in ((name, []), (f"{name}-documents", ["--documents", "blank-line"])):
             flags = [*flags, "--input", Path(settings.text).resolve(), "--tokenizer", name]
             command = [sys.executable, ROOT / "prepare_data.py", "--corpus", corpus, *flags]
             whole_process(command, cwd=folder)
@@ -167,7 +167,7 @@ def contestants(settings: Settings, shape: Shape) -> dict:
     functions = {
         "ours": ours,
         "ours, AdamW": functools.partial(ours, optimizer="adamw"),
-        "ours, documents apart": functools.partial(ours, corpus=f"{shape.tokenizer}-apart"),
+        "ours, separate documents": functools.partial(ours, corpus=f"{shape.tokenizer}-documents"),
     }
     if settings.nanogpt:
         same_loss(settings, shape)

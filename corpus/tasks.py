@@ -211,7 +211,7 @@ class _SplitWriter:
         self.waiting = []
         self.num_characters = 0
         self.split_counts["documents"] += len(texts)
-        # one call for all texts; the line feeds keep surrogates of two texts apart
+        # one call for all texts; the line feeds keep surrogates of two texts from joining
         num_bytes = len(encodable("\n".join(texts)).encode())
         self.split_counts["bytes"] += num_bytes - max(0, len(texts) - 1)
         if self.job.max_length:

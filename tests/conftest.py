@@ -286,16 +286,19 @@ def driver(monkeypatch):
         }
         for function, fake in fakes.items():
             monkeypatch.setattr(torch._C, function, fake, raising=False)
-        # a CPU build lacks these attributes, which torch.cuda takes from the C library
+        # What torch.cuda keeps from the C library, which a CPU build cannot make: the library
+        # itself, a generator for each GPU, and the properties of a GPU.
         monkeypatch.setattr(torch.cuda, "_cudart", object(), raising=False)
-        monkeypatch.setattr(torch.cuda, "_initialized", False)
         generators = tuple(torch.Generator() for _ in range(gpus))
         monkeypatch.setattr(torch.cuda, "default_generators", generators)
-        monkeypatch.setattr(torch.cuda, "_queued_calls", [])
-        monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
         monkeypatch.setattr(
             torch.cuda, "_get_device_properties", lambda index: properties, raising=False
         )
+        # What an initialization changes in torch.cuda: it starts anew here, and monkeypatch
+        # restores it, so that the next test finds no GPU.
+        monkeypatch.setattr(torch.cuda, "_initialized", False)
+        monkeypatch.setattr(torch.cuda, "_queued_calls", [])
+        monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
 
     driver.current = []
     driver.initialized = 0

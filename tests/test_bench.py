@@ -122,18 +122,18 @@ def test_block_mask(bench, tmp_path, monkeypatch):
         assert f"| {name} |" in printed and f"| {name} |" in results.read_text()
 
 
-def test_all_says_that_nothing_is_measured_on_a_gpu_without_one(bench, text, monkeypatch):
+def test_all_says_that_nothing_is_measured_on_a_gpu_without_one(bench, text, driver, monkeypatch):
     """bench.gpu is one of all benchmarks; what another machine measured stays in RESULTS.md."""
-    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 0, raising=False)
+    driver(gpus=0)
     monkeypatch.setattr(bench_all, "write", None)  # is not called
     assert "gpu" in bench_all.SCRIPTS
     printed = bench(bench_all, "--text", text, "--scripts", "gpu")
     assert printed == "bench.gpu: no GPU here: not measured\n"
 
 
-def test_all_runs_the_gpu_benchmark_on_a_gpu(bench, text, monkeypatch):
-    commands = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_all_runs_the_gpu_benchmark_on_a_gpu(bench, text, driver, monkeypatch):
+    driver(gpus=1)
+    commands = []  # are recorded, not run: each of them has a test of its own
     monkeypatch.setattr(bench_all.subprocess, "run", lambda command, **_: commands.append(command))
     bench(bench_all, "--text", text, "--nanogpt", "n", "--tatm", "t", "--scripts", "gpu")
     assert [command[1:] for command in commands] == [
@@ -175,7 +175,7 @@ def test_train(bench, forked, text, tmp_path):
     results = tmp_path / "RESULTS.md"
     shape = ["--shapes", "1/1/8/2/8/bytes/7", "--rounds", 1]
     printed = bench(train, "--text", text, *shape, "--results", results)
-    for contestant in ("ours", "ours, AdamW", "ours, documents apart"):
+    for contestant in ("ours", "ours, AdamW", "ours, separate documents"):
         assert f"| 1/1/8, 2 x 8, bytes | {contestant} |" in printed
     assert "Left out: nanoGPT" in results.read_text()
 
@@ -191,7 +191,10 @@ def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed
     else:
-        for row in (r"its seconds, seed 0 \| bytes", "a quarter, documents apart, seed 0 .*true"):
+        for row in (
+            r"its seconds, seed 0 \| bytes",
+            "a quarter, separate documents, seed 0 .*true",
+        ):
             assert re.search(rf"\| ours, {row} .*--max_steps \d+", printed)
 
 

@@ -1,7 +1,6 @@
 """bench/gpu.py runs at toy size on the CPU; tests/cuda/ needs real hardware."""
 
 import pytest
-import torch
 from conftest import ROOT, run_script
 
 from bench import gpu, train
@@ -31,8 +30,8 @@ def test_gpu_writes_its_section_at_toy_size(tmp_path, monkeypatch):
     assert "best validation, nats per byte" in section
 
 
-def test_without_a_gpu_the_benchmark_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 0, raising=False)
+def test_without_a_gpu_the_benchmark_is_an_error(driver, monkeypatch):
+    driver(gpus=0)
     monkeypatch.setattr("sys.argv", ["gpu", "--text", "x"])
     with pytest.raises(ValueError, match="there is no NVIDIA GPU on this machine"):
         gpu.main()

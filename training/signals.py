@@ -20,9 +20,9 @@ class StopSignal:
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP in `signum` instead of ending the process.
 
     SIGHUP comes when a terminal closes. A signal that is ignored already stays ignored, as SIGHUP
-    under nohup. A second SIGINT, which a person sends, acts as it would
-    outside the block. Other signals stay recorded however often they come: schedulers and torchrun
-    repeat them, and send SIGKILL if a process takes too long.
+    under nohup. A second SIGINT, which a person sends, acts as outside the block. Other signals
+    stay recorded however often they come: schedulers and torchrun repeat them, and send SIGKILL if
+    a process takes too long.
 
     A process that waits for another rank cannot end its step. If the process still waits
     SECONDS_TO_END after the signal, or at a second SIGINT, it ends at once, without a checkpoint.

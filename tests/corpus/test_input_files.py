@@ -309,7 +309,7 @@ def test_a_name_with_brackets_is_a_name(here):
 
 def test_files_that_run_into_each_other_are_reported(here, capsys):
     Path("raw").mkdir()
-    for name, text in {"a": "ends\n", "b": "goes on", "c": "", "d": "is last"}.items():
+    for name, text in {"a": "ends\n", "b": "has no end", "c": "", "d": "is last"}.items():
         Path(f"raw/{name}.txt").write_text(text)
     find("raw")
     out = capsys.readouterr().out

@@ -664,7 +664,7 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(train):
 
 
 def test_a_sizes_micro_batch_is_chosen_anew_on_more_processes(train, monkeypatch, tmp_path):
-    """What was asked is saved apart from what was chosen for the number of processes."""
+    """The settings are saved beside the choice for the number of processes."""
     for size in train_gpt2.SIZES.values():
         monkeypatch.setitem(size, "micro_batch_size", 4)  # as size gpt2 has 16
     folder = train(max_steps=4, stop_at=2, run_name="mine")
