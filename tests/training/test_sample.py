@@ -238,7 +238,7 @@ WRONG_FLAGS = {  # case -> flags, words of the error
     "two prompts": (["--prompt", "a", "--prompt_file", "b"], "leave one out"),
     "no such weights": (["--init_from", "nowhere"], "nowhere is neither a folder with config.json"),
     "no such file": (["--prompt_file", "nowhere"], "nowhere"),
-    "flag not UTF-8": (["--prompt", "ab\udcff"], "prompt is not UTF-8 text: see its character 2"),
+    "flag not UTF-8": (["--prompt", "ab\udcff"], "--prompt is not UTF-8 text: see its byte 2"),
     "not UTF-8": (["--prompt", "-"], "standard input is not UTF-8 text: see its byte 2"),
 }
 
