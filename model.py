@@ -343,7 +343,8 @@ class GPT(nn.Module):
         new = idx
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.n_positions:
-                idx = new = idx[:, -self.config.n_positions :]
+                idx = idx[:, -self.config.n_positions :]
+                new = idx
                 cache = None
             logits, _ = self(new, cache=cache)
             probs = next_token_probs(logits[:, -1], temperature, top_k, top_p)

@@ -157,7 +157,9 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
             raise ValueError(
                 f"{run_dir} is at step {step}, not before --max_steps {settings.max_steps}"
             )
-        old.train_flops = settings.train_flops = None  # they do not decide max_steps any more
+        # train_flops does not decide max_steps any more
+        old.train_flops = None
+        settings.train_flops = None
     if settings.stop_at and settings.stop_at <= step:
         raise ValueError(f"{run_dir} is at step {step}, not before --stop_at {settings.stop_at}")
     for either in (old, settings):  # these flags name the run, and do not change it

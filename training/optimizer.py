@@ -86,7 +86,8 @@ def orthogonalize(
     # Each step multiplies x by a polynomial of x x^T. We multiply the polynomials, which are small
     # (rows, rows) matrices, and then x once: half the work. 16 bits are too imprecise for this.
     gram = x @ x.mT
-    product = factor = polynomial(gram)
+    factor = polynomial(gram)
+    product = factor
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = polynomial(gram)
