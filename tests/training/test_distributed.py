@@ -108,7 +108,7 @@ def test_a_port_in_use_and_a_second_process_of_a_rank_are_refused(launcher, monk
         join_processes().__enter__()
 
 
-def test_tasks_of_srun_that_train_a_run_each_are_told(launcher, monkeypatch, capsys):
+def test_tasks_of_srun_that_train_a_run_each_print_a_warning(launcher, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     launcher()
     with join_processes() as ranks:
