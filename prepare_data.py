@@ -3,6 +3,7 @@
     python prepare_data.py                       # TinyShakespeare, GPT-2's vocabulary
     python prepare_data.py --tokenizer bytes     # the same text, byte by byte
     python prepare_data.py --input my.txt        # a text of your own, into data/my/
+    python prepare_data.py --tokenizer bpe:4096  # a vocabulary of 4,096 ids, trained on the text
     python prepare_data.py --list                # corpora that need no --input
 
 Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/README.md). After an
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from common.files import folder_name
+from common.packages import optional
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
+from corpus.bpe import trained_tokenizer
 from corpus.descriptions import describe
 from corpus.engines import open_engine
 from corpus.files import name_without_suffixes
@@ -28,6 +31,7 @@ from corpus.pipeline import prepare
 from corpus.tokenizer import Tokenizer, get_tokenizer
 from corpus.verify import verify
 from corpus.vocabulary_files import (
+    bpe_size,
     check_tokenizer_name,
     copy_vocabulary,
     fetch_vocabulary,
@@ -45,7 +49,7 @@ class Settings:
     documents: Literal["", "blank-line", "file", "line"] = ""  # division of a .txt; "": none
     split_names: Literal["keep", "ignore"] = "keep"  # names such as train.txt and test/ in --input
     max_length: int = 0  # tokens kept of a document; 0: all
-    tokenizer: str = ""  # bytes, a tiktoken encoding, a tokenizer.json or .tiktoken; "": gpt2
+    tokenizer: str = ""  # bytes, a tiktoken encoding, a file, or bpe:N to train N ids; "": gpt2
     train_split_ratio: float = 0.9  # share for train, if the corpus has no splits
     seed: int = 0  # decides which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
@@ -122,6 +126,15 @@ def prepare_corpus(settings: Settings) -> None:
         settings = replace(settings, corpus=BUILT_IN, tokenizer="bytes")
         corpus, tokenizer = load(settings, data_dir)
     with open_engine(settings.engine, settings.workers, settings.ray_address) as run_tasks:
+        if tokenizer is None:  # trained here, because no process may fork after its threads ran
+            tokenizer = trained_tokenizer(
+                settings.tokenizer,
+                corpus,
+                data_dir / corpus.name,
+                train_split_ratio=settings.train_split_ratio,
+                seed=settings.seed,
+                on_error=settings.on_error,
+            )
         prepare(
             corpus,
             tokenizer,
@@ -136,8 +149,10 @@ def prepare_corpus(settings: Settings) -> None:
         )
 
 
-def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
+def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer | None]:
     """Return the corpus and the tokenizer that the settings name, downloaded if necessary.
+
+    The tokenizer is None if it is to be trained on the corpus.
 
     Args:
         settings: Settings of the script.
@@ -154,6 +169,8 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
     check_folder(folder)
     vocabulary = settings.tokenizer or "gpt2"
     check_tokenizer_name(vocabulary)  # an unknown name is refused before anything is downloaded
+    if bpe_size(vocabulary) is not None:
+        optional("tokenizers", f"--tokenizer {vocabulary}")
     corpus = load_corpus(
         name,
         folder,
@@ -171,6 +188,8 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer]:
     fields = {s.field for s in corpus.sources if s.format != "text"}
     if settings.text_field and settings.text_field not in fields:
         raise ValueError(f"--text_field has no effect on {name}: it is for rows of files of yours")
+    if bpe_size(vocabulary) is not None:
+        return corpus, None
     fetch_vocabulary(vocabulary)
     return corpus, get_tokenizer(vocabulary)
 
@@ -203,7 +222,7 @@ def prefetch(settings: Settings) -> None:
     for name in ("text_field", "documents", "split_names"):
         if getattr(settings, name) != getattr(Settings, name):
             flags += [f"--{name}", getattr(settings, name)]
-    flags += ["--tokenizer", tokenizer.name]
+    flags += ["--tokenizer", tokenizer.name if tokenizer else settings.tokenizer]
     print(
         f"{data_dir} has everything that {corpus.name} needs{exception}. Copy it to the other "
         f"machine and run there: python prepare_data.py {shlex.join(flags)}\n"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corpus.descriptions import DESCRIPTION_NAMES
+from corpus.vocabulary_files import COPIES_BESIDE_CORPUS
 
 NUM_NAMED = 3  # paths that a line about many paths names
 
@@ -18,6 +19,7 @@ PREPARED = "because it is a prepared corpus"
 WORKING = "because it holds no rows of the table, but Spark's log or unfinished work"
 UNREADABLE = "because the folder cannot be read"
 
+PREPARED_NAMES = ("skipped.txt", *COPIES_BESIDE_CORPUS)  # in a prepared corpus
 WORKING_FOLDERS = ("_temporary", "_delta_log", "_spark_metadata")  # inside a table of many files
 
 
@@ -119,7 +121,7 @@ def _walk(
             path = folder / name
             if name.startswith(".") or name in DESCRIPTION_NAMES:
                 continue
-            if prepared and (name == "skipped.txt" or name.endswith(".bin")):
+            if prepared and (name in PREPARED_NAMES or name.endswith(".bin")):
                 continue
             if path.is_dir() and name in WORKING_FOLDERS:
                 listing.leave_out(path, WORKING)

@@ -41,6 +41,7 @@ from corpus.shards import join_shards, publish
 from corpus.sources import Source
 from corpus.tasks import SPLIT_RULE, Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
+from corpus.vocabulary_files import is_file_name
 
 TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
 LONGEST_DEFAULT = 256  # default of train_gpt2.py's --sequence_length on a GPU
@@ -86,7 +87,7 @@ def prepare(
     initial_metadata = {
         "format_version": 1,
         "corpus": corpus.name,
-        "source": corpus.origin | {"files": [_listed(s, corpus_dir) for s in corpus.sources]},
+        "source": source_metadata(corpus, corpus_dir),
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "vocab_size": tokenizer.vocab_size,
         "eot_token": tokenizer.eot_token,
@@ -138,6 +139,19 @@ def prepare(
         return preparation.do_part(part) if part else preparation.do_all()
     finally:
         preparation.remove_empty_folders()
+
+
+def source_metadata(corpus: Corpus, corpus_dir: Path) -> dict:
+    """Return the field "source" of metadata.json: where a corpus comes from, and its files.
+
+    Args:
+        corpus: Corpus with its sources.
+        corpus_dir: Folder of the corpus, data/NAME, to which the paths are relative.
+
+    Raises:
+        OSError: A source is missing.
+    """
+    return corpus.origin | {"files": [_listed(source, corpus_dir) for source in corpus.sources]}
 
 
 def _listed(source: Source, corpus_dir: Path) -> dict:
@@ -514,6 +528,23 @@ def _fitting_length(num_tokens: int) -> int:
     return min(64, 1 << ((num_tokens - 1).bit_length() - 1))
 
 
+def _describe_vocabulary(metadata: dict) -> str:
+    """Return the line about a vocabulary of the user's own: its size, and how long its tokens are.
+
+    End-of-text tokens do not count as tokens of the text.
+    """
+    lengths = []
+    for name, split in metadata["splits"].items():
+        num_tokens = split["tokens"]
+        if metadata["eot_per_document"]:
+            num_tokens -= split["documents"]
+        lengths.append(f"{split['bytes'] / max(1, num_tokens):.3f} in {name}")
+    return (
+        f"vocabulary {metadata['tokenizer']['name']}: {metadata['vocab_size']:,} ids; bytes per "
+        f"token: {', '.join(lengths)}"
+    )
+
+
 def _print_report(
     corpus_dir: Path, metadata: dict, skipped: list[str], seconds: float, core_seconds: float
 ) -> None:
@@ -527,6 +558,8 @@ def _print_report(
         if metadata["eot_per_document"]:
             line += f" {split['documents']:>12,} documents"
         print(line)
+    if is_file_name(metadata["tokenizer"]["name"]):
+        print(_describe_vocabulary(metadata))
     if metadata["dropped"] or skipped:
         print(
             f"left out: {metadata['dropped']:,} tokens beyond max_length, "

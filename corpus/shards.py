@@ -11,6 +11,7 @@ from common.grouping import in_groups
 from corpus.engines import RunTasks
 from corpus.sources import BLOCK
 from corpus.tasks import Task
+from corpus.vocabulary_files import copy_beside_corpus
 
 SHARD_BYTES = 2 << 30  # of source text per shard; about a gigabyte of tokens
 SPLITS = ("train", "val", "test")
@@ -110,6 +111,7 @@ def publish(tasks_dir: Path, corpus_dir: Path, metadata: dict, skipped: list[str
     for split in metadata["splits"].values():
         for shard in split["files"]:
             os.replace(tasks_dir / shard["name"], corpus_dir / shard["name"])
+    copy_beside_corpus(metadata["tokenizer"]["name"], corpus_dir)
     (corpus_dir / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         with atomic_write(corpus_dir / "skipped.txt") as f:

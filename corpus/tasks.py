@@ -140,7 +140,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                 valid = np.array([isinstance(text, str) for text in texts])
                 for text in texts:
                     if isinstance(text, InvalidDocument):
-                        skipped.append(_skip(job, text))
+                        skipped.append(place_and_reason(text, job.has_documents, job.on_error))
                 masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
                 for split, mask in masks.items():
                     chosen = mask & valid
@@ -264,7 +264,9 @@ class _SplitWriter:
                     if chunk.is_table or self.job.has_documents:
                         offset = 0
                     invalid = InvalidDocument(str(error), place_of(chunk, position + offset))
-                    self.skipped.append(_skip(self.job, invalid))
+                    self.skipped.append(
+                        place_and_reason(invalid, self.job.has_documents, self.job.on_error)
+                    )
                 else:
                     texts.append(text)
         return texts
@@ -285,9 +287,18 @@ class _SplitWriter:
         return ids[keep]
 
 
-def _skip(job: Job, invalid: InvalidDocument) -> str:
-    """Return place and reason of an invalid document, or raise ValueError with them."""
-    if job.has_documents and job.on_error == "skip":
+def place_and_reason(invalid: InvalidDocument, has_documents: bool, on_error: str) -> str:
+    """Return place and reason of an invalid document that is skipped.
+
+    Args:
+        invalid: The document, or an invalid running text.
+        has_documents: Whether the corpus has documents; a running text cannot skip any.
+        on_error: "stop" or "skip".
+
+    Raises:
+        ValueError: The document is not to be skipped.
+    """
+    if has_documents and on_error == "skip":
         return str(invalid)
-    remedy = "; --on_error skip leaves it out" if job.has_documents else ""
+    remedy = "; --on_error skip leaves it out" if has_documents else ""
     raise ValueError(f"{invalid}{remedy}")

@@ -28,9 +28,10 @@ from common.packages import optional
 from corpus.boundaries import BOUNDARY
 from corpus.download import sha256_of
 from corpus.vocabulary_files import (
-    ALIASES,
     VOCABULARY_FILES,
+    bpe_size,
     cache_name,
+    full_name,
     is_file_name,
     missing_files,
     vocabulary_folder,
@@ -327,17 +328,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 ids += [np.array(encoding.ids, np.uint32), end]
         return np.concatenate(ids)
 
-    def _parts(self, text: str) -> Iterator[str]:
-        """Yield the text in parts of about CHARACTERS_AT_ONCE, if it may be divided."""
+    def _parts(self, text: str) -> Iterable[str]:
+        """Return the text in parts of about CHARACTERS_AT_ONCE, if it may be divided."""
         text = encodable(text)
-        start = 0
-        while self.divisible and len(text) - start > CHARACTERS_AT_ONCE:
-            boundary = BOUNDARY.search(text, start + CHARACTERS_AT_ONCE)
-            if boundary is None:
-                break
-            yield text[start : boundary.start()]
-            start = boundary.start()
-        yield text[start:]
+        return divided(text) if self.divisible else [text]
 
     def num_bytes_of_beginning(self, text: str, ids: np.ndarray) -> int:
         """Return how many UTF-8 bytes of a text its first ids stand for.
@@ -403,6 +397,18 @@ def _has_pattern_of_gpt2(settings: dict) -> bool:
     )
 
 
+def divided(text: str) -> Iterator[str]:
+    """Yield a text in parts of about CHARACTERS_AT_ONCE, with cuts as in boundaries.py."""
+    start = 0
+    while len(text) - start > CHARACTERS_AT_ONCE:
+        boundary = BOUNDARY.search(text, start + CHARACTERS_AT_ONCE)
+        if boundary is None:
+            break
+        yield text[start : boundary.start()]
+        start = boundary.start()
+    yield text[start:]
+
+
 def vocabulary_digest(vocabulary: dict[int, bytes]) -> str:
     """Return the sha256 of a vocabulary: equal for equal ids with equal bytes.
 
@@ -426,8 +432,9 @@ def get_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer.
 
     Args:
-        name: "bytes", "gpt2" or another encoding of tiktoken, "distilgpt2", or the path of a
-            Hugging Face tokenizer.json or of a .tiktoken file.
+        name: "bytes", "gpt2" or another encoding of tiktoken, "distilgpt2", the path of a Hugging
+            Face tokenizer.json or of a .tiktoken file, or the name of a vocabulary that is kept in
+            the vocabulary folder ("mine-bpe4096").
 
     Returns:
         The tokenizer. Its name may differ from the argument.
@@ -439,9 +446,13 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if is_file_name(name) and Path(name).is_file():
         name = _keep_copy(Path(name))
-    name = ALIASES.get(name, name)
+    name = full_name(name)
     if name == "bytes":
         return BytesTokenizer()
+    if bpe_size(name) is not None:
+        raise ValueError(
+            f"{name} is trained on a corpus: python prepare_data.py --tokenizer {name}"
+        )
     if missing := missing_files(name):
         url, path, _ = missing[0]
         raise FileNotFoundError(

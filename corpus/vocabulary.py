@@ -14,6 +14,7 @@ from typing import Any
 
 from common.files import read_json
 from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer, get_tokenizer
+from corpus.vocabulary_files import restore_vocabulary
 
 GPT2_DIGEST = "c0cbb77810dc181ea5f911df052ec89a82d5e1fd33da8e41adf71a54a9735656"
 
@@ -30,13 +31,15 @@ def tokenizer_of(metadata: dict, owner: str | Path) -> Tokenizer:
 
     Args:
         metadata: Metadata of a corpus, perhaps from a checkpoint.
-        owner: The corpus, or the run that has the checkpoint, for the message.
+        owner: The corpus, or the run that has the checkpoint, for the message. The folder of a
+            corpus may have a copy of a vocabulary that is missing on this machine.
 
     Raises:
         ValueError: The name of the tokenizer now stands for another vocabulary.
         FileNotFoundError: The vocabulary is not on this machine.
     """
     name = metadata["tokenizer"]["name"]
+    restore_vocabulary(name, Path(owner))
     tokenizer = get_tokenizer(name)
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(

@@ -2,10 +2,14 @@
 
 fetch_vocabulary("gpt2")        # downloads what is missing into vocabulary_folder()
 missing_files("gpt2")           # [] afterwards
+
+A vocabulary that comes from a file or was trained (bpe.py) is kept in vocabulary_folder(), and
+beside each corpus that has it, so that a corpus can be moved to another machine.
 """
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import tiktoken
@@ -36,6 +40,9 @@ VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabul
 VOCABULARY_FILES["p50k_edit"] = VOCABULARY_FILES["p50k_base"]
 VOCABULARY_FILES["o200k_harmony"] = VOCABULARY_FILES["o200k_base"]
 ALIASES = {"distilgpt2": "gpt2"}  # name -> encoding with the same vocabulary
+SMALLEST_BPE = 257  # the bytes and the end-of-text token
+LARGEST_BPE = 1_000_000
+COPIES_BESIDE_CORPUS = ("tokenizer.json", "tokenizer.tiktoken")
 
 
 def vocabulary_folder() -> Path:
@@ -54,6 +61,52 @@ def use_prefetched_vocabularies(data_dir: str | Path) -> None:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(folder))
 
 
+def bpe_size(name: str) -> int | None:
+    """Return the number of ids that "bpe:N" asks for, or None for another name.
+
+    Args:
+        name: Value of --tokenizer.
+
+    Raises:
+        ValueError: N is not a number, or out of range.
+    """
+    prefix, colon, digits = name.partition(":")
+    if prefix != "bpe" or not colon:
+        return None
+    if not re.fullmatch("[0-9]{1,9}", digits) or not SMALLEST_BPE <= int(digits) <= LARGEST_BPE:
+        raise ValueError(
+            f"--tokenizer bpe:N takes a number of ids from {SMALLEST_BPE} (the bytes and the "
+            f"end-of-text token) to {LARGEST_BPE:,}, as in bpe:4096, not {name!r}"
+        )
+    return int(digits)
+
+
+def full_name(name: str) -> str:
+    """Return the name of the vocabulary that a short name stands for.
+
+    Example: distilgpt2 gives gpt2, and mine-bpe4096 gives mine-bpe4096-1a2b3c4d5e6f.json if such a
+    file is kept in the vocabulary folder. Other names are returned as they are.
+
+    Args:
+        name: Name or path that get_tokenizer takes.
+
+    Raises:
+        ValueError: Several files have this name, with different vocabularies.
+    """
+    if name in ("bytes", *ALIASES, *tiktoken.list_encoding_names()) or is_file_name(name):
+        return ALIASES.get(name, name)
+    pattern = re.compile(re.escape(name) + r"-[0-9a-f]{12}\.(json|tiktoken)")
+    folder = vocabulary_folder()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = {sha256_of(path): path.name for path in files if pattern.fullmatch(path.name)}
+    if len(found) > 1:
+        raise ValueError(
+            f"several vocabularies are called {name}: choose --tokenizer "
+            f"{' or '.join(sorted(found.values()))}"
+        )
+    return next(iter(found.values()), name)
+
+
 def check_tokenizer_name(name: str) -> None:
     """Check that a tokenizer of this name exists. Its vocabulary need not be on this machine.
 
@@ -64,11 +117,14 @@ def check_tokenizer_name(name: str) -> None:
         ValueError: The name is unknown.
         FileNotFoundError: The name is the path of a file that does not exist.
     """
+    name = full_name(name)
+    if bpe_size(name) is not None:
+        return
     if is_file_name(name):
         if not (Path(name).is_file() or (vocabulary_folder() / name).is_file()):
             raise FileNotFoundError(f"{name} does not exist, nor does {vocabulary_folder() / name}")
         return
-    names = ["bytes", *ALIASES, *tiktoken.list_encoding_names()]
+    names = ["bytes", "bpe:N", *ALIASES, *tiktoken.list_encoding_names()]
     if name not in names:
         raise ValueError(
             f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
@@ -87,7 +143,7 @@ def missing_files(name: str) -> list[tuple[str, Path, str]]:
         FileNotFoundError: The name is the path of a file that does not exist.
     """
     check_tokenizer_name(name)
-    name = ALIASES.get(name, name)
+    name = full_name(name)
     missing = []
     for file, sha256 in VOCABULARY_FILES.get(name, {}).items():
         path = vocabulary_folder() / cache_name(file)
@@ -144,9 +200,10 @@ def copy_vocabulary(name: str, folder: Path) -> None:
         FileNotFoundError: The name is the path of a file that does not exist.
     """
     missing = {path for _, path, _ in missing_files(name)}
-    paths = [*vocabulary_paths(ALIASES.get(name, name)).values()]
+    name = full_name(name)
+    paths = [*vocabulary_paths(name).values()]
     if is_file_name(name) and not Path(name).is_file():
-        paths = [vocabulary_folder() / name]  # kept there by _keep_copy
+        paths = [vocabulary_folder() / name]  # kept there
     for path in paths:
         if path not in missing and path.parent.resolve() != folder.resolve():
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,3 +214,46 @@ def copy_vocabulary(name: str, folder: Path) -> None:
 def is_file_name(name: str) -> bool:
     """Return whether the name of a tokenizer is the path of a file, or of a copy of a file."""
     return name.endswith((".json", ".tiktoken"))
+
+
+def copy_beside_corpus(name: str, corpus_dir: Path) -> None:
+    """Copy the file of a vocabulary to a corpus: tokenizer.json or tokenizer.tiktoken.
+
+    A copy of the vocabulary that the corpus had before is removed.
+
+    Args:
+        name: Name of the tokenizer in metadata.json.
+        corpus_dir: Folder of the corpus, data/NAME.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    for copy in COPIES_BESIDE_CORPUS:
+        (corpus_dir / copy).unlink(missing_ok=True)
+    if is_file_name(name):
+        with atomic_write(_copy_beside(name, corpus_dir)) as f:
+            f.write((vocabulary_folder() / name).read_bytes())
+
+
+def restore_vocabulary(name: str, corpus_dir: Path) -> None:
+    """Copy the file beside a corpus to the vocabulary folder, if the file is missing there.
+
+    Args:
+        name: Name of the tokenizer in metadata.json.
+        corpus_dir: Folder of the corpus, data/NAME.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    if not is_file_name(name) or (vocabulary_folder() / name).exists():
+        return
+    copy = _copy_beside(name, corpus_dir)
+    if copy.is_file():
+        vocabulary_folder().mkdir(parents=True, exist_ok=True)
+        with atomic_write(vocabulary_folder() / name) as f:
+            f.write(copy.read_bytes())
+
+
+def _copy_beside(name: str, corpus_dir: Path) -> Path:
+    """Return the path of the copy of a vocabulary that lies beside a corpus."""
+    return corpus_dir / f"tokenizer{Path(name).suffix}"

@@ -1,5 +1,6 @@
 """Where the settings of a run come from: flags, the run that is resumed, and a size."""
 
+import contextlib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from common.files import folder_name
 from common.settings import check_conflicts, check_ranges, parse_settings, print_changes
 from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
-from corpus.vocabulary_files import use_prefetched_vocabularies
+from corpus.vocabulary_files import restore_vocabulary, use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import shared_checkpoint
 from training.distributed import is_first_rank
@@ -270,4 +271,6 @@ def read_corpus(settings: RunSettings) -> dict:
             f"not exist: name the folder that holds {settings.corpus} with --data_dir"
         ) from None
     require_end_of_text(metadata, corpus_dir)
+    with contextlib.suppress(OSError):  # the samples of the run need it, training does not
+        restore_vocabulary(metadata["tokenizer"]["name"], corpus_dir)
     return metadata
