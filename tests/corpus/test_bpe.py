@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from conftest import assert_one_line_error, read_files, run_script
+from conftest import ROOT, assert_one_line_error, read_files, run_script
 
 from corpus import bpe
 from corpus.engines import open_engine
@@ -235,6 +238,39 @@ def test_a_text_that_changes_while_it_is_read_gives_no_vocabulary(
     with pytest.raises(ValueError, match="has changed while it was read: run this again"):
         train(corpus, tmp_path, 270)
     assert not vocabularies.exists()
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+
+from corpus import bpe
+from corpus.inputs import load_corpus
+
+def texts(*arguments):
+    print("training", flush=True)
+    while True:
+        yield "one for sorrow"
+
+bpe._training_texts = texts
+corpus = load_corpus("my", Path("data/my"), ("my.txt",), "", "", "keep")
+bpe.trained_tokenizer("bpe:270", corpus, Path("data/my"))
+"""
+
+
+def test_ctrl_c_ends_the_training_at_once_and_a_restart_trains(tmp_path, vocabularies):
+    corpus = text_corpus(tmp_path, RHYME * 50)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"training\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+    assert train(corpus, tmp_path, 270).vocab_size == 270
+    assert [path.suffix for path in vocabularies.iterdir()] == [".json"]  # and no lock
 
 
 def test_more_ids_than_the_text_gives_are_refused(tmp_path, vocabularies):
