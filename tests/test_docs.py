@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shlex
+from pydoc_data.topics import topics
 
 import pytest
 from conftest import ROOT, run_script
@@ -39,7 +40,10 @@ def run_command(line: str, folder) -> None:
     prepares = script == "prepare_data.py" and "--input" in arguments
     if prepares and "--tokenizer" not in arguments:
         arguments += ["--tokenizer", "bytes"]
-    result = run_script(script, *arguments, cwd=folder)
+    env = {}
+    if "bpe" in command:  # keeps a file in the vocabulary folder
+        env = {"TIKTOKEN_CACHE_DIR": str(folder / "tokenizers")}
+    result = run_script(script, *arguments, cwd=folder, env=env)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
 
 
@@ -57,6 +61,7 @@ def run_examples(text: str, number: int, page: str, namespace: dict) -> None:
 def write_inputs(folder) -> None:
     """Write the raw text that data.md assumes."""
     (folder / "my.txt").write_text("one for sorrow, two for mirth\n" * 100)
+    (folder / "book.txt").write_text("".join(topics.values()))
     posts = [json.dumps({"text": f"post {i}", "body": f"body {i}"}) for i in range(100)]
     (folder / "posts.jsonl").write_text("\n".join(posts))
     posts[6] = '{"text": 5}'
