@@ -39,7 +39,7 @@ def tokenizer_of(metadata: dict, owner: str | Path) -> Tokenizer:
         FileNotFoundError: The vocabulary is not on this machine.
     """
     name = metadata["tokenizer"]["name"]
-    restore_vocabulary(name, Path(owner))
+    restore_vocabulary(name, metadata["tokenizer"]["sha256"], Path(owner))
     tokenizer = get_tokenizer(name)
     if tokenizer.sha256 != metadata["tokenizer"]["sha256"]:
         raise ValueError(

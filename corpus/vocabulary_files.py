@@ -235,11 +235,14 @@ def copy_beside_corpus(name: str, corpus_dir: Path) -> None:
             f.write((vocabulary_folder() / name).read_bytes())
 
 
-def restore_vocabulary(name: str, corpus_dir: Path) -> None:
+def restore_vocabulary(name: str, sha256: str, corpus_dir: Path) -> None:
     """Copy the file beside a corpus to the vocabulary folder, if the file is missing there.
+
+    A copy of another vocabulary is not taken.
 
     Args:
         name: Name of the tokenizer in metadata.json.
+        sha256: Its hash there.
         corpus_dir: Folder of the corpus, data/NAME.
 
     Raises:
@@ -248,7 +251,9 @@ def restore_vocabulary(name: str, corpus_dir: Path) -> None:
     if not is_file_name(name) or (vocabulary_folder() / name).exists():
         return
     copy = _copy_beside(name, corpus_dir)
-    if copy.is_file():
+    found = sha256_of(copy) if copy.is_file() else ""
+    # a file that was copied here has its hash in its name, a trained one in metadata.json
+    if found and (found == sha256 or f"-{found[:12]}." in name):
         vocabulary_folder().mkdir(parents=True, exist_ok=True)
         with atomic_write(vocabulary_folder() / name) as f:
             f.write(copy.read_bytes())

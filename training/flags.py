@@ -272,5 +272,6 @@ def read_corpus(settings: RunSettings) -> dict:
         ) from None
     require_end_of_text(metadata, corpus_dir)
     with contextlib.suppress(OSError):  # the samples of the run need it, training does not
-        restore_vocabulary(metadata["tokenizer"]["name"], corpus_dir)
+        tokenizer = metadata["tokenizer"]
+        restore_vocabulary(tokenizer["name"], tokenizer["sha256"], corpus_dir)
     return metadata

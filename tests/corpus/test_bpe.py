@@ -142,15 +142,17 @@ def running_corpus(folder, words) -> Corpus:
 @pytest.mark.parametrize("make", [running_corpus, documents_corpus, named_corpus])
 def test_no_text_for_validation_reaches_the_vocabulary(make, tmp_path):
     tokens = {}
-    names = set()
+    names = set()  # of the files, to see that there were two trainings
     for word in ("quick", "zebra"):
         corpus = make(tmp_path, {"train": "rhyme", "val": word})
-        tokenizer = train(corpus, tmp_path, 261)
+        with pytest.raises(ValueError, match="gives only 262 ids"):  # those of the word rhyme
+            train(corpus, tmp_path, 263)
+        tokenizer = train(corpus, tmp_path, 262)
         tokens[word] = vocabulary_of(tokenizer)
         names.add(tokenizer.name)
         metadata = prepare_with(corpus, tokenizer, tmp_path)
         assert metadata["splits"]["val"]["bytes"] >= 50
-    assert len(names) == 2  # two trainings
+    assert len(names) == 2
     assert tokens["quick"] == tokens["zebra"]  # no letter of a word for validation has a merge
     assert all(
         set(token) <= set(b" rhyme") for i, token in tokens["quick"].items() if 256 <= i < 260
@@ -274,12 +276,14 @@ def test_ctrl_c_ends_the_training_at_once_and_a_restart_trains(tmp_path, vocabul
 
 
 def test_more_ids_than_the_text_gives_are_refused(tmp_path, vocabularies):
-    corpus = text_corpus(tmp_path, RHYME * 50)
+    corpus = text_corpus(tmp_path, "zyxwv" + RHYME * 50)  # no pair of zyxwv comes twice
     with pytest.raises(ValueError, match="gives only") as error:
         train(corpus, tmp_path, 4096)
     assert not vocabularies.exists()
     (most,) = re.findall(r"choose --tokenizer bpe:(\d+)", str(error.value))
-    assert train(corpus, tmp_path, int(most)).vocab_size == int(most)
+    tokenizer = train(corpus, tmp_path, int(most))
+    assert tokenizer.vocab_size == int(most)
+    assert b"zy" not in vocabulary_of(tokenizer).values()
 
 
 @pytest.mark.parametrize("name", ["bpe:", "bpe:many", "bpe:256", "bpe:-5", "bpe:1000001"])
@@ -308,6 +312,10 @@ def test_a_corpus_can_be_moved_without_the_vocabulary_folder(tmp_path, vocabular
     os.rename(tmp_path / "data" / "my", moved)
     assert tokenizer_of(read_metadata(moved), moved).sha256 == metadata["tokenizer"]["sha256"]
     assert [path.name for path in vocabularies.iterdir()] == [tokenizer.name]
+    shutil.rmtree(vocabularies)
+    (moved / "tokenizer.json").write_text("{}")  # a copy of something else is not taken
+    with pytest.raises(FileNotFoundError, match=tokenizer.name):
+        tokenizer_of(read_metadata(moved), moved)
 
 
 def test_a_corpus_has_no_copy_of_a_vocabulary_that_it_no_longer_uses(tmp_path):
