@@ -154,9 +154,7 @@ def test_no_text_for_validation_reaches_the_vocabulary(make, tmp_path):
         assert metadata["splits"]["val"]["bytes"] >= 50
     assert len(names) == 2
     assert tokens["quick"] == tokens["zebra"]  # no letter of a word for validation has a merge
-    assert all(
-        set(token) <= set(b" rhyme") for i, token in tokens["quick"].items() if 256 <= i < 260
-    )
+    assert {b"rhyme", b" rhyme"} <= {*tokens["quick"].values()}
 
 
 def test_the_literal_end_of_text_in_a_document_is_ordinary_text(tmp_path):
@@ -283,7 +281,7 @@ def test_more_ids_than_the_text_gives_are_refused(tmp_path, vocabularies):
     (most,) = re.findall(r"choose --tokenizer bpe:(\d+)", str(error.value))
     tokenizer = train(corpus, tmp_path, int(most))
     assert tokenizer.vocab_size == int(most)
-    assert b"zy" not in vocabulary_of(tokenizer).values()
+    assert [token for token in vocabulary_of(tokenizer).values() if b"v" in token] == [b"v"]
 
 
 @pytest.mark.parametrize("name", ["bpe:", "bpe:many", "bpe:256", "bpe:-5", "bpe:1000001"])
