@@ -305,7 +305,8 @@ class GPT(nn.Module):
     def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """Return the cross-entropy in nats, a 0-d tensor, of x (N, C) and targets (N,)."""
         if saves_time_in_chunks(x, self.config):
-            return chunked_cross_entropy(x, self.transformer.wte.weight, targets, reduction)
+            embedding = self.transformer.wte.weight
+            return chunked_cross_entropy(x, embedding, self.config.vocab_size, targets, reduction)
         return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
 
     @torch.inference_mode()
@@ -406,25 +407,38 @@ CHUNK_LOGITS = 6_500_000  # logits per chunk: 26 MB
 
 def saves_time_in_chunks(x: torch.Tensor, config: GPTConfig) -> bool:
     """Return whether the loss of x (N, C) has several chunks, on a device where they are faster."""
-    has_padding = config.padded_vocab_size > config.vocab_size
     is_large = len(x) * config.vocab_size > CHUNK_LOGITS
-    return x.is_cpu and is_large and not has_padding and not torch.compiler.is_compiling()
+    return x.is_cpu and is_large and not torch.compiler.is_compiling()
 
 
 def chunked_cross_entropy(
-    x: torch.Tensor, embedding: torch.Tensor, targets: torch.Tensor, reduction: str
+    x: torch.Tensor,
+    embedding: torch.Tensor,
+    vocab_size: int,
+    targets: torch.Tensor,
+    reduction: str,
 ) -> torch.Tensor:
     """Return the cross-entropy in nats, a 0-d tensor, in float32.
 
     Args:
         x: (N, C), the output of the last block.
-        embedding: (vocab_size, C), the weights of the output layer.
+        embedding: (padded_vocab_size, C), the weights of the output layer.
+        vocab_size: Rows of `embedding` that are ids; the others get the logit -inf.
         targets: (N,) token ids, -100 where there is no target.
         reduction: "mean" or "sum".
     """
     rows = max(1, CHUNK_LOGITS // len(embedding))
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    bias = None
+    if len(embedding) > vocab_size:
+        bias = embedding.new_zeros(len(embedding))
+        bias[vocab_size:] = -math.inf
     with torch.autocast("cpu", enabled=False):
         return F.linear_cross_entropy(
-            x.float(), embedding, targets, reduction=reduction, options=options
+            x.float(),
+            embedding,
+            targets,
+            linear_bias=bias,
+            reduction=reduction,
+            options=options,
         )

@@ -251,7 +251,7 @@ def train(
     # --- model and optimizer
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")  # tf32 on a GPU
-    model = create_model(settings, metadata, checkpoint, device.value).to(device.value)
+    model = create_model(settings, metadata, checkpoint).to(device.value)
     resolve_steps(settings, model)
     compute = choose_compute(settings, metadata, checkpoint, device, micro_batch_size, model, ranks)
     optimizer = create_optimizer(

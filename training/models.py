@@ -12,6 +12,8 @@ from training.run_folder import is_run
 from training.run_settings import SHAPE_SETTINGS, RunSettings
 from training.vocabulary import check_vocabulary, same_vocabulary
 
+VOCAB_MULTIPLE = 64  # of rows of the output layer in training: matrix products are faster
+
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> GPT:
     """Return the model of a checkpoint on `device`, in evaluation mode.
@@ -52,10 +54,8 @@ def num_positions(init_from: str, data_dir: str) -> int:
     return read_shape(pretrained_folder(init_from, data_dir))["n_positions"]
 
 
-def create_model(
-    settings: RunSettings, metadata: dict, checkpoint: dict | None, device: torch.device
-) -> GPT:
-    """Create the model that a run trains.
+def create_model(settings: RunSettings, metadata: dict, checkpoint: dict | None) -> GPT:
+    """Create the model that a run trains, on the CPU.
 
     The model has the shape of the checkpoint, or the weights of --init_from, or it is new. The
     shape of the weights of --init_from is filled into the settings.
@@ -64,7 +64,6 @@ def create_model(
         settings: After resolve_size.
         metadata: Metadata of the corpus.
         checkpoint: The checkpoint that the run resumes, or None.
-        device: Device of the run; the model is still on the CPU.
 
     Raises:
         ValueError: The weights of --init_from do not fit the corpus or the settings.
@@ -75,8 +74,6 @@ def create_model(
     T = settings.sequence_length
     if checkpoint:
         return GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": settings.dropout}))
-    # a GPU multiplies faster by multiples of 64
-    vocab_multiple = 64 if device.type == "cuda" else 1
     if not settings.init_from:
         return GPT(
             GPTConfig(
@@ -86,17 +83,17 @@ def create_model(
                 n_head=settings.n_head,
                 n_embd=settings.n_embd,
                 dropout=settings.dropout,
-                vocab_multiple=vocab_multiple,
+                vocab_multiple=VOCAB_MULTIPLE,
             )
         )
     path = Path(settings.init_from)
     folder = None
     if not is_released(settings.init_from) and is_run(path):
         start = best_checkpoint(path)
-        model = _model_of(start, dropout=settings.dropout, vocab_multiple=vocab_multiple)
+        model = _model_of(start, dropout=settings.dropout, vocab_multiple=VOCAB_MULTIPLE)
     else:
         folder = pretrained_folder(settings.init_from, settings.data_dir)
-        model = GPT.from_pretrained(folder, settings.dropout, vocab_multiple)
+        model = GPT.from_pretrained(folder, settings.dropout, VOCAB_MULTIPLE)
     config = model.config
     if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
         raise ValueError(

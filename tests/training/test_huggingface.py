@@ -24,7 +24,7 @@ from corpus.vocabulary_files import vocabulary_folder
 from model import GPT, GPTConfig
 from training.checkpoint import load_checkpoint
 from training.huggingface import EMBEDDING, pretrained_folder, tokenizer_json, write_tokenizer
-from training.models import _model_of
+from training.models import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -325,13 +325,12 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path)
 @pytest.mark.parametrize("name", ["out/rhyme-tiny-1", "out/rhyme-tiny-1/best.pt"])
 def test_a_run_gives_weights_to_start_from(train, name):
     first = train(max_steps=4)
-    second = train(init_from=name, run_name="second", learning_rate=1e-30, max_steps=2)
-    expected = load_checkpoint(first / "best.pt")
-    weights = load_checkpoint(second / "last.pt")["model"]
-    assert all(torch.equal(weights[name], weight) for name, weight in expected["model"].items())
-    padded = _model_of(expected, vocab_multiple=64, dropout=0.5)  # as on a GPU
-    assert padded.state_dict()["transformer.wte.weight"].shape == (320, 16)
-    assert padded.config.dropout == 0.5
+    second = train(init_from=name, run_name="second", learning_rate=1e-30, dropout=0.5, max_steps=2)
+    assert load_checkpoint(second / "last.pt")["model_config"]["dropout"] == 0.5
+    expected = load_model(load_checkpoint(first / "best.pt")).state_dict()
+    weights = load_model(load_checkpoint(second / "last.pt")).state_dict()
+    assert weights[EMBEDDING].shape == (257, 16)  # training has 320 rows
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
     make_corpus(Path("data/words"), ["one for sorrow\n" * 300], tokenizer="bytes")
     metadata = read_metadata("data/words")
     metadata["tokenizer"]["sha256"] = "another"
@@ -356,8 +355,9 @@ def test_fine_tuning_starts_from_the_weights(tmp_path, fine_tuning_flags):
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out" / "c-pretrained-1"
     checkpoint = load_checkpoint(folder / "last.pt")
+    weights = load_model(checkpoint).state_dict()
     for name, weight in small_model().state_dict().items():
-        assert torch.equal(checkpoint["model"][name], weight), name
+        assert torch.equal(weights[name], weight), name
     assert checkpoint["model_config"]["n_positions"] == 24
     assert checkpoint["config"]["sequence_length"] == 24  # the default: 256, or all positions
     result = run_script(
@@ -369,7 +369,7 @@ def test_fine_tuning_starts_from_the_weights(tmp_path, fine_tuning_flags):
     result = run_script("sample.py", "--export", "exported", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     model = GPT.from_pretrained(tmp_path / "exported")
-    best = load_checkpoint(tmp_path / "out/c-pretrained-2/best.pt")["model"]
+    best = load_model(load_checkpoint(tmp_path / "out/c-pretrained-2/best.pt")).state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, best[name])
 

@@ -118,9 +118,11 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
 
 
-def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch):
+@pytest.mark.parametrize("vocab_multiple", [1, 64])
+def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch, vocab_multiple):
     torch.manual_seed(0)
-    model, idx = small_model(vocab_size=600), torch.randint(600, (20, 15))
+    model = small_model(vocab_size=600, vocab_multiple=vocab_multiple)
+    idx = torch.randint(600, (20, 15))
     targets = torch.randint(600, (20, 15))
     targets[::7] = -100
     results = []
