@@ -11,9 +11,12 @@ the terminal or the page: a visible character stands in their place.
 import html
 import json
 import math
+import os
+import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from corpus.tokenizer import Tokenizer
 from training.scoring import TokenScores
@@ -86,9 +89,7 @@ def spans_of(first_id: int, scores: TokenScores, tokenizer: Tokenizer) -> list[S
     ids = [first_id, *scores.ids.tolist()]
     tokens: list[ScoredToken] = []  # since the last span
     nats = 0.0
-    num_tokens = 0
     for i, text in enumerate(tokenizer.decode_stream(ids)):
-        num_tokens += 1
         if i > 0:
             alternatives = scores.alternatives
             expected = zip(alternatives.ids[i - 1].tolist(), alternatives.probs[i - 1].tolist())
@@ -112,10 +113,12 @@ def spans_of(first_id: int, scores: TokenScores, tokenizer: Tokenizer) -> list[S
 
 
 def visible(text: str) -> str:
-    """Return a text in which visible characters stand for all control characters but line feed, tab.
+    """Return a text in which visible characters stand for control characters.
 
-    Example: "a\\x1b[1m" becomes "a␛[1m". Characters that reverse the direction of the text, or are
-    control characters without a picture, become U+FFFD.
+    Line feeds and tabs stay. Control characters without a picture, and those that change the
+    direction of the text, become U+FFFD.
+
+    Example: an escape character and "[1m" become "␛[1m".
     """
     return "".join(map(_visible_character, text))
 
@@ -134,9 +137,9 @@ def _visible_character(character: str) -> str:
 
 
 def label(token_bytes: bytes) -> str:
-    """Return a token as one visible word.
+    r"""Return a token as one visible word.
 
-    Example: b" the" -> "␣the", b"\\n" -> "␊"; a part of a character, b"\\xe4", -> "\\\\xe4".
+    Example: b" the" -> "␣the", b"\n" -> "␊"; b"\xe4", a part of a character, -> r"\xe4".
     """
     try:
         text = visible(token_bytes.decode())
@@ -150,6 +153,12 @@ def percent(prob: float) -> str:
     if prob >= 0.0001:
         return f"{100 * prob:.3g}%"
     return f"1 in {1 / prob:,.0f}" if prob > 1e-15 else "almost 0"
+
+
+def has_terminal_colors() -> bool:
+    """Return whether standard output is a terminal that may get colors (https://no-color.org)."""
+    may_color = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return may_color and sys.stdout.isatty()
 
 
 def terminal_text(spans: Iterable[Span], has_colors: bool) -> str:
@@ -322,6 +331,22 @@ def html_legend() -> str:
     """Return an HTML element that explains the colors of html_fragment."""
     parts = [f'<span class="l{i}">{name}</span>' for i, name in enumerate(LEVEL_NAMES)]
     return f'<p class="score-legend">Probability of a token: {" ".join(parts)}</p>'
+
+
+def check_page_path(path: Path) -> None:
+    """Check that a page can be written to a path, and that it replaces no other file.
+
+    Raises:
+        FileExistsError: The file exists, and is not a page of html_page.
+        FileNotFoundError: The folder does not exist.
+        OSError: The file cannot be read.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder: choose another --page")
+    if not path.exists():
+        return
+    if path.is_dir() or GENERATOR.encode() not in path.open("rb").read(1000):
+        raise FileExistsError(f"{path} exists, and --show did not write it: choose another --page")
 
 
 def html_page(title: str, lines: Iterable[str], spans: Iterable[Span]) -> str:

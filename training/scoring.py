@@ -9,7 +9,7 @@ each token, which evaluate only adds up.
 
 import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,22 +131,23 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
     )
 
 
-def join_scores(parts: Iterable[TokenScores], num_tokens: int) -> TokenScores:
-    """Return the scores of the first tokens of several parts as one, each with alternatives.
+def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
+    """Return the scores of the tokens that have alternatives as one.
 
     Args:
-        parts: Scores from a ScoringModel with at least `num_tokens` alternatives.
-        num_tokens: Largest number of tokens.
+        parts: What a ScoringModel gave, one part after another. Empty for a single token.
     """
-    parts = list(parts)
-    ids = np.concatenate([part.ids for part in parts])[:num_tokens]
-    nats = np.concatenate([part.nats for part in parts])[:num_tokens]
-    alternatives = Alternatives(
-        np.concatenate([part.alternatives.ranks for part in parts])[:num_tokens],
-        np.concatenate([part.alternatives.ids for part in parts])[:num_tokens],
-        np.concatenate([part.alternatives.probs for part in parts])[:num_tokens],
+    detailed = [(part, len(part.alternatives.ranks)) for part in parts]
+    empty = np.empty(0, np.int64)
+    return TokenScores(
+        np.concatenate([empty, *(part.ids[:n] for part, n in detailed)]),
+        np.concatenate([np.empty(0), *(part.nats[:n] for part, n in detailed)]),
+        Alternatives(
+            np.concatenate([empty, *(part.alternatives.ranks for part in parts)]),
+            np.concatenate([part.alternatives.ids for part in parts]) if parts else empty,
+            np.concatenate([part.alternatives.probs for part in parts]) if parts else empty,
+        ),
     )
-    return TokenScores(ids, nats, alternatives)
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,19 @@ class DocumentScores:
     document has 3 tokens, 2 of which are predicted; the second has 2, both predicted.
 
     Args:
-        eot_token: Id that ends a document.
+        eot_token: Id that ends a document; None: a running text, which has no documents.
         num_bytes: UTF-8 bytes of each document.
-        receive: Takes the Score of one document after another.
+        receive: Takes the number of a document, from 1, and its Score.
     """
 
     def __init__(
-        self, eot_token: int, num_bytes: Iterable[int], receive: Callable[[Score], object]
+        self,
+        eot_token: int | None,
+        num_bytes: Iterable[int],
+        receive: Callable[[int, Score], object],
     ):
         self.eot_token = eot_token
-        self.num_bytes = iter(num_bytes)
+        self.num_bytes = enumerate(num_bytes, 1)
         self.receive = receive
         self.nats = 0.0  # of the document that is not complete yet
         self.num_targets = 0
@@ -202,6 +206,8 @@ class DocumentScores:
 
     def add(self, scores: TokenScores) -> None:
         """Add the tokens that follow."""
+        if self.eot_token is None:
+            return
         ends = np.flatnonzero(scores.ids == self.eot_token) + 1
         parts = np.split(scores.nats, ends)
         for i, nats in enumerate(parts):
@@ -213,10 +219,26 @@ class DocumentScores:
     def _finish(self) -> None:
         mean = self.nats / self.num_targets if self.num_targets else math.nan
         num_tokens = self.num_targets + self.num_unpredicted
-        self.receive(Score(mean, num_tokens, next(self.num_bytes)))
+        number, num_bytes = next(self.num_bytes)
+        self.receive(number, Score(mean, num_tokens, num_bytes))
         self.nats = 0.0
         self.num_targets = 0
         self.num_unpredicted = 0
+
+
+def reading_of(metadata: dict) -> tuple[str, str]:
+    """Return how other files are read like the sources of a corpus: division of texts, field.
+
+    If the corpus has documents and none of its sources is a text, a text is one document.
+
+    Args:
+        metadata: Metadata of the corpus.
+    """
+    files = metadata.get("source", {}).get("files", [])
+    field = next((file["field"] for file in files if file["format"] != "text"), "")
+    if not metadata["eot_per_document"]:
+        return "", field
+    return next((file["documents"] for file in files if file["format"] == "text"), "file"), field
 
 
 def write_ids(
