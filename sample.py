@@ -12,6 +12,7 @@ The model is that of the newest run, unless --run or --init_from names another o
 
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from training.models import load_model
 from training.run_folder import is_run, newest_run, no_run_message, run_of
 from training.sampling import continue_prompt, prompt_ids, until_end
 from training.score_page import (
+    Span,
     check_page_path,
     has_terminal_colors,
     html_page,
@@ -295,57 +297,74 @@ def score(settings: Settings, model: GPT, tokenizer: Tokenizer, checkpoint: dict
         ValueError: The text cannot be encoded, or has fewer than two tokens.
     """
     name = "standard input" if settings.score == "-" else visible(settings.score)
-    default_page = run_of(Path(settings.run)) / "score.html" if checkpoint else "score.html"
-    page = Path(settings.page or default_page)
+    run_dir = run_of(Path(settings.run)) if checkpoint else Path()
+    page = Path(settings.page) if settings.page else run_dir / "score.html"
     if settings.show:
         check_page_path(page)
-    if checkpoint and left_out_first_tokens(checkpoint):
-        print(
-            "the version that trained this run left the first tokens of documents out of its "
-            "validation; this score counts them",
-            file=sys.stderr,
-        )
-    batches: list[TokenScores] = []  # of the tokens that are shown
-    with tempfile.TemporaryDirectory() as folder:
+    if checkpoint:
+        torch.set_float32_matmul_precision("high")  # as in training
+        if left_out_first_tokens(checkpoint):
+            print(
+                "the version that trained this run left the first tokens of documents out of its "
+                "validation; this score counts them",
+                file=sys.stderr,
+            )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         ids_path = Path(folder) / "ids.bin"
         try:
             sources, has_documents = find_text(settings.score, checkpoint, Path(folder))
             num_bytes = write_ids(sources, tokenizer, has_documents, ids_path)
-        except ValueError as error:
+        except ValueError as error:  # about a copy of standard input, perhaps
             raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
         tokens = open_ids(ids_path, tokenizer, name)
+        first_id = int(tokens.read([0], 1)[0, 0])
+        num_shown = min(settings.show_tokens, len(tokens)) if settings.show else 0
         documents = DocumentScores(
             tokenizer.eot_token if has_documents else None, num_bytes, print_document
         )
-        first_id = int(tokens.read([0], 1)[0, 0])
         documents.start(first_id)
-        num_shown = min(settings.show_tokens, len(tokens)) if settings.show else 0
+        shown: list[TokenScores] = []
 
         def receive(scores: TokenScores) -> None:
             documents.add(scores)
-            if len(scores.alternatives.ranks):
-                batches.append(scores)
+            if len(scores.alternatives.ids) or not shown:
+                shown.append(scores)
 
         loss = score_tokens(model, checkpoint, tokens, receive, max(0, num_shown - 1))
         total = Score(loss, len(tokens), sum(num_bytes))
+    lines = [f"{name}: {total}"]
+    if 0 < num_shown < total.num_tokens:
+        lines.append(f"shown: the first {num_shown:,} tokens (--show_tokens)")
     if settings.show:
-        lines = [f"{name}: {total}"]
-        if num_shown < total.num_tokens:
-            lines.append(f"the first {num_shown:,} tokens; --show_tokens shows more")
-        spans = spans_of(first_id, join_scores(batches), tokenizer)
-        has_colors = has_terminal_colors()
-        print(terminal_text(spans, has_colors))
-        if has_colors:
-            print(terminal_legend())
-        print("\n".join(lines))
-        model_name = settings.run or settings.init_from
+        title = f"Score by {settings.run or settings.init_from}"
         if checkpoint:
-            model_name += f", step {checkpoint['step']}"
-        with atomic_write(page) as f:
-            f.write(html_page(f"Score by {model_name}", lines, spans).encode())
-        print(f"wrote {page}: open it in a browser")
+            title += f", step {checkpoint['step']}"
+        spans = spans_of(first_id, join_scores(shown), tokenizer)
+        show(spans, page, title, lines)
     else:
-        print(f"{name}: {total}")
+        print(*lines, sep="\n")
+
+
+def show(spans: list[Span], page: Path, title: str, lines: list[str]) -> None:
+    """Print a scored text, colored on a terminal, and write its page.
+
+    Args:
+        spans: The scored text.
+        page: The file to write.
+        title: Title of the page.
+        lines: Lines about the text.
+
+    Raises:
+        OSError: The page cannot be written.
+    """
+    has_colors = has_terminal_colors()
+    print(terminal_text(spans, has_colors))
+    if has_colors:
+        print(terminal_legend())
+    print(*lines, sep="\n")
+    with atomic_write(page) as f:
+        f.write(html_page(title, lines, spans).encode())
+    print(f"wrote {page}: open it in a browser")
 
 
 def print_document(number: int, document: Score) -> None:
@@ -371,7 +390,8 @@ def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[So
     division, field = reading_of(checkpoint["metadata"]) if checkpoint else ("", "")
     if item == "-":
         path = folder / "standard input"
-        path.write_bytes(sys.stdin.buffer.read())
+        with open(path, "wb") as f:
+            shutil.copyfileobj(sys.stdin.buffer, f)
         sources = [Source(str(path), division=division, start=start_of_text(str(path)))]
     else:
         report = functools.partial(print, file=sys.stderr)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corpus.tokenizer import Tokenizer
+from corpus.vocabulary import vocabulary_of
 from training.scoring import TokenScores
 
 LEVELS = (0.5, 0.1, 0.01, 0.001)  # probabilities; below each of them, a token has another color
@@ -50,22 +51,19 @@ class Span:
 
     Attributes:
         text: The characters; a control character is replaced by a visible one.
-        nats: Loss of the tokens together; None for the first token, which nothing predicts.
-        tokens: The tokens; none for the first one.
+        tokens: The tokens; none for the first token of the text, which nothing predicts.
         ends_document: Whether this is an end-of-text token.
     """
 
     text: str
-    nats: float | None
-    tokens: tuple[ScoredToken, ...] = ()
+    tokens: tuple[ScoredToken, ...]
     ends_document: bool = False
 
     @property
     def level(self) -> int:
-        """Number of the color, from 0 for an expected token."""
-        if self.nats is None:
-            return 0
-        return sum(math.exp(-self.nats) < prob for prob in LEVELS)
+        """Number of the color, from 0 for expected characters."""
+        prob = math.prod(token.prob for token in self.tokens)
+        return sum(prob < limit for limit in LEVELS)
 
 
 def spans_of(first_id: int, scores: TokenScores, tokenizer: Tokenizer) -> list[Span]:
@@ -79,16 +77,16 @@ def spans_of(first_id: int, scores: TokenScores, tokenizer: Tokenizer) -> list[S
         tokenizer: The tokenizer of the model.
     """
     spans = []
+    vocabulary = vocabulary_of(tokenizer)
     labels: dict[int, str] = {}
 
     def label_of(token: int) -> str:
         if token not in labels:
-            labels[token] = label(tokenizer.decode_bytes([token]))
+            labels[token] = label(vocabulary.get(token, b""))
         return labels[token]
 
     ids = [first_id, *scores.ids.tolist()]
     tokens: list[ScoredToken] = []  # since the last span
-    nats = 0.0
     for i, text in enumerate(tokenizer.decode_stream(ids)):
         if i > 0:
             alternatives = scores.alternatives
@@ -96,19 +94,17 @@ def spans_of(first_id: int, scores: TokenScores, tokenizer: Tokenizer) -> list[S
             tokens.append(
                 ScoredToken(
                     label_of(ids[i]),
-                    math.exp(-scores.nats[i - 1]),
+                    float(alternatives.token_probs[i - 1]),
                     int(alternatives.ranks[i - 1]),
                     tuple((label_of(token), prob) for token, prob in expected),
                 )
             )
-            nats += float(scores.nats[i - 1])
         is_last = i == len(ids) - 1
         if text or is_last:  # the last token may end inside a character
             text = visible(text) or "\ufffd"
             is_end = ids[i] == tokenizer.eot_token
-            spans.append(Span(text, nats if tokens else None, tuple(tokens), is_end))
+            spans.append(Span(text, tuple(tokens), is_end))
             tokens = []
-            nats = 0.0
     return spans
 
 
@@ -152,7 +148,7 @@ def percent(prob: float) -> str:
     """Return a probability for people: 0.412 -> "41.2%", 0.00001 -> "1 in 100,000"."""
     if prob >= 0.0001:
         return f"{100 * prob:.3g}%"
-    return f"1 in {1 / prob:,.0f}" if prob > 1e-15 else "almost 0"
+    return f"1 in {float(f'{1 / prob:.3g}'):,.0f}" if prob > 1e-15 else "almost 0"
 
 
 def has_terminal_colors() -> bool:
@@ -193,14 +189,15 @@ def terminal_legend() -> str:
 
 
 STYLE = """
-.scored { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; cursor: default;
+.scored { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
   font: 1rem/1.7 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .scored span, .score-legend span { border-radius: 3px; }
-.scored b { font-weight: normal; opacity: .6; }
+.scored b::before { content: "↵"; font-weight: normal; opacity: .6; }
+.scored [data-tokens] { cursor: pointer; }
 .scored .eot { font-size: .8em; border: 1px dashed; padding: 0 .3em; }
 .scored .on { outline: 2px solid currentColor; outline-offset: 1px; }
 .score-legend { line-height: 2; }
-.score-legend span { padding: .15em .4em; }
+.score-legend span { display: inline-block; line-height: 1.5; padding: 0 .4em; }
 #score-tip { position: absolute; z-index: 9; box-sizing: border-box; padding: .6em .8em;
   max-width: min(20rem, calc(100vw - 1rem)); border: 1px solid #8888; border-radius: 6px;
   box-shadow: 0 2px 12px #0004; font: .875rem/1.4 system-ui, sans-serif;
@@ -306,8 +303,8 @@ def html_fragment(spans: Iterable[Span]) -> str:
     parts = ['<div class="scored" tabindex="0" role="group" aria-label="scored text">']
     for span in spans:
         # a mark before each line break, because a line break alone cannot be pointed at
-        text = html.escape(span.text).replace("\n", "<b>↵</b>\n")
-        if span.nats is None:
+        text = html.escape(span.text).replace("\n", "<b></b>\n")
+        if not span.tokens:
             parts.append(f"<span>{text}</span>")
         else:
             tokens = [

@@ -29,14 +29,18 @@ NUM_ALTERNATIVES = 5  # of each token: the most likely ids in its place
 
 @dataclass(frozen=True)
 class Alternatives:
-    """What a model expected in the places of n tokens.
+    """What a model expected in the places of n tokens, in float32.
+
+    Losses may be computed in another number type, so -ln of a probability can differ a little.
 
     Attributes:
+        token_probs: (n,) float32 probability of each token.
         ranks: (n,) int64 rank of each token among all ids, from 1 for the most likely one.
         ids: (n, 5) int64, the most likely ids, most likely first.
         probs: (n, 5) float32, their probabilities.
     """
 
+    token_probs: np.ndarray
     ranks: np.ndarray
     ids: np.ndarray
     probs: np.ndarray
@@ -113,6 +117,7 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
     """
     embedding = model.transformer.wte.weight[: model.config.vocab_size].float()
     rows = max(1, CHUNK_LOGITS // len(embedding))
+    token_probs = []
     ranks = []
     top_ids = []
     top_probs = []
@@ -121,10 +126,12 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
             probs = torch.nn.functional.linear(chunk, embedding).softmax(-1)
             own = probs.gather(1, chunk_ids[:, None])
             top = probs.topk(min(NUM_ALTERNATIVES, len(embedding)))
+            token_probs.append(own[:, 0])
             ranks.append((probs > own).sum(-1) + 1)
             top_ids.append(top.indices)
             top_probs.append(top.values)
     return Alternatives(
+        torch.cat(token_probs).cpu().numpy(),
         torch.cat(ranks).cpu().numpy(),
         torch.cat(top_ids).cpu().numpy(),
         torch.cat(top_probs).cpu().numpy(),
@@ -135,17 +142,18 @@ def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Return the scores of the tokens that have alternatives as one.
 
     Args:
-        parts: What a ScoringModel gave, one part after another. Empty for a single token.
+        parts: What a ScoringModel gave, one part after another; at least one.
     """
-    detailed = [(part, len(part.alternatives.ranks)) for part in parts]
-    empty = np.empty(0, np.int64)
+    lengths = [len(part.alternatives.ids) for part in parts]
+    alternatives = [part.alternatives for part in parts]
     return TokenScores(
-        np.concatenate([empty, *(part.ids[:n] for part, n in detailed)]),
-        np.concatenate([np.empty(0), *(part.nats[:n] for part, n in detailed)]),
+        np.concatenate([part.ids[:n] for part, n in zip(parts, lengths)]),
+        np.concatenate([part.nats[:n] for part, n in zip(parts, lengths)]),
         Alternatives(
-            np.concatenate([empty, *(part.alternatives.ranks for part in parts)]),
-            np.concatenate([part.alternatives.ids for part in parts]) if parts else empty,
-            np.concatenate([part.alternatives.probs for part in parts]) if parts else empty,
+            np.concatenate([each.token_probs for each in alternatives]),
+            np.concatenate([each.ranks for each in alternatives]),
+            np.concatenate([each.ids for each in alternatives]),
+            np.concatenate([each.probs for each in alternatives]),
         ),
     )
 
