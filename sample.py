@@ -283,6 +283,7 @@ def answer_prompts(continue_text: Callable[[str], None]) -> None:
             print()
 
 
+@memory_errors("--show_tokens, or use --device cpu")
 def score(settings: Settings, model: GPT, tokenizer: Tokenizer, checkpoint: dict | None) -> None:
     """Print the loss of a text per document and in all, as validation counts it.
 
@@ -455,7 +456,10 @@ def score_tokens(
     assert tokens.eot_token is not None
     compute = scoring_choices(checkpoint, device, tokens.eot_token, len(windows), T)
     loader = DataLoader(windows, batch_size=compute.micro_batch_size)
-    return evaluate(ScoringModel(model, receive, num_alternatives), loader, compute, Ranks())
+    scoring_model = ScoringModel(model, receive, num_alternatives)
+    loss = evaluate(scoring_model, loader, compute, Ranks())
+    model.eval()  # evaluate leaves a model ready to be trained
+    return loss
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
