@@ -1,33 +1,67 @@
-"""Write text with a trained model.
+"""Write text with a trained model, or score text with it.
 
-python sample.py --prompt "ROMEO:"                          # the newest run
-python sample.py --run out/mine --num_samples 3 --temperature 0.7
-python sample.py --init_from gpt2 --interactive             # OpenAI's weights
-echo "To be" | python sample.py --prompt -
-python sample.py --run out/mine --export mine               # for transformers
+    python sample.py --prompt "ROMEO:"                          # the newest run
+    python sample.py --run out/mine --num_samples 3 --temperature 0.7
+    python sample.py --init_from gpt2 --interactive             # OpenAI's weights
+    echo "To be" | python sample.py --prompt -
+    python sample.py --score my.txt --show                      # the loss of each token
+    python sample.py --run out/mine --export mine               # for transformers
+
+The model is that of the newest run, unless --run or --init_from names another one.
 """
 
 import functools
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
+from batches.tokens import Tokens
+from common.files import atomic_write
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
+from corpus.files import find
+from corpus.opening import start_of_text
+from corpus.sources import Source
 from corpus.tokenizer import Tokenizer
 from corpus.vocabulary import tokenizer_of
 from corpus.vocabulary_files import use_prefetched_vocabularies
+from dataset import TextDataset
 from model import GPT
+from train_gpt2 import evaluate
 from training.checkpoint import best_checkpoint
-from training.compute import left_out_first_tokens
+from training.compute import left_out_first_tokens, scoring_choices
 from training.device import choose_device, memory_errors
+from training.distributed import Ranks
 from training.huggingface import is_released, pretrained_folder
 from training.models import load_model
 from training.run_folder import is_run, newest_run, no_run_message, run_of
 from training.sampling import continue_prompt, prompt_ids, until_end
+from training.score_page import (
+    Span,
+    check_page_path,
+    has_terminal_colors,
+    html_page,
+    spans_of,
+    terminal_legend,
+    terminal_text,
+    visible,
+)
+from training.scoring import (
+    DocumentScores,
+    Score,
+    ScoringModel,
+    TokenScores,
+    join_scores,
+    reading_of,
+    write_ids,
+)
 from training.vocabulary import tokenizer_of_weights
 
 
@@ -40,6 +74,10 @@ class Settings:
     init_from: str = ""  # instead of a run: gpt2, gpt2-medium, -large, -xl, or a folder of weights
     data_dir: str = "data"  # folder in which downloaded weights and vocabularies are kept
     export: str = ""  # write the model for transformers to this folder, and no text
+    score: str = ""  # file whose loss to print, and no new text; "-": standard input
+    show: bool = False  # print the scored text, colored by probability, and write it as a page
+    show_tokens: int = 2000  # tokens that --show shows, at most, from the first one on
+    page: str = ""  # file for the page of --show; "": score.html in the run's folder, or here
     prompt: str = ""  # text to continue; "-": standard input; "": begin a document, or a line
     prompt_file: str = ""  # file to read the prompt from
     interactive: bool = False  # ask for one prompt after another; Ctrl-D ends
@@ -52,7 +90,12 @@ class Settings:
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
 
 
-RANGES = {"max_new_tokens": (1, 2**31 - 1), "num_samples": (1, 10_000), "top_p": (1e-6, 1)}
+RANGES = {
+    "max_new_tokens": (1, 2**31 - 1),
+    "num_samples": (1, 10_000),
+    "top_p": (1e-6, 1),
+    "show_tokens": (1, 100_000),
+}
 SAMPLING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")
 EXCLUDES = {
     "init_from": ("run", "out_dir"),
@@ -60,15 +103,17 @@ EXCLUDES = {
     "prompt_file": ("prompt",),
     "interactive": ("prompt", "prompt_file"),
     "export": ("prompt", "prompt_file", "interactive", *SAMPLING),
+    "score": ("prompt", "prompt_file", "interactive", "export", *SAMPLING),
 }
+REQUIRES = {"show": "score", "show_tokens": "show", "page": "show"}
 
 
 @memory_errors("--num_samples")
 def main() -> None:
-    """Write text, or export the model, as the command line says."""
+    """Write text, score text, or export the model, as the command line says."""
     settings = parse_settings(Settings, __doc__)
     check_ranges(settings, RANGES)
-    check_conflicts(settings, EXCLUDES)
+    check_conflicts(settings, EXCLUDES, REQUIRES)
     prompt = read_prompt(settings)
     device = choose_device(settings.device).value
     use_prefetched_vocabularies(settings.data_dir)
@@ -80,10 +125,16 @@ def main() -> None:
         settings.run = settings.init_from
         settings.init_from = ""
     load = load_pretrained if settings.init_from else load_run
-    model, tokenizer, metadata = load(settings, device)
+    model, tokenizer, checkpoint = load(settings, device)
     if settings.export:
         export(model, tokenizer, Path(settings.export))
         return
+    if settings.score:
+        score(settings, model, tokenizer, checkpoint)
+        return
+    metadata = checkpoint["metadata"] if checkpoint else None
+    if checkpoint and left_out_first_tokens(checkpoint):  # a run that cannot begin documents
+        metadata = None
     generator = torch.Generator(device).manual_seed(settings.seed)
     continue_text = functools.partial(
         print_samples, settings, model, tokenizer, metadata, generator
@@ -94,8 +145,8 @@ def main() -> None:
         continue_text(prompt)
 
 
-def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, dict | None]:
-    """Return the model with the best weights of a run, and tokenizer and metadata of its corpus.
+def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """Return the model with the best weights of a run, the tokenizer, and the checkpoint.
 
     Args:
         settings: Settings without init_from.
@@ -105,20 +156,18 @@ def load_run(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, 
         FileNotFoundError: The run has no checkpoint, or the vocabulary is missing.
         ValueError: The checkpoint is damaged, or the vocabulary is another one.
     """
-    run_dir = Path(settings.run) if settings.run else newest_run(settings.out_dir)
+    settings.run = settings.run or str(newest_run(settings.out_dir))
+    run_dir = Path(settings.run)
     if not is_run(run_of(run_dir)):
         raise FileNotFoundError(no_run_message(run_dir, settings.out_dir))
     checkpoint = best_checkpoint(run_dir)
     print(f"{run_dir}, step {checkpoint['step']}:", file=sys.stderr)
-    metadata = checkpoint["metadata"]
-    tokenizer = tokenizer_of(metadata, run_dir)
-    if left_out_first_tokens(checkpoint):  # an older run, which cannot begin documents
-        metadata = None
-    return load_model(checkpoint, device), tokenizer, metadata
+    tokenizer = tokenizer_of(checkpoint["metadata"], run_dir)
+    return load_model(checkpoint, device), tokenizer, checkpoint
 
 
 def load_pretrained(settings: Settings, device: torch.device) -> tuple[GPT, Tokenizer, None]:
-    """Return a model in the Hugging Face layout and its tokenizer; its corpus is unknown.
+    """Return a model in the Hugging Face layout and its tokenizer; there is no checkpoint.
 
     Args:
         settings: Settings with init_from.
@@ -232,6 +281,185 @@ def answer_prompts(continue_text: Callable[[str], None]) -> None:
             continue_text(decode_prompt(prompt.encode(errors="surrogateescape"), "the prompt"))
         except KeyboardInterrupt:  # ends this text, not the program
             print()
+
+
+@memory_errors("--show_tokens, or use --device cpu")
+def score(settings: Settings, model: GPT, tokenizer: Tokenizer, checkpoint: dict | None) -> None:
+    """Print the loss of a text per document and in all, as validation counts it.
+
+    Args:
+        settings: Settings with score.
+        model: In evaluation mode.
+        tokenizer: The tokenizer of the model.
+        checkpoint: Checkpoint of a run, or None for other weights.
+
+    Raises:
+        OSError: The text cannot be read, or the page cannot be written.
+        ValueError: The text cannot be encoded, or has fewer than two tokens.
+    """
+    name = "standard input" if settings.score == "-" else visible(settings.score)
+    run_dir = run_of(Path(settings.run)) if checkpoint else Path()
+    page = Path(settings.page) if settings.page else run_dir / "score.html"
+    if settings.show:
+        check_page_path(page)
+    if checkpoint:
+        torch.set_float32_matmul_precision("high")  # as in training
+        if left_out_first_tokens(checkpoint):
+            print(
+                "the version that trained this run left the first tokens of documents out of its "
+                "validation; this score counts them",
+                file=sys.stderr,
+            )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        ids_path = Path(folder) / "ids.bin"
+        try:
+            sources, has_documents = find_text(settings.score, checkpoint, Path(folder))
+            num_bytes = write_ids(sources, tokenizer, has_documents, ids_path)
+        except ValueError as error:  # about a copy of standard input, perhaps
+            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
+        tokens = open_ids(ids_path, tokenizer, name)
+        first_id = int(tokens.read([0], 1)[0, 0])
+        num_shown = min(settings.show_tokens, len(tokens)) if settings.show else 0
+        documents = DocumentScores(
+            tokenizer.eot_token if has_documents else None, num_bytes, print_document
+        )
+        documents.start(first_id)
+        shown: list[TokenScores] = []
+
+        def receive(scores: TokenScores) -> None:
+            documents.add(scores)
+            if len(scores.alternatives.ids) or not shown:
+                shown.append(scores)
+
+        loss = score_tokens(model, checkpoint, tokens, receive, max(0, num_shown - 1))
+        total = Score(loss, len(tokens), sum(num_bytes))
+    lines = [f"{name}: {total}"]
+    if 0 < num_shown < total.num_tokens:
+        lines.append(f"shown: the first {num_shown:,} tokens (--show_tokens)")
+    if settings.show:
+        title = f"Score by {settings.run or settings.init_from}"
+        if checkpoint:
+            title += f", step {checkpoint['step']}"
+        spans = spans_of(first_id, join_scores(shown), tokenizer)
+        show(spans, page, title, lines)
+    else:
+        print(*lines, sep="\n")
+
+
+def show(spans: list[Span], page: Path, title: str, lines: list[str]) -> None:
+    """Print a scored text, colored on a terminal, and write its page.
+
+    Args:
+        spans: The scored text.
+        page: The file to write.
+        title: Title of the page.
+        lines: Lines about the text.
+
+    Raises:
+        OSError: The page cannot be written.
+    """
+    has_colors = has_terminal_colors()
+    print(terminal_text(spans, has_colors))
+    if has_colors:
+        print(terminal_legend())
+    print(*lines, sep="\n")
+    with atomic_write(page) as f:
+        f.write(html_page(title, lines, spans).encode())
+    print(f"wrote {page}: open it in a browser")
+
+
+def print_document(number: int, document: Score) -> None:
+    """Print the score of a document."""
+    print(f"document {number:,}: {document}")
+
+
+def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[Source], bool]:
+    """Return the files of a text, and whether the text has documents.
+
+    Files are divided into documents as the corpus of the run was. For other weights, a .txt is a
+    running text.
+
+    Args:
+        item: What --input of prepare_data.py takes; "-": standard input.
+        checkpoint: Checkpoint of a run, or None for other weights.
+        folder: Folder for a copy of standard input.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file cannot be read as text, or the model knows no documents.
+    """
+    division, field = reading_of(checkpoint["metadata"]) if checkpoint else ("", "")
+    if item == "-":
+        path = folder / "standard input"
+        with open(path, "wb") as f:
+            shutil.copyfileobj(sys.stdin.buffer, f)
+        sources = [Source(str(path), division=division, start=start_of_text(str(path)))]
+    else:
+        report = functools.partial(print, file=sys.stderr)
+        sources = find(item, division, field, "ignore", report)
+    has_documents = not any(source.is_running_text for source in sources)
+    if has_documents and checkpoint and not checkpoint["metadata"]["eot_per_document"]:
+        raise ValueError(
+            f"{item} has documents, and the model was trained on a running text, which has none: "
+            f"score a .txt file"
+        )
+    if not has_documents and not all(source.is_running_text for source in sources):
+        raise ValueError(f"{item} has both documents and running texts: score them one by one")
+    return sources, has_documents
+
+
+def open_ids(path: Path, tokenizer: Tokenizer, name: str) -> Tokens:
+    """Return the ids of a text that write_ids wrote.
+
+    Args:
+        path: The file.
+        tokenizer: The tokenizer of the model.
+        name: Name of the text, for the message.
+
+    Raises:
+        ValueError: There are fewer than two ids.
+    """
+    num_tokens = path.stat().st_size // tokenizer.dtype.itemsize
+    if num_tokens == 0:
+        raise ValueError(f"{name} has no text: there is nothing to score")
+    if num_tokens == 1:
+        raise ValueError(
+            f"{name} has one token: nothing predicts the first token of a text, so a score needs "
+            f"two"
+        )
+    return Tokens(path, tokenizer.dtype, tokenizer.eot_token, tokenizer.vocab_size)
+
+
+def score_tokens(
+    model: GPT,
+    checkpoint: dict | None,
+    tokens: Tokens,
+    receive: Callable[[TokenScores], object],
+    num_alternatives: int = 0,
+) -> float:
+    """Return the loss of tokens in nats per token, by the evaluator of validation.
+
+    The windows are those of validation: of a run's sequence_length, or of all positions of other
+    weights. Nothing predicts the first token.
+
+    Args:
+        model: The model.
+        checkpoint: Checkpoint of a run, or None for other weights.
+        tokens: At least two tokens, with their eot_token.
+        receive: Takes the scores of one batch of tokens after another, from the second token on.
+        num_alternatives: Number of tokens for which `receive` gets alternatives.
+    """
+    T = checkpoint["config"]["sequence_length"] if checkpoint else model.config.n_positions
+    T = min(T, len(tokens) - 1)
+    windows = TextDataset(tokens, T, stride=T)
+    device = model.transformer.wte.weight.device
+    assert tokens.eot_token is not None
+    compute = scoring_choices(checkpoint, device, tokens.eot_token, len(windows), T)
+    loader = DataLoader(windows, batch_size=compute.micro_batch_size)
+    scoring_model = ScoringModel(model, receive, num_alternatives)
+    loss = evaluate(scoring_model, loader, compute, Ranks())
+    model.eval()  # evaluate leaves a model ready to be trained
+    return loss
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:

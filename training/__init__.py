@@ -11,6 +11,7 @@ In the order in which a run uses them:
    have one vocabulary.
 5. optimizer.py: Muon and AdamW. signals.py: signals that stop a run.
 6. metrics.py, report.py: what a run writes and prints. sampling.py: text that continues a prompt.
+   scoring.py: the loss of each token of a text. score_page.py: the same, for people.
 
 Nothing here imports a script other than model.py.
 """

@@ -23,6 +23,8 @@ from training.device import (
 from training.distributed import Ranks
 from training.run_settings import RunSettings
 
+SCORED_TOKENS = 2048  # in one forward pass, where no run says otherwise
+
 
 @dataclass(frozen=True)
 class ComputeChoices:
@@ -133,6 +135,48 @@ def choose_compute(
         flops_per_token=flops_per_token,
         peak=None if peak is None else peak * ranks.world_size,
         lines=tuple(lines),
+    )
+
+
+def scoring_choices(
+    checkpoint: dict | None,
+    device: torch.device,
+    eot_token: int,
+    num_windows: int,
+    sequence_length: int,
+) -> ComputeChoices:
+    """Return how a text is scored: as the validation of the run, but uncompiled.
+
+    On another type of device than the run's, the number type is chosen anew. Weights without a run
+    are scored in float32.
+
+    Args:
+        checkpoint: Checkpoint of a run, or None for other weights.
+        device: Device of the model.
+        eot_token: Id that ends a document.
+        num_windows: Number of windows of the text.
+        sequence_length: Tokens of a window.
+    """
+    choices: dict[str, Any] = {}
+    dtype = torch.float32
+    if checkpoint:
+        choices = checkpoint.get("chosen", checkpoint["config"])  # older versions saved no choices
+        dtype = choose_dtype("auto", device).value
+    micro_batch_size = max(1, SCORED_TOKENS // sequence_length)
+    if choices.get("device") == device.type and choices.get("dtype", "auto") != "auto":
+        dtype = getattr(torch, choices["dtype"])
+        micro_batch_size = choices.get("micro_batch_size") or micro_batch_size
+    return ComputeChoices(
+        device=device,
+        dtype=dtype,
+        compile=False,
+        micro_batch_size=min(micro_batch_size, num_windows),
+        separate_documents=choices.get("document_mask") == "true",
+        flex_attention=False,
+        eot_token=eot_token,
+        flops_per_token=0,
+        peak=None,
+        lines=(),
     )
 
 

@@ -138,7 +138,7 @@ class Metrics:
             val_loss: Nats per token.
             split: The validation split in metadata.json, with its numbers of tokens and bytes.
         """
-        val_bpb = val_loss / math.log(2) * split["tokens"] / split["bytes"]
+        val_bpb = bits_per_byte(val_loss, split["tokens"], split["bytes"])
         self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
         text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte"
         self.print_line(step, text)
@@ -172,6 +172,17 @@ class Metrics:
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+
+def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
+    """Return the loss in bits per byte of text, which compares across vocabularies.
+
+    Args:
+        nats_per_token: Mean loss of the predicted tokens.
+        num_tokens: All tokens of the text, so that all bytes count.
+        num_bytes: UTF-8 bytes of the text.
+    """
+    return nats_per_token / math.log(2) * num_tokens / num_bytes
 
 
 def read_metrics(path: Path) -> list[dict]:
