@@ -27,8 +27,8 @@ ADDED_TOKENS = ("<tool_call>", "<|fim_prefix|>", "<think>", "[UNUSED_TOKEN_1]", 
 SEVERAL_TIMES = ("a", "B", "1", " ", "\n", "\r\n", "'", "\u0301", "漢", "\u3000", "\xa0", "/")
 FRAGMENTS = (
     "don't", "'LL", "'s", "x1y22", "\u1e9b\u0323", "\u1100\u1161", "\u0f69", "\u0958", "\u212b",
-    "=\u0338", "<\u0338", "。", "、", "!", "_", ">", "|", "\u2028", "\x1c", "\u200b", "ს", "ក", "🙂",
-    "<tool", "call>", "<|endoftext|>", *ADDED_TOKENS,
+    "=\u0338", "<\u0338", "。", "、", "!", "_", ">", "|", "\u2028", "\x1c", "\u200b", "ს", "ក",
+    "🙂", "<tool", "call>", "<|endoftext|>", *ADDED_TOKENS,
 )  # fmt: skip
 TEXTS = st.lists(st.sampled_from(SEVERAL_TIMES) | st.sampled_from(FRAGMENTS), max_size=30).map(
     "".join
@@ -162,7 +162,7 @@ def test_normalizing_does_not_reach_over_a_boundary():
     members = boundaries._LETTERS + boundaries._PUNCTUATION + "0-9" + boundaries._SPACES
     for character in characters(members):
         normalized = unicodedata.normalize("NFC", character)
-        assert normalized == character or spaces.match(character) and spaces.match(normalized)
+        assert normalized == character or (spaces.match(character) and spaces.match(normalized))
         assert not unicodedata.combining(character) and character not in composing
     for character in code_points:
         if not spaces.match(character):
