@@ -39,7 +39,7 @@ VOCABULARIES = ("gpt2",)  # names of the tokenizers for which it was compared
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
 BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
 IDS_PER_BLOCK = 1 << 17  # about half of the ids of a call, which takes a million characters
-FARTHEST_PLACE = 1 << 16  # characters of a long text before a random block; more take time
+FARTHEST_PLACE = 1 << 14  # characters of a long text before a random block: counting takes time
 
 
 class EncoderFailed(Exception):
@@ -228,7 +228,7 @@ class FastEncoder:
         first_byte = len(encodable(text[:start]).encode())
         end_byte = first_byte + len(encodable(text[start:stop]).encode())
         lengths = _token_lengths(self.tokenizer)[ids[: end_byte + 1]]  # an id has a byte or more
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
         first, end = np.searchsorted(ends, [first_byte, end_byte], "right")
         return ids[first:end]
 
@@ -283,8 +283,8 @@ def _boundary_from(text: str, place: int) -> int:
 
 @functools.lru_cache(1)
 def _token_lengths(tokenizer: TiktokenTokenizer) -> np.ndarray:
-    """Return (vocab_size,) int64: the number of bytes that each id stands for."""
-    lengths = np.zeros(tokenizer.vocab_size, np.int64)
+    """Return (vocab_size,) uint16: the number of bytes that each id stands for."""
+    lengths = np.zeros(tokenizer.vocab_size, np.uint16)
     for token_id, token in tokenizer.token_bytes.items():
         lengths[token_id] = len(token)
     return lengths
