@@ -3,6 +3,7 @@
 python -m bench.encoders documents 1000000    # so many random documents: the same ids?
 python -m bench.encoders unicode              # every code point in many contexts: the same ids?
 python -m bench.encoders memory 1000          # peak memory over so many MB of distinct words
+python -m bench.encoders memory 75 5 12 60 250 2000    # of words of these lengths in turns
 
 Needs pip install fastokens, in the version that corpus/encoders.py names. The first two end with an
 error at the first difference.
@@ -24,7 +25,6 @@ CONTEXTS = (  # of a code point, in place of the @
     "@", "@@", "a@", "@a", "a@a", "1@", "@1", "1@1", "@'ll", "@'s", "@'d", "'@", "a'@", "'l@", " @",
     "@ ", " @ a", "  @", "@  a", "\n@\n", "@\n\n@", ".@", "@.", ".@.", "\xe9@", "\u6f22@\u6f22",
 )  # fmt: skip
-WORD_LENGTHS = (5, 12, 60, 250, 2000)  # characters, on average
 BLOCK_CODE_POINTS = 2048  # compared in one call
 BATCH_DOCUMENTS = 1000  # compared in one call
 FRAGMENTS = (
@@ -100,15 +100,21 @@ def refuse_difference(tokenizer: Tokenizer, encoder: FastEncoder, texts: list[st
     raise ValueError(f"the ids of {texts!a} differ, though not those of each alone")
 
 
-def fill_memory(megabytes: int = 1000) -> str:
-    """Encode documents of random words, nearly all of them distinct, short and long in turns."""
+def fill_memory(megabytes: int = 1000, *word_lengths: int) -> str:
+    """Encode documents of random words, nearly all of them distinct.
+
+    Args:
+        megabytes: Size of all documents.
+        word_lengths: Characters of a word, on average: another length for each megabyte in turns.
+    """
+    word_lengths = word_lengths or (5,)
     encoder = open_encoder(FAST, get_tokenizer("gpt2"))
     generator = np.random.default_rng(0)
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
     peaks = []
     for number in range(megabytes):
         characters = letters[generator.integers(0, len(letters), 1_000_000)]
-        word_length = WORD_LENGTHS[number % len(WORD_LENGTHS)]
+        word_length = word_lengths[number % len(word_lengths)]
         characters[generator.integers(0, 1_000_000, 1_000_000 // word_length)] = ord(" ")
         text = characters.tobytes().decode()
         size = max(150, 2 * word_length)
