@@ -2,7 +2,8 @@
 
 python -m bench.encoders documents 1000000    # so many random documents: the same ids?
 python -m bench.encoders unicode              # every code point in many contexts: the same ids?
-python -m bench.encoders memory 500           # peak memory over so many MB of distinct words
+python -m bench.encoders memory 1000          # peak memory over so many MB of distinct words
+python -m bench.encoders memory 75 5 12 60 250 2000    # of words of these lengths in turns
 
 Needs pip install fastokens, in the version that corpus/encoders.py names. The first two end with an
 error at the first difference.
@@ -99,17 +100,32 @@ def refuse_difference(tokenizer: Tokenizer, encoder: FastEncoder, texts: list[st
     raise ValueError(f"the ids of {texts!a} differ, though not those of each alone")
 
 
-def fill_memory(megabytes: int = 500) -> str:
-    """Encode documents of random words, nearly all of them distinct."""
+def fill_memory(megabytes: int = 1000, *word_lengths: int) -> str:
+    """Encode documents of random words, nearly all of them distinct.
+
+    Args:
+        megabytes: Size of all documents.
+        word_lengths: Characters of a word, on average: another length for each megabyte in turns.
+    """
+    word_lengths = word_lengths or (5,)
     encoder = open_encoder(FAST, get_tokenizer("gpt2"))
     generator = np.random.default_rng(0)
-    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", np.uint8)
-    for _ in range(megabytes):
-        text = letters[generator.integers(0, len(letters), 1_000_000)].tobytes().decode()
-        encoder.encode_documents([text[i : i + 150] for i in range(0, len(text), 150)])
-    status = Path("/proc/self/status").read_text()  # ru_maxrss may be that of the parent
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    return f"{megabytes} MB of distinct words: {peak:.0f} MiB at the peak"
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    peaks = []
+    for number in range(megabytes):
+        characters = letters[generator.integers(0, len(letters), 1_000_000)]
+        word_length = word_lengths[number % len(word_lengths)]
+        characters[generator.integers(0, 1_000_000, 1_000_000 // word_length)] = ord(" ")
+        text = characters.tobytes().decode()
+        size = max(150, 2 * word_length)
+        encoder.encode_documents([text[i : i + size] for i in range(0, len(text), size)])
+        status = Path("/proc/self/status").read_text()  # ru_maxrss may be that of the parent
+        peaks.append(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+    half = peaks[len(peaks) // 2]
+    return (
+        f"{megabytes} MB of distinct words: {peaks[-1]:.0f} MiB at the peak, "
+        f"{half:.0f} in the first half"
+    )
 
 
 if __name__ == "__main__":

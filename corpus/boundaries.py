@@ -21,32 +21,36 @@ RECORD_END = {  # a document ends after each match
     "article": re.compile(rb"\n[ \t\r\f\v]*\n(?= = [^=\s][^\n]* = \r?\n)"),  # WikiText's title
 }
 
-# tiktoken's patterns (GPT-2, cl100k, o200k) match a text from left to right and never look back.
-# Text from the end of a match on therefore gives the same matches alone as in the whole text.
-# So a place is a boundary if, in every pattern,
+# The patterns of tiktoken (GPT-2, cl100k, o200k) and of corpus/divisible.py match a text from left
+# to right and never look back. Text from the end of a match on therefore gives the same matches
+# alone as in the whole text. So a place is a boundary if, in every pattern,
 #   - no match spans the place, and
 #   - the text before the place gives the same matches without the characters after the place.
-# The sets below are explicit, because Python and tiktoken may have different versions of Unicode.
-# The sets need not be complete: a place that they leave out is not used.
+# The sets below are explicit, because Python, tiktoken and tokenizers may have different versions
+# of Unicode. The sets need not be complete: a place that they leave out is not used. Their
+# characters do not change in normalization form C, alone or beside the characters around a
+# boundary, so a text may be normalized before or after it is divided.
 _SPACES = (  # white space to Python or to tiktoken
     " \t\n\v\f\r\x1c-\x1f\x85\xa0\u1680\u180e\u2000-\u200b\u2028\u2029\u202f\u205f\u3000"
 )
-_LETTERS = (  # \p{L} in every version
+_LETTERS = (  # \p{L} in every version, and unchanged by NFC
     "A-Za-z"
     "\xc0-\xd6\xd8-\xf6\xf8-\u01bf"  # Latin with accents
     "\u0391-\u03a1\u03a3-\u03c9\u0410-\u044f\u10d0-\u10f0"  # Greek, Cyrillic, Georgian
     "\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u1200-\u1206"  # Hebrew, Arabic, Ethiopic
     "\u1208-\u1246\u1260-\u1286\u1290-\u12ae\u12c8-\u12ce\u12d8-\u12ee\u1320-\u1340"
-    "\u0905-\u0939\u0e01-\u0e30\u0f49-\u0f69"  # Devanagari, Thai, Tibetan
+    "\u0905-\u0939\u0e01-\u0e30"  # Devanagari, Thai
+    "\u0f49-\u0f4c\u0f4e-\u0f51\u0f53-\u0f56\u0f58-\u0f5b\u0f5d-\u0f68"  # Tibetan
     "\u1000-\u1021\u1780-\u17b3\u13a0-\u13f4"  # Burmese, Khmer, Cherokee
     "\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"  # Japanese, Chinese, Korean
 )
 _PUNCTUATION = (  # neither white space, letter, mark nor number, and not the ASCII apostrophe
-    "!-&(-/:-@\\[-`{-~"
+    # nor one with which a name like <tool_call> or <|im_end|> goes on: _ | > ] }
+    "!-&(-/:-=?@\\[\\\\^`{~"
     "\u055a-\u055f\u060c\u061b\u061f\u0964\u0965\u0e5a\u0e5b"
     "\u0f0b-\u0f12\u104a-\u104f\u1361-\u1368\u17d4-\u17d6\u17d8-\u17da"
     "\u2010-\u2027\u2030-\u203e\u3001-\u3003\u3008-\u3011\u3014-\u301b"
-    "\uff01-\uff06\uff08-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+    "\uff01-\uff06\uff08-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b\uff5d-\uff65"
 )
 BOUNDARY = re.compile(
     # A non-space, then white space that is not a line break: no match has white space after

@@ -4,14 +4,16 @@
     ids = encoder.encode_documents(["To be,", "or not"])      # the same array as the tokenizer's
 
 tiktoken defines the ids. The package fastokens gives the same ids for every code point of Unicode
-(tests/corpus/test_encoders.py) and about ten times faster. A small part of each task is encoded by
-both all the same. After a difference, the pipeline does all tasks of the corpus with tiktoken.
+(tests/corpus/test_encoders.py), so there is no text that it must not encode, and about ten times
+faster. Blocks of each task are encoded by both all the same. After a difference, the pipeline does
+all tasks of the corpus with tiktoken.
 """
 
 import functools
 import importlib.metadata
 import json
 import os
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,11 +33,13 @@ from corpus.vocabulary_files import vocabulary_paths
 
 REFERENCE = "tiktoken"
 FAST = "fastokens"
-FAST_VERSION = "0.3.5"  # the version that the tests and bench/encoders.py compared with tiktoken
+FAST_VERSION = "0.3.5"  # these versions were compared by the tests and bench/encoders.py
+REFERENCE_VERSION = "0.14.0"
 VOCABULARIES = ("gpt2",)  # names of the tokenizers for which it was compared
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
-CHECKED_CHARACTERS = 1 << 13  # of the first call of a task, and of each later call that is checked
-CALLS_PER_CHECK = 8
+BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
+IDS_PER_BLOCK = 1 << 17  # about half of the ids of a call, which takes a million characters
+FARTHEST_PLACE = 1 << 14  # characters of a long text before a random block: counting takes time
 
 
 class EncoderFailed(Exception):
@@ -77,23 +81,25 @@ def choose_encoder(setting: str, tokenizer: Tokenizer, num_bytes: int) -> tuple[
     if setting == REFERENCE:
         reason = f"--encoder {REFERENCE}"
     elif tokenizer.name not in VOCABULARIES:
-        reason = f"{FAST} is not compared for the vocabulary {tokenizer.name}"
+        reason = f"{FAST} was not compared for the vocabulary {tokenizer.name}"
     elif num_bytes < SMALLEST_CORPUS:
         reason = "the corpus is small"
+    elif _installed_version(REFERENCE) != REFERENCE_VERSION:
+        reason = f"{FAST} was compared with {REFERENCE} {REFERENCE_VERSION} only"
     else:
-        version = _installed_version()
+        version = _installed_version(FAST)
         if version != FAST_VERSION:
-            found = f"{FAST} {version} is not compared" if version else f"{FAST} is not installed"
+            found = f"{FAST} {version} was not compared" if version else f"{FAST} is not installed"
             reason = f"{found}: pip install {FAST}=={FAST_VERSION} encodes faster"
     if reason:
         return REFERENCE, f"encoder: {REFERENCE} ({reason})"
     return FAST, f"encoder: {FAST} {FAST_VERSION} (same ids as {REFERENCE}, checked by samples)"
 
 
-def _installed_version() -> str:
-    """Return the version of the fast package, or "" if it is not installed."""
+def _installed_version(package: str) -> str:
+    """Return the version of a package, or "" if it is not installed."""
     try:
-        return importlib.metadata.version(FAST)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -118,7 +124,12 @@ def open_encoder(name: str, tokenizer: Tokenizer) -> "Tokenizer | FastEncoder":
 
 
 class FastEncoder:
-    """Encode texts with the fast package, and compare a part of the ids with the tokenizer's.
+    """Encode texts with the fast package, and compare blocks of the ids with the tokenizer's.
+
+    A block is the next BLOCK_CHARACTERS, in whole documents or in a part of a longer text. The
+    first call of a task compares the first block of the task and one that begins in a random text.
+    Later calls compare one of the latter kind, at most once per IDS_PER_BLOCK. The choice depends
+    on nothing but the texts of the task.
 
     Args:
         tokenizer: Tokenizer whose ids are right.
@@ -130,7 +141,9 @@ class FastEncoder:
     def __init__(self, tokenizer: TiktokenTokenizer):
         self.tokenizer = tokenizer
         self.native = _load_native(tokenizer.name, tokenizer.eot_token)
-        self.num_calls = 0
+        self.generator = random.Random(0)
+        self.is_first_call = True
+        self.num_ids = 0  # since the last call with a block
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text.
@@ -146,7 +159,7 @@ class FastEncoder:
         if _has_long_space(text):
             return self.tokenizer.encode(text)
         ids = self._encode(text, with_eot=False)
-        self._check([text], ids, are_documents=False)
+        self._check([text], ids, np.array([len(ids)]))
         return ids
 
     def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
@@ -156,7 +169,10 @@ class FastEncoder:
         if longest >= LONGEST_SPACE and any(_has_long_space(text) for text in texts):
             return self.tokenizer.encode_documents(texts)
         ids = encode_joined(texts, self.tokenizer.eot_text, self.tokenizer.eot_token, self._encode)
-        self._check(texts, ids, are_documents=True)
+        ends = np.flatnonzero(ids == self.tokenizer.eot_token)
+        if len(ends) != len(texts):
+            raise EncodersDiffer
+        self._check(texts, ids, ends)
         return ids
 
     def _encode(self, text: str, with_eot: bool) -> np.ndarray:
@@ -169,85 +185,109 @@ class FastEncoder:
             raise EncoderFailed(f"{FAST} fails: {error}") from None
         return np.frombuffer(ids, "<u4")
 
-    def _check(self, texts: list[str], ids: np.ndarray, are_documents: bool) -> None:
-        """Compare a part of the ids with tiktoken's: the beginning or the end of the texts.
+    def _check(self, texts: list[str], ids: np.ndarray, ends: np.ndarray) -> None:
+        """Compare the ids of blocks with tiktoken's, in one call of tiktoken for all blocks.
 
-        A part begins or ends at a boundary, so its ids are the same alone as in the whole text.
+        Args:
+            texts: Texts of this call.
+            ids: (n,) ids of all texts.
+            ends: (len(texts),) end of each text's ids, without its end-of-text token.
         """
-        is_first = self.num_calls == 0
-        is_sample = self.num_calls % CALLS_PER_CHECK == 0
-        self.num_calls += 1
-        if are_documents:  # cheap, so for every call
-            num_ends = int(np.count_nonzero(ids == self.tokenizer.eot_token))
-            if num_ends != len(texts):
-                raise EncodersDiffer
-        if not texts or not is_sample:
+        parts = self._choose_parts(texts, len(ids))
+        if not parts:
             return
-        part, begin, cut = _beginning(texts) if is_first else _end(texts)
-        if not are_documents:
-            expected = self.tokenizer.encode(part[0])
-        elif is_first and cut:  # the last document of the part is incomplete: without its end
-            expected = self.tokenizer.encode_documents(part)[:-1]
-        else:
-            expected = self.tokenizer.encode_documents(part)
-        found = ids[: len(expected)] if is_first else ids[len(ids) - len(expected) :]
-        whole = len(part) == len(texts) and not cut
-        if np.array_equal(found, expected) and not (whole and len(ids) != len(expected)):
-            return
-        raise self._difference(found, expected, begin, cut if not is_first else 0)
+        part_texts = [texts[index][start:stop] for index, start, stop in parts]
+        expected = self.tokenizer.encode_documents(part_texts)
+        eot = np.array([self.tokenizer.eot_token], np.uint32)
+        found = []
+        for index, start, stop in parts:
+            text_ids = ids[ends[index - 1] + 1 if index else 0 : ends[index]]
+            found += [self._ids_of_part(texts[index], text_ids, start, stop), eot]
+        if not np.array_equal(np.concatenate(found), expected):
+            raise self._difference(texts, parts, found[::2], expected)
+
+    def _choose_parts(self, texts: list[str], num_ids: int) -> list[tuple[int, int, int]]:
+        """Return the parts of texts to compare: (index of the text, first character, end)."""
+        self.num_ids += num_ids
+        is_due = self.is_first_call or self.num_ids >= IDS_PER_BLOCK
+        if not texts or not is_due:
+            return []
+        first_block = _block(texts, 0, 0) if self.is_first_call else []
+        self.is_first_call = False
+        self.num_ids = 0
+        index = self.generator.randrange(len(texts))
+        place = 0
+        if len(texts[index]) > BLOCK_CHARACTERS:
+            place = self.generator.randrange(min(len(texts[index]), FARTHEST_PLACE))
+        return first_block + _block(texts, index, place)
+
+    def _ids_of_part(self, text: str, ids: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Return which of the ids of a text stand for its characters start, ..., stop - 1."""
+        if start == 0 and stop == len(text):
+            return ids
+        first_byte = len(encodable(text[:start]).encode())
+        end_byte = first_byte + len(encodable(text[start:stop]).encode())
+        lengths = _token_lengths(self.tokenizer)[ids[: end_byte + 1]]  # an id has a byte or more
+        ends = np.cumsum(lengths, dtype=np.int64)
+        first, end = np.searchsorted(ends, [first_byte, end_byte], "right")
+        return ids[first:end]
 
     def _difference(
-        self, found: np.ndarray, expected: np.ndarray, begin: int, cut: int
+        self,
+        texts: list[str],
+        parts: list[tuple[int, int, int]],
+        found: list[np.ndarray],
+        expected: np.ndarray,
     ) -> EncodersDiffer:
-        """Return the error that names the text of the first id that differs."""
-        length = min(len(found), len(expected))
-        different = np.flatnonzero(found[:length] != expected[:length])
-        first = int(different[0]) if len(different) else length
-        ends = np.flatnonzero(expected[:first] == self.tokenizer.eot_token)
-        start = int(ends[-1]) + 1 if len(ends) else 0
-        offset = len(self.tokenizer.decode_bytes(expected[start:first]))
-        return EncodersDiffer(begin + len(ends), offset + (0 if len(ends) else cut))
+        """Return the error that names the first id that differs."""
+        ends = np.flatnonzero(expected == self.tokenizer.eot_token)
+        for part, part_ids, right_ids in zip(parts, found, np.split(expected, ends + 1)):
+            right_ids = right_ids[:-1]  # without the end-of-text token
+            if np.array_equal(part_ids, right_ids):
+                continue
+            length = min(len(part_ids), len(right_ids))
+            different = np.flatnonzero(part_ids[:length] != right_ids[:length])
+            num_equal = int(different[0]) if len(different) else length
+            index, start, _ = part
+            offset = len(encodable(texts[index][:start]).encode())
+            offset += len(self.tokenizer.decode_bytes(right_ids[:num_equal]))
+            return EncodersDiffer(index, offset)
+        raise AssertionError("no part differs")
 
 
-def _beginning(texts: list[str]) -> tuple[list[str], int, int]:
-    """Return the first characters of the texts, as texts.
+def _block(texts: list[str], index: int, place: int) -> list[tuple[int, int, int]]:
+    """Return the parts of the block that begins in a text: (index, first character, end).
 
-    Returns:
-        The texts, the last of which may be cut; 0, the index of the first of them; and the number
-        of characters kept of the last text, or 0 if it is whole.
+    The first part begins at the first boundary from `place` on. Only the last part may end, at a
+    boundary, before its text does.
     """
-    part = []
-    left = CHECKED_CHARACTERS
-    for text in texts:
-        if left <= 0:
-            break
-        boundary = BOUNDARY.search(text, left) if len(text) > left else None
-        if boundary:
-            part.append(text[: boundary.start()])
-            return part, 0, boundary.start()
-        part.append(text)
-        left -= len(text) + 1
-    return part, 0, 0
+    parts = []
+    num_left = BLOCK_CHARACTERS
+    start = _boundary_from(texts[index], place)
+    while num_left > 0 and index < len(texts):
+        stop = _boundary_from(texts[index], start + num_left)
+        parts.append((index, start, stop))
+        num_left -= stop - start + 1  # an empty document counts, too
+        index += 1
+        start = 0
+    return parts
 
 
-def _end(texts: list[str]) -> tuple[list[str], int, int]:
-    """Return the last characters of the texts, as texts.
+def _boundary_from(text: str, place: int) -> int:
+    """Return the first boundary at or after a place; the beginning and the end count, too."""
+    if place == 0 or place >= len(text):
+        return min(place, len(text))
+    match = BOUNDARY.search(text, place)
+    return match.start() if match else len(text)
 
-    Returns:
-        The texts, the first of which may be cut; the index of the first of them; and the number of
-        bytes cut from it.
-    """
-    begin = len(texts)
-    left = CHECKED_CHARACTERS
-    while begin and left > 0:
-        begin -= 1
-        text = texts[begin]
-        boundary = BOUNDARY.search(text, len(text) - left) if len(text) > left else None
-        if boundary:
-            num_bytes = len(encodable(text[: boundary.start()]).encode())
-            return [text[boundary.start() :], *texts[begin + 1 :]], begin, num_bytes
-        left -= len(text) + 1
-    return texts[begin:], begin, 0
+
+@functools.lru_cache(1)
+def _token_lengths(tokenizer: TiktokenTokenizer) -> np.ndarray:
+    """Return (vocab_size,) uint16: the number of bytes that each id stands for."""
+    lengths = np.zeros(tokenizer.vocab_size, np.uint16)
+    for token_id, token in tokenizer.token_bytes.items():
+        lengths[token_id] = len(token)
+    return lengths
 
 
 def _has_long_space(text: str) -> bool:
@@ -269,7 +309,7 @@ def _load_native(name: str, eot_token: int) -> Any:
     One thread does all: the processes of this project are forked, and threads do not outlive a
     fork. The package keeps the words that it has seen in a cache of fixed size.
     """
-    if _installed_version() != FAST_VERSION:
+    if _installed_version(FAST) != FAST_VERSION:
         raise EncoderFailed(f"{FAST} {FAST_VERSION} is not installed on every machine")
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
     package = optional(f"{FAST}._native", "--encoder auto", FAST)

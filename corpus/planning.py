@@ -15,10 +15,9 @@ from corpus.opening import DamagedFile, UnreadableFile, open_text
 from corpus.reader import divide
 from corpus.sources import BLOCK, Source
 from corpus.tasks import Task
-from corpus.tokenizer import Tokenizer
+from corpus.tokenizer import CHARACTERS_AT_ONCE, Tokenizer
 
 MAX_SMALL_TASKS = 64  # a corpus has more tasks only if they would be too large: 64 workers
-LONGEST_UNDIVIDED = 1_200_000  # characters to encode in one call: about 150 MB of memory
 COMPRESSION = 4  # estimated bytes of text per byte of a compressed file
 TOKENS_PER_BYTE = 0.4  # high estimate for vocabularies of more than single bytes
 
@@ -127,11 +126,11 @@ def refuse_long_text(source: Source, tokenizer: Tokenizer) -> None:
     if tokenizer.divisible:
         return
     count = _count_characters(source)
-    if count > LONGEST_UNDIVIDED:
+    if count > CHARACTERS_AT_ONCE:
         raise ValueError(
             f"{source.path} is one running text of {count:,} characters, and {tokenizer.name} "
             f"cannot encode it in parts: divide it into documents with --documents line or "
-            f"blank-line, into files of at most {LONGEST_UNDIVIDED:,} characters, or choose "
+            f"blank-line, into files of at most {CHARACTERS_AT_ONCE:,} characters, or choose "
             f"another --tokenizer"
         )
 

@@ -26,6 +26,7 @@ from common.files import atomic_write
 from common.grouping import in_groups
 from common.packages import optional
 from corpus.boundaries import BOUNDARY
+from corpus.divisible import is_divisible
 from corpus.download import sha256_of
 from corpus.vocabulary_files import (
     VOCABULARY_FILES,
@@ -290,7 +291,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(ids.values(), default=0) + 1
         if self.vocab_size > 2 * len(ids) + 1:
             raise ValueError(f"{path} is not a vocabulary: most of its ids stand for nothing")
-        self.divisible = _has_pattern_of_gpt2(json.loads(self.tokenizer.to_str()))
+        self.divisible = is_divisible(json.loads(self.tokenizer.to_str()))
         eot_text = next((text for text in self.EOT_TEXTS if text in ids), None)
         if eot_text is None:
             raise ValueError(
@@ -382,19 +383,6 @@ class HuggingFaceTokenizer(Tokenizer):
         stream = DecodeStream(skip_special_tokens=False)
         for i in ids:
             yield stream.step(self.tokenizer, int(i)) or ""
-
-
-def _has_pattern_of_gpt2(settings: dict) -> bool:
-    """Return whether a tokenizer.json divides text as GPT-2 does, and changes nothing before."""
-    pattern = settings["pre_tokenizer"] or {}
-    return (
-        pattern.get("type") == "ByteLevel"
-        and pattern.get("use_regex", True)
-        and not pattern["add_prefix_space"]
-        and settings["normalizer"] is None
-        and settings["model"].get("dropout") is None
-        and all(token["special"] for token in settings["added_tokens"])
-    )
 
 
 def divided(text: str) -> Iterator[str]:

@@ -1,7 +1,10 @@
 """The fast encoder gives the ids of tiktoken, or tiktoken encodes the whole corpus."""
 
+# ruff: noqa: RUF001  (the test needs Chinese punctuation)
+
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -11,11 +14,12 @@ from conftest import ROOT
 from test_tasks import ADVERSARIAL_TEXTS, corpus_files
 
 from bench.encoders import compare_documents, compare_unicode
-from corpus import encoders, pipeline
+from corpus import encoders, pipeline, tasks
 from corpus.encoders import (
     FAST,
     FAST_VERSION,
     REFERENCE,
+    REFERENCE_VERSION,
     EncoderFailed,
     EncodersDiffer,
     choose_encoder,
@@ -27,7 +31,15 @@ from corpus.sources import Source
 from corpus.tokenizer import CannotEncode, get_tokenizer
 
 pytest.importorskip(FAST)
-TEXT = "To be, or not to be: that is the question. " * 400  # more than is checked of a block
+LONG_TEXTS = [
+    "To be, or not to be: that is the question.\n" * 300,  # longer than a block
+    "人人生而自由，在尊严和权利上一律平等。\U0001f600 café, e\u0301té; \ud83d \0 <|endoftext|>"
+    * 200,
+    "x1y22'LL  \r\n\n" * 1000,
+]
+
+
+load_native = encoders._load_native  # the real one
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +51,17 @@ def always_fast(monkeypatch, gpt2_tokenizer):
 
 
 class Liar:
-    """The fast package, but with a wrong id where a text holds a word."""
+    """The fast package, but with one wrong id per call, where the texts hold a word last."""
 
     def __init__(self, word: str):
         self.word = word
-        self.native = encoders._load_native("gpt2", 50256)
+        self.native = load_native("gpt2", 50256)
 
     def encode_batch_flat(self, texts, split_special_tokens):
         options = {"split_special_tokens": split_special_tokens}
         ids, offsets = self.native.encode_batch_flat(texts, **options)
         if self.word in texts[0]:
-            before = texts[0].partition(self.word)[0]
+            before = texts[0].rpartition(self.word)[0]
             num_bytes = len(self.native.encode_batch_flat([before], **options)[0])
             lie = np.frombuffer(ids, "<u4").copy()
             lie[num_bytes // 4] += 1
@@ -81,7 +93,7 @@ def prepare(folder, source, workers=1, engine="processes", **settings):
 def test_adversarial_texts_get_the_ids_of_tiktoken(text, gpt2_tokenizer):
     for texts in [["", text, ""]] if len(text) > 100_000 else [[text], [text, "next", text]]:
         encoder = open_encoder(FAST, gpt2_tokenizer)
-        encoder.num_calls = 1  # the encoder does not check, so that this test does
+        encoder._check = lambda *arguments: None  # this test does
         assert np.array_equal(
             encoder.encode_documents(texts), gpt2_tokenizer.encode_documents(texts)
         )
@@ -122,10 +134,18 @@ def test_one_line_says_which_encoder_is_used_and_why(gpt2_tokenizer, monkeypatch
     monkeypatch.setattr(encoders, "SMALLEST_CORPUS", 2)
     name, line = choose_encoder("auto", gpt2_tokenizer, 1)
     assert (name, line) == (REFERENCE, "encoder: tiktoken (the corpus is small)")
-    for version, reason in ("", "is not installed"), ("9.9", "9.9 is not compared"):
-        monkeypatch.setattr(encoders, "_installed_version", lambda version=version: version)
+    installed = {FAST: FAST_VERSION, REFERENCE: REFERENCE_VERSION}
+    monkeypatch.setattr(encoders, "_installed_version", installed.get)
+    for version, reason in ("", "is not installed"), ("9.9", "9.9 was not compared"):
+        installed[FAST] = version
         name, line = choose_encoder("auto", gpt2_tokenizer, 2)
         assert name == REFERENCE and reason in line and f"fastokens=={FAST_VERSION}" in line
+    installed |= {FAST: FAST_VERSION, REFERENCE: "9.9"}
+    name, line = choose_encoder("auto", gpt2_tokenizer, 2)
+    assert (name, line) == (REFERENCE, "encoder: tiktoken (fastokens was compared with tiktoken "
+                                       f"{REFERENCE_VERSION} only)")  # fmt: skip
+    installed[REFERENCE] = REFERENCE_VERSION
+    assert choose_encoder("auto", gpt2_tokenizer, 2)[0] == FAST
 
 
 @pytest.mark.parametrize("format", ["documents", "running text"])
@@ -216,34 +236,114 @@ def test_a_worker_without_the_package_is_no_error(tmp_path, monkeypatch, capsys)
     assert "not installed on every machine; tiktoken does all tasks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", [0, encoders.CALLS_PER_CHECK])
-@pytest.mark.parametrize("documents", [1, 20])
-def test_the_first_call_and_each_eighth_are_compared(monkeypatch, gpt2_tokenizer, call, documents):
+def test_each_text_of_the_first_block_is_compared(monkeypatch, gpt2_tokenizer):
+    """The error names the text, and the bytes before the first wrong id."""
+    texts = [f"document {i:010} é 漢 " for i in range(1000)]
+    length = len(texts[0])
+    for index in 0, 1, encoders.BLOCK_CHARACTERS // (length + 1) - 1:
+        let_lie(monkeypatch, texts[index][9:19])
+        encoder = open_encoder(FAST, gpt2_tokenizer)
+        with pytest.raises(EncodersDiffer) as caught:
+            encoder.encode_documents(texts)
+        assert caught.value.index == index
+        assert len("document ") - 1 <= caught.value.offset < length
+    assert index > 40
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=ascii)
+def test_the_beginning_of_a_long_text_is_compared(text, monkeypatch, gpt2_tokenizer):
+    for place in 0, encoders.BLOCK_CHARACTERS - 30:
+        lie = f"{text[:place]} a lie {text[place:]}"
+        let_lie(monkeypatch, "a lie")
+        for encode in (
+            lambda encoder, lie=lie: encoder.encode(lie),
+            lambda encoder, lie=lie: encoder.encode_documents([lie, "b"]),
+        ):
+            with pytest.raises(EncodersDiffer) as caught:
+                encode(open_encoder(FAST, gpt2_tokenizer))
+            expected = len(text[:place].encode("utf-8", "surrogatepass"))
+            assert caught.value.index == 0 and 0 <= caught.value.offset - expected <= 2
+
+
+@pytest.mark.parametrize(
+    "texts", [["one", *LONG_TEXTS], ["a", "", "b"] * 999], ids=["long", "short"]
+)
+def test_any_text_of_a_later_call_may_be_in_a_block(texts, monkeypatch, gpt2_tokenizer):
+    monkeypatch.setattr(encoders, "IDS_PER_BLOCK", 1)
+    index = len(texts) // 2
+    texts = [
+        *texts[:index],
+        f"{texts[index][:5000]} a lie {texts[index][5000:]}",
+        *texts[index + 1 :],
+    ]
+    let_lie(monkeypatch, "a lie")
     encoder = open_encoder(FAST, gpt2_tokenizer)
-    texts = [TEXT] * documents
-    for _ in range(call):
-        encoder.encode_documents(texts)
-    native = encoder.native
-
-    class Wrong:
-        def encode_batch_flat(self, texts, split_special_tokens):
-            ids, _ = native.encode_batch_flat(texts, split_special_tokens=split_special_tokens)
-            ids = np.frombuffer(ids, "<u4").copy()
-            ids[-3 if call else 2] += 1
-            return ids.tobytes(), b""
-
-    encoder.native = Wrong()
+    encoder.is_first_call = False
+    num_calls = 0
     with pytest.raises(EncodersDiffer) as caught:
-        encoder.encode_documents(texts)
-    assert caught.value.index == (documents - 1 if call else 0)
-    length = len(TEXT.encode())
-    assert caught.value.offset < 20 if not call else length - 20 < caught.value.offset < length
-    encoder.encode_documents(texts)  # not compared
+        while num_calls < 1000:
+            num_calls += 1
+            encoder.encode_documents(texts)
+    assert caught.value.index == index and num_calls > 1
+
+
+def test_correct_ids_never_count_as_different(monkeypatch, gpt2_tokenizer):
+    """Blocks at all kinds of places, among short and long texts of all kinds."""
+    monkeypatch.setattr(encoders, "IDS_PER_BLOCK", 1)
+    monkeypatch.setattr(encoders, "BLOCK_CHARACTERS", 50)
+    texts = [*LONG_TEXTS, *(text[:3000] for text in ADVERSARIAL_TEXTS), "", "a"]
+    encoder = open_encoder(FAST, gpt2_tokenizer)
+    for seed in range(150):
+        encoder.generator.seed(seed)
+        encoder.is_first_call = True
+        encoder.encode_documents(texts[seed % len(texts) :])
+        encoder.encode(texts[seed % len(texts)])
+
+
+def test_a_million_ids_are_compared_at_a_few_places_only(monkeypatch, gpt2_tokenizer):
+    lengths = []
+    encode_documents = type(gpt2_tokenizer).encode_documents
+
+    def encode_and_record(self, texts):
+        lengths.append(sum(map(len, texts)))
+        return encode_documents(self, texts)
+
+    monkeypatch.setattr(type(gpt2_tokenizer), "encode_documents", encode_and_record)
+    encoder = open_encoder(FAST, gpt2_tokenizer)
+    for _ in range(20):  # calls of 200,000 characters
+        encoder.encode_documents(["to be or not to be, " * 10] * 1000)
+    assert 0 < lengths[0] < 2.5 * encoders.BLOCK_CHARACTERS
+    assert 4 < len(lengths) <= 10 and max(lengths[1:]) < 1.2 * encoders.BLOCK_CHARACTERS
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("lies", [(1510, 1511), (2000, 2060)], ids=["first block", "late block"])
+def test_a_wrong_id_in_a_later_task_turns_the_encoder_off(
+    tmp_path, lies, workers, monkeypatch, capsys
+):
+    """Each task encodes some hundred documents, a few in each call."""
+    monkeypatch.setattr(pipeline, "TASK_BYTES", (16_000, 16_000))
+    monkeypatch.setattr("corpus.reader.BLOCK", 1000)  # bytes read at once
+    monkeypatch.setattr(tasks, "BLOCK", 1000)  # characters of a call
+    monkeypatch.setattr(encoders, "IDS_PER_BLOCK", 1)
+    source = write_documents(tmp_path / "my.jsonl", count=4000)
+    lines = (tmp_path / "my.jsonl").read_text().splitlines()
+    for number in range(*lies):
+        lines[number] = lines[number].replace("document", "a lie in document")
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    prepare(tmp_path / "expected" / "my", source, encoder="tiktoken")
+    capsys.readouterr()
+    let_lie(monkeypatch, "a lie")
+    prepare(tmp_path / "found" / "my", source, workers)
+    (message,) = [line for line in capsys.readouterr().out.splitlines() if "different" in line]
+    assert "tiktoken does all tasks, from the beginning" in message
+    place = int(re.search(r"my\.jsonl, line (\d+)", message)[1])
+    assert lies[0] < place <= lies[1]
+    assert corpus_files(tmp_path / "found" / "my") == corpus_files(tmp_path / "expected" / "my")
 
 
 def test_a_lost_document_is_a_difference(gpt2_tokenizer):
     encoder = open_encoder(FAST, gpt2_tokenizer)
-    encoder.num_calls = 1
     native = encoder.native
 
     class Loses:

@@ -254,10 +254,10 @@ def test_a_tokenizer_json_takes_a_long_text_in_parts(json_tokenizer, monkeypatch
     assert max(lengths) < 150
 
 
-def test_a_tokenizer_json_with_another_pattern_refuses_a_long_running_text(
+def test_a_tokenizer_json_of_another_structure_refuses_a_running_text_longer_than_a_call(
     cache, tmp_path, monkeypatch
 ):
-    """The tokenizer needs 120 bytes of memory per byte of text."""
+    """The tokenizer needs 120 bytes of memory per character of text."""
     tokenizers = pytest.importorskip("tokenizers")
     made = make_json(tmp_path / "plain.json")
     changes = {
@@ -265,10 +265,10 @@ def test_a_tokenizer_json_with_another_pattern_refuses_a_long_running_text(
             made, "pre_tokenizer", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
         ),
         "none": lambda: setattr(made, "pre_tokenizer", tokenizers.pre_tokenizers.Whitespace()),
-        "normal": lambda: setattr(made, "normalizer", tokenizers.normalizers.NFC()),
+        "normal": lambda: setattr(made, "normalizer", tokenizers.normalizers.NFKC()),
         "added": lambda: made.add_tokens(["two words"]),
     }
-    monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+    monkeypatch.setattr(planning, "CHARACTERS_AT_ONCE", 5000)
     (tmp_path / "my.txt").write_text("one for sorrow\n" * 400)
     source = Source(str(tmp_path / "my.txt"))
     corpus = Corpus("my", {}, [source])
@@ -282,9 +282,9 @@ def test_a_tokenizer_json_with_another_pattern_refuses_a_long_running_text(
             plan(corpus, tokenizer, 0.9, 1 << 20, 1 << 20)
         with pytest.raises(ValueError, match=r"my\.txt is one running text of 6,000 characters"):
             StreamingTextDataset(source.path, tokenizer, 8)
-        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 6000)
+        monkeypatch.setattr(planning, "CHARACTERS_AT_ONCE", 6000)
         assert len(plan(corpus, tokenizer, 0.9, 1000, 1000)) == 2  # train and val, undivided
-        monkeypatch.setattr(planning, "LONGEST_UNDIVIDED", 5000)
+        monkeypatch.setattr(planning, "CHARACTERS_AT_ONCE", 5000)
     assert len(plan(corpus, get_tokenizer(str(tmp_path / "plain.json")), 0.9, 1000, 1000)) > 4
 
 
