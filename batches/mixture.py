@@ -57,8 +57,8 @@ def proportions(weights: Sequence[float | Fraction]) -> list[Fraction]:
     if 0 in parts:
         weight = weights[parts.index(0)]
         raise ValueError(
-            f"the weight {float(weight):g} is less than 1/{LONGEST_PATTERN} of the mixture: "
-            f"choose a larger one"
+            f"the weight {float(weight):g} is too small a part of {float(total):g}, the sum of "
+            f"weights: give it at least 1/{LONGEST_PATTERN} of the sum"
         )
     return [Fraction(part, LONGEST_PATTERN) for part in parts]
 

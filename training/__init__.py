@@ -2,7 +2,8 @@
 
 In the order in which a run uses them:
 
-1. run_settings.py: the types of the settings. flags.py: where the settings come from.
+1. run_settings.py: the types of the settings. flags.py: where the settings come from. corpora.py:
+   the corpora that the settings name, alone or in a mixture.
 2. distributed.py: the ranks of a run. run_folder.py: the run's folder, and its lock.
 3. device.py: device, number type, compiler, peak FLOP/s, memory. compute.py: the choices for this
    machine.

@@ -40,17 +40,16 @@ def corpus_weights(corpus: tuple[str, ...]) -> dict[str, Fraction | None]:
     for text in corpus:
         name, colon, weight = text.partition(":")
         if not name:
-            raise ValueError(
-                f"--corpus {text!r} has no name of a corpus: write NAME or NAME:WEIGHT"
-            )
+            raise ValueError(f"--corpus {text!r} does not name a corpus: write NAME or NAME:WEIGHT")
+        name = str(Path(name))  # a and a/ are one corpus
         if name in weights:
             raise ValueError(f"--corpus names {name} twice: name it once, with the sum of weights")
         weights[name] = _parse_weight(name, weight) if colon else None
     if None in weights.values() and any(weights.values()):
         missing = [name for name, weight in weights.items() if weight is None]
         raise ValueError(
-            f"--corpus gives {', '.join(missing)} no weight: give one to each corpus (a:0.7 b:0.3), "
-            f"or to none for proportions by size"
+            f"--corpus gives no weight to {', '.join(missing)}: give one to each corpus "
+            f"(a:0.7 b:0.3), or to none for proportions by size"
         )
     return weights
 
@@ -100,7 +99,10 @@ def read_corpora(settings: RunSettings) -> list[TrainingCorpus]:
                 f"--tokenizer"
             )
     sizes = [each["splits"]["train"]["tokens"] for each in metadata]
-    shares = proportions([weight or size for weight, size in zip(weights.values(), sizes)])
+    try:
+        shares = proportions([weight or size for weight, size in zip(weights.values(), sizes)])
+    except ValueError as error:
+        raise ValueError(f"--corpus {' '.join(settings.corpus)}: {error} (NAME:WEIGHT)") from None
     return [TrainingCorpus(*values) for values in zip(names, folders, shares, metadata)]
 
 
