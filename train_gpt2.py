@@ -76,7 +76,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Settings:
     """Every setting is also a flag: --max_steps 100."""
 
-    corpus: tuple[str, ...] = ()  # prepared corpora: NAME, or NAME:WEIGHT ...; none: the last one
+    corpus: tuple[str, ...] = ()  # prepared corpus, or a mixture: a:0.7 b:0.3; default: newest
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
@@ -253,7 +253,7 @@ def train(
         settings.batch_size, settings.seed, rank=ranks.rank, world_size=ranks.world_size,
         token_noise=settings.token_noise,
     )  # fmt: skip
-    sampler: Any = train_loader.sampler
+    order: Any = train_loader.sampler
 
     # --- model and optimizer
     torch.manual_seed(settings.seed)
@@ -290,7 +290,7 @@ def train(
         write_config(run_dir, settings, compute)
         print_model(settings, compute, model, ranks)
         if len(corpora) > 1:
-            print(mixture_line(corpora, sampler.order, settings.max_steps * settings.batch_size))
+            print(mixture_line(corpora, order, settings.max_steps * settings.batch_size))
     contents: dict[str, Any] = dict(
         settings=settings, compute=compute, metadata=metadata, model=model
     )
@@ -301,7 +301,7 @@ def train(
             save(path, progress, **contents, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
-    sampler.position = progress.position
+    order.position = progress.position
     batches = repeat(train_loader)
     num_targets = settings.batch_size * settings.sequence_length  # per step, over all ranks
     signum = 0

@@ -2,9 +2,9 @@
 
 A checkpoint holds tensors and plain values only, so that torch.load(weights_only=True) reads it:
 step, position, best (its step and val_loss), model (weights), model_config, metadata (of the
-corpus, or of a mixture: see corpora.py), config (the settings asked for), chosen (device, dtype, compile, document_mask,
-micro_batch_size); and, but for best.pt, optimizers (their states), scaler (of float16 gradients)
-and skipped_steps.
+corpus, or of a mixture: see corpora.py), config (the settings asked for), chosen (device, dtype,
+compile, document_mask, micro_batch_size); and, but for best.pt, optimizers (their states), scaler
+(of float16 gradients) and skipped_steps.
 """
 
 import contextlib

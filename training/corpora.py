@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from batches.mixture import MixtureOrder, proportions
+from batches.mixture import MixtureBatches, proportions
 from corpus.metadata import read_metadata, require_end_of_text
 from corpus.vocabulary_files import restore_vocabulary
 from training.run_settings import RunSettings
@@ -185,15 +185,15 @@ def validation_metrics(corpora: list[TrainingCorpus], losses: list[float]) -> di
     return values
 
 
-def mixture_line(corpora: list[TrainingCorpus], order: MixtureOrder, num_sequences: int) -> str:
+def mixture_line(corpora: list[TrainingCorpus], order: MixtureBatches, num_sequences: int) -> str:
     """Return the share of each corpus, and how often a run reads it, as one line.
 
     Args:
         corpora: The corpora of the run.
-        order: The order of their sequences.
+        order: The sampler of their sequences.
         num_sequences: Sequences of the whole run.
     """
     parts = []
-    for corpus, epochs in zip(corpora, order.epochs(num_sequences)):
+    for corpus, epochs in zip(corpora, order.order.epochs(num_sequences)):
         parts.append(f"{corpus.name} {float(corpus.share):.2%}, read {epochs:.2f} times")
     return f"mixture: {'; '.join(parts)}"
