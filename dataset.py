@@ -48,7 +48,7 @@ from batches.tokens import Tokens, check_split_size
 from common.script import run_script
 from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
-from corpus.vocabulary import tokenizer_of
+from corpus.vocabulary import check_one_vocabulary, tokenizer_of
 
 __all__ = [
     "ConcatTextDataset", "DocumentDataset", "MixtureBatches", "MixtureOrder", "NoisyTextDataset",
@@ -318,9 +318,12 @@ def create_mixture_dataloaders(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file or an argument is invalid; see TextDataset and MixtureBatches.
+        ValueError: A file or an argument is invalid (see TextDataset and MixtureBatches), or the
+            corpora have different vocabularies.
     """
     check_rank(rank, world_size)
+    if len(corpora) > 1:
+        check_one_vocabulary({folder: read_metadata(folder) for folder in corpora})
     T = sequence_length
     train = [TextDataset(Path(corpus_dir) / "train", T) for corpus_dir in corpora]
     val = [TextDataset(Path(corpus_dir) / "val", T, stride=T) for corpus_dir in corpora]

@@ -24,6 +24,7 @@ import torch
 
 from common.files import atomic_write
 from corpus.metadata import source_path
+from corpus.vocabulary import same_vocabulary
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
 from training.corpora import corpus_name
@@ -32,7 +33,6 @@ from training.huggingface import EMBEDDING
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
 from training.run_settings import RunSettings
-from training.vocabulary import same_vocabulary
 
 # settings that may differ between the machines of a run
 MACHINE_SETTINGS = ("data_dir", "out_dir", "resume", "init_from", "device")

@@ -1,7 +1,8 @@
 """The corpora that a run trains on: one, or a mixture of several (--corpus a:0.7 b:0.3).
 
-Corpora of a mixture have one vocabulary. All other modules see one metadata for all of them
-(mixture_metadata), which is the metadata of the corpus itself if there is only one.
+Corpora of a mixture have one vocabulary: create_mixture_dataloaders in dataset.py checks it. All
+other modules see one metadata for all of them (mixture_metadata), which is the metadata of the
+corpus itself if there is only one.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ from batches.mixture import MixtureBatches, proportions
 from corpus.metadata import read_metadata, require_end_of_text
 from corpus.vocabulary_files import restore_vocabulary
 from training.run_settings import RunSettings
-from training.vocabulary import same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,18 @@ def read_corpora(settings: RunSettings) -> list[TrainingCorpus]:
 
     Raises:
         FileNotFoundError: A corpus does not exist; a resumed run's message names --data_dir.
-        ValueError: Names or weights are invalid, the corpora have different vocabularies, or the
-            metadata of a corpus are damaged, of another version, without the end of text or
-            without a split that training needs.
+        ValueError: Names or weights are invalid, or the metadata of a corpus are damaged, of
+            another version, without the end of text or without a split that training needs.
     """
     weights = corpus_weights(settings.corpus)
     folders = [Path(settings.data_dir) / name for name in weights]
     metadata = [_read_corpus(folder, settings) for folder in folders]
-    names = list(weights)
-    for other_name, other in zip(names[1:], metadata[1:]):
-        if not same_vocabulary(metadata[0], other):
-            raise ValueError(
-                f"{other_name} ({other['tokenizer']['name']}) has another vocabulary than "
-                f"{names[0]} ({metadata[0]['tokenizer']['name']}): prepare both with the same "
-                f"--tokenizer"
-            )
     sizes = [each["splits"]["train"]["tokens"] for each in metadata]
     try:
         shares = proportions([weight or size for weight, size in zip(weights.values(), sizes)])
     except ValueError as error:
         raise ValueError(f"--corpus {' '.join(settings.corpus)}: {error} (NAME:WEIGHT)") from None
-    return [TrainingCorpus(*values) for values in zip(names, folders, shares, metadata)]
+    return [TrainingCorpus(*values) for values in zip(weights, folders, shares, metadata)]
 
 
 def _read_corpus(folder: Path, settings: RunSettings) -> dict:

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from corpus.vocabulary import same_vocabulary
 from model import GPT, GPTConfig
 from training.checkpoint import best_checkpoint
 from training.corpora import corpus_name
 from training.huggingface import EMBEDDING, is_released, pretrained_folder, read_shape
 from training.run_folder import is_run
 from training.run_settings import SHAPE_SETTINGS, RunSettings
-from training.vocabulary import check_vocabulary, same_vocabulary
+from training.vocabulary import check_vocabulary
 
 VOCAB_MULTIPLE = 64  # of rows of the output layer in training: matrix products are faster
 

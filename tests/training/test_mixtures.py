@@ -179,7 +179,10 @@ WRONG = {
     "no name": ([":1"], ["':1'", "NAME:WEIGHT"]),
     "too short": (["rhyme:1", "short:1"], ["data/short/val", "lower sequence_length"]),
     "no val": (["rhyme:1", "train-only:1"], ["data/train-only has no split 'val', only train"]),
-    "vocabulary": (["rhyme:1", "other:1"], ["other (small", "than rhyme (bytes)", "--tokenizer"]),
+    "vocabulary": (
+        ["rhyme:1", "other:1"],
+        ["data/other (small", "than data/rhyme (bytes)", "--tokenizer"],
+    ),
 }
 
 
