@@ -240,15 +240,17 @@ class ConcatTextDataset(ConcatDataset):
         indices = indices % len(self)
         numbers = np.searchsorted(self.cumulative_sizes, indices, side="right")
         first_items = [0, *self.cumulative_sizes]
-        rows = []
-        parts = []
+        x = y = np.empty((0, 0), np.int64)
         for number in np.unique(numbers):
-            rows.append(np.flatnonzero(numbers == number))
+            rows = np.flatnonzero(numbers == number)
             dataset: Any = self.datasets[number]
-            parts.append(dataset[indices[rows[-1]] - first_items[number]])
-        order = torch.from_numpy(np.argsort(np.concatenate(rows)))
-        x, y = (torch.cat(tensors)[order] for tensors in zip(*parts))
-        return x, y
+            own_x, own_y = dataset[indices[rows] - first_items[number]]
+            if not x.size:
+                x, y = (np.empty((len(indices), own_x.shape[1]), np.int64) for _ in range(2))
+            # in NumPy: torch would start threads for so few rows
+            x[rows] = own_x.numpy()
+            y[rows] = own_y.numpy()
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the (x, y) of each index, read together; DataLoader calls this method."""
