@@ -5,6 +5,7 @@ import datetime
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
