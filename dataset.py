@@ -13,7 +13,9 @@ on, padded and left out. ║ separates documents, ░ is padding.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ from batches.documents import (
     document_positions,
     pad_documents,
 )
+from batches.mixture import ConcatTextDataset, MixtureBatches, MixtureOrder
 from batches.noise import NoisyTextDataset, add_token_noise
 from batches.order import (
     ShuffledBatches,
@@ -45,14 +48,15 @@ from batches.tokens import Tokens, check_split_size
 from common.script import run_script
 from common.settings import check_ranges, parse_settings
 from corpus.metadata import newest_corpus, read_metadata
-from corpus.vocabulary import tokenizer_of
+from corpus.vocabulary import check_one_vocabulary, tokenizer_of
 
 __all__ = [
-    "DocumentDataset", "NoisyTextDataset", "PackedDocuments", "ShuffledBatches", "ShuffledIndices",
-    "ShuffledOrder", "SimilarLengthBatches", "StreamingTextDataset", "TextDataset", "Tokens",
-    "add_token_noise", "collate_documents", "collate_huggingface",
-    "create_dataloaders", "document_ids", "document_mask", "document_positions", "newest_corpus",
-    "pack_documents", "pad_documents", "read_metadata", "tokenize",
+    "ConcatTextDataset", "DocumentDataset", "MixtureBatches", "MixtureOrder", "NoisyTextDataset",
+    "PackedDocuments", "ShuffledBatches", "ShuffledIndices", "ShuffledOrder",
+    "SimilarLengthBatches", "StreamingTextDataset", "TextDataset", "Tokens", "add_token_noise",
+    "collate_documents", "collate_huggingface", "create_dataloaders", "create_mixture_dataloaders",
+    "document_ids", "document_mask", "document_positions", "newest_corpus", "pack_documents",
+    "pad_documents", "read_metadata", "tokenize",
 ]  # fmt: skip
 
 
@@ -277,24 +281,73 @@ def create_dataloaders(
         FileNotFoundError: A file is missing.
         ValueError: A file or an argument is invalid; see TextDataset and ShuffledBatches.
     """
+    train_loader, (val_loader,) = create_mixture_dataloaders(
+        {corpus_dir: 1}, sequence_length, batch_size, seed, num_workers, rank, world_size,
+        token_noise=token_noise,
+    )  # fmt: skip
+    return train_loader, val_loader
+
+
+def create_mixture_dataloaders(
+    corpora: Mapping[str | Path, float | Fraction],
+    sequence_length: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    token_noise: float = 0.0,
+) -> tuple[DataLoader, list[DataLoader]]:
+    """Return (train_loader, val_loaders) over several prepared corpora of one vocabulary.
+
+    - Training: whole batches, in which each corpus has its share of the sequences, and so of the
+      tokens (see MixtureOrder). The sequences of a corpus come in the order in which
+      create_dataloaders yields them.
+    - Validation: a loader per corpus, as create_dataloaders returns it.
+
+    Args:
+        corpora: Folder of a corpus (data/NAME) -> its weight, see proportions (batches/mixture.py).
+        sequence_length: As for create_dataloaders, and so are all other arguments.
+        batch_size: Sequences per batch, over all corpora and ranks.
+        seed: Seed of order and noise.
+        num_workers: Worker processes of each loader.
+        rank: Number of this process.
+        world_size: Number of processes.
+        token_noise: Share of the input tokens replaced by random ones.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file or an argument is invalid (see TextDataset and MixtureBatches), or the
+            corpora have different vocabularies.
+    """
     check_rank(rank, world_size)
-    train = TextDataset(Path(corpus_dir) / "train", sequence_length)
-    val = TextDataset(Path(corpus_dir) / "val", sequence_length, stride=sequence_length)
-    train_order = ShuffledBatches(len(train), batch_size, seed, sequence_length, rank, world_size)
-    train_data: Dataset = train
+    if len(corpora) > 1:
+        check_one_vocabulary({folder: read_metadata(folder) for folder in corpora})
+    T = sequence_length
+    train = [TextDataset(Path(corpus_dir) / "train", T) for corpus_dir in corpora]
+    val = [TextDataset(Path(corpus_dir) / "val", T, stride=T) for corpus_dir in corpora]
+    weights = list(corpora.values())
+    train_order = MixtureBatches(
+        [len(data) for data in train], weights, batch_size, seed, T, rank, world_size
+    )
+    train_data: list[Dataset] = list(train)
     if token_noise:
-        train_data = NoisyTextDataset(train, token_noise, seed)
-    val_indices = range(rank, len(val), world_size)
-    val_order = BatchSampler(val_indices, train_order.rank_batch_size, drop_last=False)
+        train_data = [NoisyTextDataset(data, token_noise, seed) for data in train]
+    mixture = ConcatTextDataset(train_data) if len(train_data) > 1 else train_data[0]
     options: dict[str, Any] = {
         "batch_size": None,  # the samplers give whole batches of indices
         "collate_fn": list,  # [x, y], as a DataLoader with a batch_size yields it
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
     }
-    train_loader = DataLoader(train_data, sampler=train_order, **options)
-    val_loader = DataLoader(val, sampler=val_order, **options)
-    return train_loader, val_loader
+    train_loader = DataLoader(mixture, sampler=train_order, **options)
+    val_loaders = []
+    for data in val:
+        val_indices = range(rank, len(data), world_size)
+        val_order = BatchSampler(val_indices, train_order.rank_batch_size, drop_last=False)
+        val_loaders.append(DataLoader(data, sampler=val_order, **options))
+    return train_loader, val_loaders
 
 
 def main() -> None:

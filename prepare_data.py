@@ -166,6 +166,11 @@ def load(settings: Settings, data_dir: Path) -> tuple[Corpus, Tokenizer | None]:
     if settings.input and not settings.corpus:
         name = name_of(settings.input)
     folder = data_dir / folder_name(name, "--corpus")
+    if ":" in name:
+        raise ValueError(
+            f"{name!r} has a colon, which train_gpt2.py takes for the beginning of a weight: "
+            f"choose another --corpus NAME"
+        )
     check_folder(folder)
     vocabulary = settings.tokenizer or "gpt2"
     check_tokenizer_name(vocabulary)  # an unknown name is refused before anything is downloaded

@@ -26,7 +26,12 @@ from torch.utils.data import DataLoader
 
 from batches.block_mask import document_block_mask
 from common.script import run_script
-from dataset import create_dataloaders, document_ids, document_mask, document_positions
+from dataset import (
+    create_mixture_dataloaders,
+    document_ids,
+    document_mask,
+    document_positions,
+)
 from model import GPT2_SIZES
 from training.checkpoint import (
     Progress,
@@ -43,12 +48,12 @@ from training.compute import (
     choose_compute,
     choose_micro_batch_size,
 )
+from training.corpora import mixture_line, mixture_metadata, read_corpora, validation_metrics
 from training.device import Choice, choose_device, memory_errors, move_to_device
 from training.distributed import Ranks, join_processes
 from training.flags import (
     load_settings,
     parse_flags,
-    read_corpus,
     resolve_size,
     resolve_steps,
 )
@@ -71,7 +76,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Settings:
     """Every setting is also a flag: --max_steps 100."""
 
-    corpus: str = ""  # prepared corpus; "": the one prepared last
+    corpus: tuple[str, ...] = ()  # prepared corpus, or a mixture: a:0.7 b:0.3; default: newest
     data_dir: str = "data"  # folder of prepared corpora
     out_dir: str = "out"  # folder of runs
     run_name: str = ""  # name of this run's folder in out_dir; "": corpus, size and a number
@@ -239,14 +244,16 @@ def train(
         OSError: A file cannot be read or written.
     """
     # --- data: the order is a function of (seed, position), so that it resumes anywhere
-    metadata = read_corpus(settings)
+    corpora = read_corpora(settings)
+    metadata = mixture_metadata(corpora)
     micro_batch_size = choose_micro_batch_size(settings, SIZES, ranks)
     check_batch(settings, metadata, device.value, micro_batch_size, ranks)
-    train_loader, val_loader = create_dataloaders(
-        Path(settings.data_dir) / settings.corpus, settings.sequence_length, settings.batch_size,
-        settings.seed, rank=ranks.rank, world_size=ranks.world_size,
+    train_loader, val_loaders = create_mixture_dataloaders(
+        {corpus.folder: corpus.share for corpus in corpora}, settings.sequence_length,
+        settings.batch_size, settings.seed, rank=ranks.rank, world_size=ranks.world_size,
         token_noise=settings.token_noise,
     )  # fmt: skip
+    order: Any = train_loader.sampler
 
     # --- model and optimizer
     torch.manual_seed(settings.seed)
@@ -282,6 +289,8 @@ def train(
     if ranks.is_first:
         write_config(run_dir, settings, compute)
         print_model(settings, compute, model, ranks)
+        if len(corpora) > 1:
+            print(mixture_line(corpora, order, settings.max_steps * settings.batch_size))
     contents: dict[str, Any] = dict(
         settings=settings, compute=compute, metadata=metadata, model=model
     )
@@ -292,7 +301,6 @@ def train(
             save(path, progress, **contents, optimizer=optimizer, scaler=scaler)
 
     # --- the loop
-    order: Any = train_loader.sampler
     order.position = progress.position
     batches = repeat(train_loader)
     num_targets = settings.batch_size * settings.sequence_length  # per step, over all ranks
@@ -351,10 +359,15 @@ def train(
             # validate and save
             validates = at_end or progress.step % settings.eval_every == 0
             if validates:
-                val_loss = evaluate(compiled, val_loader, compute, ranks)
+                # of each corpus by itself, and of the mixture as a whole
+                val_losses = [
+                    evaluate(compiled, val_loader, compute, ranks) for val_loader in val_loaders
+                ]
+                val_metrics = validation_metrics(corpora, val_losses)
+                val_loss = val_metrics["val_loss"]
                 check_finite(val_loss, "the validation loss", progress.step, run_dir)
                 check_weights(model, progress.step, run_dir)
-                metrics.validation(progress.step, val_loss, metadata["splits"]["val"])
+                metrics.validation(progress.step, val_metrics)
                 if val_loss < progress.best_loss:
                     progress.best_step = progress.step
                     progress.best_loss = val_loss

@@ -135,7 +135,7 @@ def print_settings(settings: Any) -> None:
     parts = []
     for name, value in dataclasses.asdict(settings).items():
         if value not in (None, "", (), False):
-            parts.append(f"{name}={_text(value)}")
+            parts.append(f"{name}={setting_text(value)}")
     print(textwrap.fill(" ".join(parts), width=100))
 
 
@@ -150,13 +150,16 @@ def print_changes(old: Any, new: Any) -> None:
     changes = []
     for name, value in dataclasses.asdict(new).items():
         if value != old_values[name]:
-            changes.append(f"{name} {_text(old_values[name])} -> {_text(value)}")
+            changes.append(f"{name} {setting_text(old_values[name])} -> {setting_text(value)}")
     if changes:
         print(f"changed by flags: {', '.join(changes)}")
 
 
-def _text(value: Any) -> str:
-    """Return the value of a setting as one writes it on the command line."""
+def setting_text(value: Any) -> str:
+    """Return the value of a setting as one writes it on the command line.
+
+    Example: ("a", "b") -> "a b"; None and "" -> "unset".
+    """
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):

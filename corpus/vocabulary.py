@@ -9,6 +9,7 @@ from vocab.json and from tokenizer.json; the files themselves are never compared
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,43 @@ def tokenizer_of(metadata: dict, owner: str | Path) -> Tokenizer:
             f"run python prepare_data.py again, with the same flags"
         )
     return tokenizer
+
+
+def same_vocabulary(metadata: dict, other: dict) -> bool:
+    """Return whether two corpora have one vocabulary, perhaps from differently named files.
+
+    Args:
+        metadata: Metadata of a corpus.
+        other: Metadata of another corpus, or of the same corpus at another time.
+
+    Returns:
+        False, too, if the names differ and a vocabulary is not on this machine as it was.
+    """
+    if metadata["tokenizer"]["sha256"] == other["tokenizer"]["sha256"]:
+        return True
+    try:
+        vocabularies = [vocabulary_of(tokenizer_of(each, "")) for each in (metadata, other)]
+    except (FileNotFoundError, ValueError):
+        return False
+    return vocabularies[0] == vocabularies[1]
+
+
+def check_one_vocabulary(corpora: Mapping[Any, dict]) -> None:
+    """Check that all corpora of a mixture have the vocabulary of the first one.
+
+    Args:
+        corpora: Folder of a corpus -> its metadata.
+
+    Raises:
+        ValueError: A corpus has another vocabulary.
+    """
+    (first, expected), *others = corpora.items()
+    for folder, metadata in others:
+        if not same_vocabulary(expected, metadata):
+            raise ValueError(
+                f"{folder} ({metadata['tokenizer']['name']}) has another vocabulary than {first} "
+                f"({expected['tokenizer']['name']}): prepare both with the same --tokenizer"
+            )
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> dict[int, bytes]:

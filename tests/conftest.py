@@ -216,7 +216,7 @@ def train(rhyme, tmp_path, monkeypatch):
         for name, value in flags.items():
             argv.append(f"--{name}")
             if value is not True:
-                argv.append(str(value))
+                argv += map(str, value if isinstance(value, tuple) else (value,))
         monkeypatch.setattr(sys, "argv", argv)
         assert train_gpt2.main() == 0
         return newest_run("out")

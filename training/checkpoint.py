@@ -2,9 +2,9 @@
 
 A checkpoint holds tensors and plain values only, so that torch.load(weights_only=True) reads it:
 step, position, best (its step and val_loss), model (weights), model_config, metadata (of the
-corpus), config (the settings asked for), chosen (device, dtype, compile, document_mask,
-micro_batch_size); and, but for best.pt, optimizers (their states), scaler (of float16 gradients)
-and skipped_steps.
+corpus, or of a mixture: see corpora.py), config (the settings asked for), chosen (device, dtype,
+compile, document_mask, micro_batch_size); and, but for best.pt, optimizers (their states), scaler
+(of float16 gradients) and skipped_steps.
 """
 
 import contextlib
@@ -24,14 +24,15 @@ import torch
 
 from common.files import atomic_write
 from corpus.metadata import source_path
+from corpus.vocabulary import same_vocabulary
 from model import GPT, GPTConfig
 from training.compute import ComputeChoices, left_out_first_tokens
+from training.corpora import corpus_name
 from training.distributed import Ranks, is_first_rank
 from training.huggingface import EMBEDDING
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
 from training.run_settings import RunSettings
-from training.vocabulary import same_vocabulary
 
 # settings that may differ between the machines of a run
 MACHINE_SETTINGS = ("data_dir", "out_dir", "resume", "init_from", "device")
@@ -118,8 +119,8 @@ def restore(
     old = checkpoint["metadata"]
     if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
         raise ValueError(
-            f"{settings.corpus} has another text or vocabulary than when {settings.resume} was "
-            f"trained on it ({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
+            f"{corpus_name(settings)} has another text or vocabulary than when {settings.resume} "
+            f"was trained on it ({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
         )
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
@@ -188,9 +189,9 @@ def _remedy(old: dict, metadata: dict, settings: RunSettings) -> str:
     is_text = len(files) == 1 and files[0].get("format") == "text"
     if not (same_settings and is_text) or same_vocabulary(old, metadata):
         return "prepare it as it was"
-    flags = ["--corpus", settings.corpus, "--tokenizer", old["tokenizer"]["name"]]
+    flags = ["--corpus", corpus_name(settings), "--tokenizer", old["tokenizer"]["name"]]
     if "url" not in source:
-        path = source_path(Path(settings.data_dir) / settings.corpus, files[0])
+        path = source_path(Path(settings.data_dir) / corpus_name(settings), files[0])
         flags += ["--input", os.path.relpath(path)]
         if files[0].get("division"):
             flags += ["--documents", files[0]["division"]]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model import GPT
+from training.corpora import corpus_name
 from training.device import (
     Choice,
     choose_compile,
@@ -193,7 +194,9 @@ def separates_documents(settings: RunSettings, metadata: dict, checkpoint: dict 
     """
     has_documents = metadata["eot_per_document"]
     if settings.document_mask == "true" and not has_documents:
-        raise ValueError(f"{settings.corpus} is one running text: it has no documents to mask")
+        raise ValueError(
+            f"{corpus_name(settings)} is one running text: it has no documents to mask"
+        )
     separate = has_documents and settings.document_mask != "false"
     if checkpoint:
         # older checkpoints have the value in use among their settings

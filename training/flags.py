@@ -1,6 +1,5 @@
 """Where the settings of a run come from: flags, the run that is resumed, and a size."""
 
-import contextlib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,9 +8,15 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import torch
 
 from common.files import folder_name
-from common.settings import check_conflicts, check_ranges, parse_settings, print_changes
-from corpus.metadata import newest_corpus, read_metadata, require_end_of_text
-from corpus.vocabulary_files import restore_vocabulary, use_prefetched_vocabularies
+from common.settings import (
+    check_conflicts,
+    check_ranges,
+    parse_settings,
+    print_changes,
+    setting_text,
+)
+from corpus.metadata import newest_corpus
+from corpus.vocabulary_files import use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import shared_checkpoint
 from training.distributed import is_first_rank
@@ -92,8 +97,8 @@ def load_settings(flags: Any, doc: str, lock: RunLock) -> tuple[Any, dict | None
             lock.take(run_dir)
         checkpoint = shared_checkpoint(run_dir, ranks)
         settings = resumed_settings(type(flags), doc, run_dir, checkpoint)
-    if not settings.corpus:
-        settings.corpus = ranks.on_first(lambda: newest_corpus(settings.data_dir).name)
+    if settings.corpus in ((), ("",)):
+        settings.corpus = (ranks.on_first(lambda: newest_corpus(settings.data_dir).name),)
     use_prefetched_vocabularies(settings.data_dir)
     return settings, checkpoint
 
@@ -142,8 +147,8 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
         new_value = getattr(settings, name)
         if new_value != old_value:
             raise ValueError(
-                f"{run_dir} was trained with {name} {old_value}: --resume cannot change it to "
-                f"{new_value}"
+                f"{run_dir} was trained with {name} {setting_text(old_value)}: --resume cannot "
+                f"change it to {setting_text(new_value)}"
             )
     step = checkpoint["step"]
     if settings.train_flops != old.train_flops:
@@ -187,7 +192,11 @@ def checkpoint_settings(cls: type[Flags], run_dir: Path, values: dict) -> Flags:
     for name, kind in types.items():
         if float in (kind, *get_args(kind)):
             types[name] = kind | int  # as one may write it, for example dropout=0
+        if get_origin(kind) is tuple:
+            types[name] = tuple
     values = {NEW_NAMES.get(name, name): value for name, value in values.items()}
+    if isinstance(values.get("corpus"), str):  # older versions had one corpus
+        values["corpus"] = (values["corpus"],)
     for name, value in values.items():
         kind = types.get(name, ())
         valid = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
@@ -251,27 +260,3 @@ def resolve_steps(settings: RunSettings, model: GPT) -> None:
     if settings.train_flops is not None and not settings.max_steps:
         settings.max_steps = max(1, round(settings.train_flops / flops_per_step))
     settings.eval_every = settings.eval_every or math.ceil(settings.max_steps / 5)
-
-
-def read_corpus(settings: RunSettings) -> dict:
-    """Return the metadata of the corpus that a run trains on.
-
-    Raises:
-        FileNotFoundError: The corpus does not exist; a resumed run's message names --data_dir.
-        ValueError: The metadata are damaged, of another version, or do not name the end of text.
-    """
-    corpus_dir = Path(settings.data_dir) / settings.corpus
-    try:
-        metadata = read_metadata(corpus_dir)
-    except FileNotFoundError:
-        if settings.resume in ("", "auto"):
-            raise
-        raise FileNotFoundError(
-            f"{settings.resume} was trained on the corpus {settings.corpus}, and {corpus_dir} does "
-            f"not exist: name the folder that holds {settings.corpus} with --data_dir"
-        ) from None
-    require_end_of_text(metadata, corpus_dir)
-    with contextlib.suppress(OSError):  # the samples of the run need it, training does not
-        tokenizer = metadata["tokenizer"]
-        restore_vocabulary(tokenizer["name"], tokenizer["sha256"], corpus_dir)
-    return metadata

@@ -60,7 +60,8 @@ class Metrics:
     - train_loss (nats per token, of that step's batch), learning_rate, tokens_per_second (of
       training alone), mfu (the share of the devices' peak) if the peak is known, and skipped_steps
       once a step was skipped; or
-    - val_loss (nats per token) and val_bpb (bits per byte of text).
+    - val_loss (nats per token) and val_bpb (bits per byte of text); of a mixture also
+      val_loss/NAME and val_bpb/NAME for each corpus by itself.
 
     Lines after `step`, which a killed run leaves, are dropped.
 
@@ -130,17 +131,25 @@ class Metrics:
         if self.bar.disable and time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.print_line(progress.step)
 
-    def validation(self, step: int, val_loss: float, split: dict) -> None:
+    def validation(self, step: int, values: dict[str, float]) -> None:
         """Log a validation and draw loss.png.
 
         Args:
             step: Optimizer steps done.
-            val_loss: Nats per token.
-            split: The validation split in metadata.json, with its numbers of tokens and bytes.
+            values: val_loss and val_bpb, see validation_metrics in corpora.py.
         """
-        val_bpb = bits_per_byte(val_loss, split["tokens"], split["bytes"])
-        self._write(step, {"val_loss": val_loss, "val_bpb": val_bpb})
-        text = f"validation {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte"
+        self._write(step, values)
+        text = (
+            f"validation {values['val_loss']:.4f} nats per token, "
+            f"{values['val_bpb']:.4f} bits per byte"
+        )
+        names = [key.removeprefix("val_loss/") for key in values if key.startswith("val_loss/")]
+        own_losses = [
+            f"{name} {values[f'val_loss/{name}']:.4f}, {values[f'val_bpb/{name}']:.4f}"
+            for name in names
+        ]
+        if own_losses:
+            text += f" ({'; '.join(own_losses)})"
         self.print_line(step, text)
         plot_losses(self.run_dir)
 

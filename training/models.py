@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from corpus.vocabulary import same_vocabulary
 from model import GPT, GPTConfig
 from training.checkpoint import best_checkpoint
+from training.corpora import corpus_name
 from training.huggingface import EMBEDDING, is_released, pretrained_folder, read_shape
 from training.run_folder import is_run
 from training.run_settings import SHAPE_SETTINGS, RunSettings
-from training.vocabulary import check_vocabulary, same_vocabulary
+from training.vocabulary import check_vocabulary
 
 VOCAB_MULTIPLE = 64  # of rows of the output layer in training: matrix products are faster
 
@@ -97,15 +99,15 @@ def create_model(settings: RunSettings, metadata: dict, checkpoint: dict | None)
     config = model.config
     if not 0 <= config.vocab_size - vocab_size < 1024:  # a difference that may be padding
         raise ValueError(
-            f"{settings.corpus} has {vocab_size:,} ids and {settings.init_from} has "
+            f"{corpus_name(settings)} has {vocab_size:,} ids and {settings.init_from} has "
             f"{config.vocab_size:,}: prepare the corpus with the vocabulary of those weights"
         )
     if folder:
-        check_vocabulary(settings.init_from, folder, settings.corpus, metadata)
+        check_vocabulary(settings.init_from, folder, corpus_name(settings), metadata)
     elif not same_vocabulary(start["metadata"], metadata):
         raise ValueError(
-            f"{settings.corpus} has another vocabulary than the corpus that {settings.init_from} "
-            f"was trained on: prepare it with the same --tokenizer"
+            f"{corpus_name(settings)} has another vocabulary than the corpus that "
+            f"{settings.init_from} was trained on: prepare it with the same --tokenizer"
         )
     if config.n_positions < T:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.files import atomic_write, exclusive_lock, folder_name
 from training.compute import ComputeChoices
+from training.corpora import corpus_name
 from training.distributed import Ranks
 from training.run_settings import RunSettings
 
@@ -120,7 +121,7 @@ def new_run(settings: RunSettings) -> Path:
         return run_dir
     number = 1
     while True:
-        run_dir = out_dir / f"{settings.corpus}-{settings.size}-{number}"
+        run_dir = out_dir / f"{corpus_name(settings)}-{settings.size}-{number}"
         try:  # not `if it exists`: two runs may start at once
             run_dir.mkdir()
             return run_dir

@@ -14,7 +14,7 @@ class RunSettings(Protocol):
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    corpus: str
+    corpus: tuple[str, ...]  # each NAME or NAME:WEIGHT
     data_dir: str
     out_dir: str
     run_name: str

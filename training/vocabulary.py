@@ -1,4 +1,4 @@
-"""Whether weights and corpora have one vocabulary, and the tokenizer of a folder of weights."""
+"""Whether weights have the vocabulary of a corpus, and the tokenizer of a folder of weights."""
 
 import sys
 import tempfile
@@ -16,25 +16,6 @@ from corpus.vocabulary import (
 from corpus.vocabulary_files import fetch_vocabulary
 from training.distributed import is_first_rank
 from training.huggingface import is_released
-
-
-def same_vocabulary(metadata: dict, other: dict) -> bool:
-    """Return whether two corpora have one vocabulary, perhaps from differently named files.
-
-    Args:
-        metadata: Metadata of a corpus.
-        other: Metadata of another corpus, or of the same corpus at another time.
-
-    Returns:
-        False, too, if the names differ and a vocabulary is not on this machine as it was.
-    """
-    if metadata["tokenizer"]["sha256"] == other["tokenizer"]["sha256"]:
-        return True
-    try:
-        vocabularies = [vocabulary_of(tokenizer_of(each, "")) for each in (metadata, other)]
-    except (FileNotFoundError, ValueError):
-        return False
-    return vocabularies[0] == vocabularies[1]
 
 
 def check_vocabulary(init_from: str, folder: Path, corpus: str, metadata: dict) -> None:

@@ -209,9 +209,9 @@ def test_without_a_terminal_progress_is_one_line_per_minute(tmp_path, capsys, mo
 def test_a_progress_line_has_the_losses_that_exist(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("training.metrics.plot_losses", lambda folder: None)
     metrics = Metrics(tmp_path, step=0, max_steps=10)
-    metrics.validation(2, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.validation(2, {"val_loss": 1.5, "val_bpb": 2.164})
     metrics.train(Progress(3), 8.0, None, 1.25, 0.1)
-    metrics.validation(4, 1.5, {"tokens": 1, "bytes": 1})
+    metrics.validation(4, {"val_loss": 1.5, "val_bpb": 2.164})
     metrics.close()
     before, after = capsys.readouterr().out.splitlines()
     validation = "validation 1.5000 nats per token, 2.1640 bits per byte"
