@@ -7,6 +7,7 @@ for index, result in run_tasks(pow, [(2, 3), (5, 2)]): ...    # (0, 8) and (1, 2
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -28,11 +29,55 @@ RAY_TIMEOUT = 10  # seconds to reach a cluster
 MAX_WORKERS_PER_CORE = 4  # more would take memory and gain no time
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use: under Slurm, those of its job."""
+def cores(root: Path = Path("/")) -> int:
+    """Return the number of cores that this process may use.
+
+    Under Slurm, these are the cores of its job. In a container, a quota of processor time counts,
+    too (docker run --cpus 2, or the limit of a Kubernetes pod): a quota of 2.5 cores gives 3.
+
+    Args:
+        root: Folder that has proc/ and sys/; for tests.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS, Windows
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1  # macOS, Windows
+    return math.ceil(min(allowed, _quota(root)))
+
+
+def _quota(root: Path) -> float:
+    """Return how many cores the control groups of this process may keep busy; inf for any number.
+
+    A group has a quota of its own, and shares those of the groups that contain it.
+    """
+    quotas = [math.inf]
+    for folder in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no file, or no quota
+            if (folder / "cpu.max").exists():  # version 2: "250000 100000" or "max 100000"
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            if int(quota) > 0:  # -1 is no quota in version 1
+                quotas.append(int(quota) / int(period))
+    return min(quotas)
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Yield the folders that may hold the quotas of this process, in version 2 or 1 of cgroups."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        yield mount  # within a container, this is the folder of the container's group
+        group = Path(path.lstrip("/"))
+        if ".." not in group.parts:
+            yield from (mount / folder for folder in (group, *group.parents))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from io import BufferedIOBase
 
 from corpus.boundaries import RECORD_END, next_boundary, record_ends
+from corpus.fast_json import plain_texts
 from corpus.opening import (
     BYTE_ORDER_MARK,
     DamagedFile,
@@ -121,8 +122,9 @@ def read(chunk: Source) -> Iterator[tuple[Sequence[int], list[str | InvalidDocum
             return
         with open_text(chunk.path) as file:
             file.seek(chunk.start)
+            parse = _parse_json_lines if chunk.format == "jsonl" else _parse_records
             for records in _read_records(file, chunk):
-                positions, texts = _parse_records(records, chunk, lines)
+                positions, texts = parse(records, chunk, lines)
                 lines.finish(records)
                 if texts:
                     yield positions, texts
@@ -139,7 +141,7 @@ class _Records:
     Attributes:
         position: Position of the first record in the uncompressed file, in bytes.
         data: Bytes of all records.
-        ends: End of each record in `data`.
+        ends: End of each record in `data`; of JSON lines only the end of the last one.
     """
 
     position: int
@@ -153,7 +155,6 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
     Memory is bounded by twice the longest record. A damaged compressed file gives the records
     before the damage, then raises DamagedFile.
     """
-    division = _record_division(chunk)
     position = chunk.start
     left = chunk.length
     data = bytearray()
@@ -170,16 +171,26 @@ def _read_records(file: BufferedIOBase, chunk: Source) -> Iterator[_Records]:
         wanted -= len(new_bytes)
         if wanted > 0 and left > 0:
             continue
-        ends = record_ends(bytes(data), division)
+        ends = _ends(data, chunk)
         if left == 0 and error is None and len(data) > (ends[-1] if ends else 0):
             ends.append(len(data))
         if ends:
-            yield _Records(position, bytes(data[: ends[-1]]), ends)
+            with memoryview(data) as view:  # a slice of a bytearray would be one more copy
+                whole = bytes(view[: ends[-1]])
+            yield _Records(position, whole, ends)
             position += ends[-1]
             del data[: ends[-1]]
         wanted = max(BLOCK, len(data))
     if error is not None:
         raise error
+
+
+def _ends(data: bytearray, chunk: Source) -> list[int]:
+    """Return the ends of the complete records in `data`; of JSON lines only the last end."""
+    if chunk.format != "jsonl":
+        return record_ends(bytes(data), chunk.division)
+    end = data.rfind(b"\n") + 1
+    return [end] if end else []
 
 
 class _LineCounter:
@@ -254,11 +265,8 @@ def _parse_records(
 ) -> tuple[list[int], list[str | InvalidDocument]]:
     """Return (positions, texts) of the documents in some records."""
     parse = _PARSERS[chunk.division]
-    if chunk.format == "jsonl":
-        parse = functools.partial(_json_text, field=chunk.field)
-    division = _record_division(chunk)
-    skip_blank = division in RECORD_END
-    skip_blank_lines = division in ("blank-line", "article")
+    skip_blank = chunk.division in RECORD_END
+    skip_blank_lines = chunk.division in ("blank-line", "article")
     positions: list[int] = []
     texts: list[str | InvalidDocument] = []
     for start, end in itertools.pairwise([0, *records.ends]):
@@ -274,6 +282,33 @@ def _parse_records(
             place = lines.place_in(records, start + error.offset)
             texts.append(InvalidDocument(str(error), place))
         positions.append(records.position + start)
+    return positions, texts
+
+
+def _parse_json_lines(
+    records: _Records, chunk: Source, lines: _LineCounter
+) -> tuple[list[int], list[str | InvalidDocument]]:
+    """Return (positions, texts) of the documents in some lines of JSON."""
+    data_lines = records.data.removesuffix(b"\n").split(b"\n")
+    sizes = (len(line) + 1 for line in data_lines)
+    starts = list(itertools.accumulate(sizes, initial=records.position))[:-1]
+    found = plain_texts(data_lines, chunk.field)
+    if None not in found:
+        return starts, found  # type: ignore[return-value]  # mypy does not see that all are str
+    positions: list[int] = []
+    texts: list[str | InvalidDocument] = []
+    for start, line, plain_text in zip(starts, data_lines, found):
+        if not line or line.isspace():
+            continue
+        positions.append(start)
+        if plain_text is not None:
+            texts.append(plain_text)
+            continue
+        try:
+            texts.append(_json_text(line, chunk.field))
+        except InvalidText as error:
+            place = lines.place_in(records, start - records.position + error.offset)
+            texts.append(InvalidDocument(str(error), place))
     return positions, texts
 
 

@@ -132,8 +132,14 @@ def text_of_row(row: Any, field: str) -> str:
 
 def no_field(field: str, others: Iterable[str]) -> str:
     """Return the reason why a row or a table without `field` has no text, with its first fields."""
-    names = ", ".join(itertools.islice(others, 9))
-    fields = f"; it has {names}" if names else ""
+    names = list(itertools.islice(others, 9))
+    outer = field.partition(".")[0]
+    if outer != field and outer in names:
+        return (
+            f"no field {field!r}: --text_field takes a field of the row itself, not one inside "
+            f"{outer!r}; write that text as a field of its own"
+        )
+    fields = f"; it has {', '.join(names)}" if names else ""
     return f"no field {field!r}{fields}: choose one with --text_field"
 
 

@@ -87,8 +87,11 @@ def read_table(
             for part in _bounded(column):
                 rows = positions[: len(part)]
                 positions = positions[len(part) :]
-                pairs = zip(rows, _values(part))
-                yield rows, [_text(value, row, chunk) for row, value in pairs]
+                values = _values(part)
+                if set(map(type, values)) == {str}:  # nearly always
+                    yield rows, values
+                else:
+                    yield rows, [_text(value, row, chunk) for row, value in zip(rows, values)]
 
 
 class _ArrowFile:
@@ -233,6 +236,8 @@ def _columns_of_row_group(table, chunk, i, batch, step):
         # one row group per call, because pyarrow keeps in memory all row groups of a call
         for batch in table.iter_batches(step, row_groups=[i], columns=[chunk.field]):
             yield batch.column(0)
+            if step < ROWS:  # else the memory that pyarrow reserves for each batch would add up
+                pyarrow.default_memory_pool().release_unused()
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

@@ -28,6 +28,7 @@ from common.packages import optional
 from corpus.boundaries import BOUNDARY
 from corpus.divisible import is_divisible
 from corpus.download import sha256_of
+from corpus.gpt2_encoding import gpt2_encoding
 from corpus.vocabulary_files import (
     VOCABULARY_FILES,
     bpe_size,
@@ -36,6 +37,7 @@ from corpus.vocabulary_files import (
     is_file_name,
     missing_files,
     vocabulary_folder,
+    vocabulary_paths,
 )
 
 LONGEST_SPACE = 1_000_000  # characters of white space that tiktoken's patterns can match
@@ -455,6 +457,8 @@ def _load(name: str, folder: Path) -> Tokenizer:
     if is_file_name(name):
         return _read_file(name, folder / name)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # where tiktoken looks
+    if name == "gpt2":
+        return TiktokenTokenizer(name, gpt2_encoding(vocabulary_paths(name)["vocab.bpe"]))
     return TiktokenTokenizer(name, tiktoken.get_encoding(name))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corpus.planning import LONGEST_UNDIVIDED, refuse_long_text
+from corpus.planning import refuse_long_text
 from corpus.reader import place_of, read
 from corpus.sources import InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, Tokenizer, encodable
@@ -271,12 +271,7 @@ def write_ids(
     with open(path, "wb") as file:
         for source in sources:
             if not has_documents and not tokenizer.divisible:
-                if is_too_long(source, tokenizer):
-                    raise ValueError(
-                        f"{source.path} is one text of more than {LONGEST_UNDIVIDED:,} characters, "
-                        f"and {tokenizer.name} cannot encode it in parts: score shorter files, or "
-                        f"documents (.jsonl)"
-                    )
+                refuse_long_text(source, tokenizer)
                 source = replace(source, division="file")
             for positions, texts in read(source):
                 valid_texts = []
@@ -288,15 +283,6 @@ def write_ids(
                 file.write(ids.astype(tokenizer.dtype).tobytes())
                 num_bytes.extend(len(encodable(text).encode()) for text in valid_texts)
     return num_bytes
-
-
-def is_too_long(source: Source, tokenizer: Tokenizer) -> bool:
-    """Return whether a running text would take too much memory to encode in one call."""
-    try:
-        refuse_long_text(source, tokenizer)
-    except ValueError:
-        return True
-    return False
 
 
 def _encode(

@@ -305,6 +305,15 @@ def test_a_long_integer_in_another_field_is_no_fault(tmp_path):
     assert second.reason == "the field 'text' is not text, but int"
 
 
+def test_a_field_inside_another_one_is_refused_with_the_reason(tmp_path):
+    row = '{"meta": {"text": "a"}, "a.b": "dotted"}'
+    for field, expected in (("meta.text", "not one inside 'meta'"), ("a.c", "it has meta, a.b")):
+        source = Source(write(tmp_path / "a.jsonl", row.encode()), "jsonl", field=field)
+        ((_, invalid),) = read_documents(source)
+        assert expected in invalid.reason
+    assert read_documents(replace(source, field="a.b")) == [(0, "dotted")]
+
+
 def test_every_row_of_a_table_without_the_column_is_an_invalid_document(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")

@@ -46,6 +46,14 @@ def test_gpt2_ids_equal_tiktoken_and_contain_no_end_of_text(gpt2_tokenizer, text
     assert gpt2_tokenizer.vocab_size == 50257
 
 
+def test_the_encoding_of_gpt2_is_that_of_tiktoken(gpt2_tokenizer):
+    found = gpt2_tokenizer.encoding
+    expected = tiktoken.get_encoding("gpt2")
+    assert found is not expected  # loading it takes three times as long
+    for attribute in ("name", "n_vocab", "_pat_str", "_special_tokens", "_mergeable_ranks"):
+        assert getattr(found, attribute) == getattr(expected, attribute)
+
+
 def test_decode_stream_yields_whole_characters():
     tokenizer = get_tokenizer("bytes")
     texts = list(tokenizer.decode_stream(tokenizer.encode("é日🜨x")))
