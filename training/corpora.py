@@ -167,13 +167,23 @@ def validation_metrics(corpora: list[TrainingCorpus], losses: list[float]) -> di
         bytes_per_token.append(counts["bytes"] / counts["tokens"])
     shares = [float(corpus.share) for corpus in corpora]
     loss = math.fsum(share * each for share, each in zip(shares, losses))
-    num_bytes = math.fsum(share * each for share, each in zip(shares, bytes_per_token))
-    values = {"val_loss": loss, "val_bpb": loss / math.log(2) / num_bytes}
+    mean_bytes = math.fsum(share * each for share, each in zip(shares, bytes_per_token))
+    values = {"val_loss": loss, "val_bpb": bits_per_byte(loss, mean_bytes)}
     if len(corpora) > 1:
         for corpus, own_loss, own_bytes in zip(corpora, losses, bytes_per_token):
             values[f"val_loss/{corpus.name}"] = own_loss
-            values[f"val_bpb/{corpus.name}"] = own_loss / math.log(2) / own_bytes
+            values[f"val_bpb/{corpus.name}"] = bits_per_byte(own_loss, own_bytes)
     return values
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Return the loss in bits per byte of text, which compares across vocabularies.
+
+    Args:
+        nats_per_token: Mean loss of the predicted tokens.
+        bytes_per_token: UTF-8 bytes of the whole text, over all its tokens.
+    """
+    return nats_per_token / math.log(2) / bytes_per_token
 
 
 def mixture_line(corpora: list[TrainingCorpus], order: MixtureBatches, num_sequences: int) -> str:

@@ -5,7 +5,6 @@ import datetime
 import gc
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -181,17 +180,6 @@ class Metrics:
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
-
-
-def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
-    """Return the loss in bits per byte of text, which compares across vocabularies.
-
-    Args:
-        nats_per_token: Mean loss of the predicted tokens.
-        num_tokens: All tokens of the text, so that all bytes count.
-        num_bytes: UTF-8 bytes of the text.
-    """
-    return nats_per_token / math.log(2) * num_tokens / num_bytes
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -22,7 +22,7 @@ from corpus.reader import place_of, read
 from corpus.sources import InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, Tokenizer, encodable
 from model import CHUNK_LOGITS, GPT
-from training.metrics import bits_per_byte
+from training.corpora import bits_per_byte
 
 NUM_ALTERNATIVES = 5  # of each token: the most likely ids in its place
 
@@ -177,7 +177,7 @@ class Score:
         if not math.isnan(self.nats_per_token):
             parts.append(f"{self.nats_per_token:.4f} nats per token")
             if self.num_bytes:
-                bits = bits_per_byte(self.nats_per_token, self.num_tokens, self.num_bytes)
+                bits = bits_per_byte(self.nats_per_token, self.num_bytes / self.num_tokens)
                 parts.append(f"{bits:.4f} bits per byte")
         return ", ".join(parts)
 
