@@ -46,7 +46,7 @@ def loss_figure(
     figure = new_figure(7, 4)
     axes = figure.subplots()
     if train:
-        axes.plot(*zip(*train), linewidth=0.8, alpha=0.6, label="training batch")
+        axes.plot(*zip(*train), linewidth=0.8, alpha=0.8, label="training batch")
     if val:
         best = min(val, key=lambda point: point[1])
         axes.plot(*zip(*val), marker=".", label="validation")

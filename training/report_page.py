@@ -46,7 +46,7 @@ def write_report_page(run_dir: Path, checkpoint: dict | None, model: GPT | None)
         curves=_curves(run_dir),
         legend=html_legend(),
         scored=_scored_text(run_dir, checkpoint, model),
-        samples="".join(map(_sample, reversed(samples))) or "<p>There are none.</p>",
+        samples="".join(map(_sample, samples)) or "<p>There are none.</p>",
         settings=_settings(read_json(run_dir / "config.json")),
         script=SCRIPT,
     )
@@ -149,7 +149,8 @@ h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
 h3 {{ font-size: 1rem; margin-bottom: 0; }}
 th {{ text-align: left; font-weight: normal; opacity: .7; padding-right: 1rem; }}
 th, td {{ vertical-align: top; }}
-svg {{ width: 100%; height: auto; }}
+.curves {{ overflow-x: auto; }}
+.curves svg {{ width: 100%; min-width: 30rem; height: auto; }}
 pre {{ white-space: pre-wrap; margin: .3rem 0; border-left: 3px solid #8886; padding-left: .8rem;
   font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
 {style}</style>
@@ -158,15 +159,14 @@ pre {{ white-space: pre-wrap; margin: .3rem 0; border-left: 3px solid #8886; pad
 <h1>{title}</h1>
 <table>{summary}</table>
 <h2>Losses</h2>
-{curves}
+<div class="curves">{curves}</div>
 <h2>The beginning of the validation text</h2>
 <p>By the best weights. Point at a token, or tap it, for its probability, its rank and the five most
 likely tokens in its place.</p>
 {legend}
 {scored}
 <h2>Samples</h2>
-<p>At each validation the model continues the same beginning, with the same random numbers. The last
-one is on top.</p>
+<p>At each validation the model continues the same beginning, with the same random numbers.</p>
 {samples}
 <h2>Settings</h2>
 <details><summary>All settings, and what was chosen for the machine</summary>
