@@ -104,4 +104,4 @@ def _name_curves(axes, rows: Sequence[Row]) -> None:
     if len(rows) > NAMED_ROWS:
         label = f"{len(rows) - NAMED_ROWS} more rows of the table"
         handles.append(Line2D([], [], color="lightgray", label=label))
-    axes.legend(handles=handles, fontsize="small")
+    axes.legend(handles=handles, fontsize="small", loc="upper right")

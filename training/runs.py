@@ -140,13 +140,14 @@ def read_run(run_dir: Path) -> Run:
 def _validation_text(config: dict, choices: dict) -> tuple[tuple[Any, ...], str]:
     """Return what makes the losses of runs comparable, as a key and for people."""
     text = config.get("val_text")
+    corpus = config["corpus"]
     if text:
         key: tuple[Any, ...] = (text["bytes"], text["sha256"])
-        description = f"{text['bytes']:,} bytes of {config['corpus']}"
+        description = f"{text['bytes']:,} bytes of {corpus}"
     else:
-        key = (config["corpus"],)
+        key = (str(corpus),)
         description = (
-            f"{config['corpus']} (known by its name and its tokens per byte only, because "
+            f"{corpus} (known by its name and its tokens per byte only, because "
             f"config.json has no val_text)"
         )
     if choices_leave_out_first_tokens(choices):
