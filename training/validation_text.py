@@ -66,4 +66,4 @@ def score_beginning(
                 positions = document_positions(doc_ids)
                 mask_kwargs = {"mask": document_mask(doc_ids), "positions": positions}
             scoring(x, y, "sum", **mask_kwargs)
-    return int(ids[0]), join_scores(parts, num_tokens)
+    return int(ids[0]), join_scores(parts)
