@@ -14,7 +14,8 @@ In the order in which a run uses them:
    json_lines.py: metrics.jsonl and samples.jsonl. trackers.py: TensorBoard, trackio, wandb.
 7. scoring.py: the loss of each token of a text. score_page.py: the same, for people.
    validation_text.py: which text a run is validated on, and scores of its beginning.
-8. runs.py: runs as their small files describe them. plots.py: pictures. report_page.py: report.html.
+8. runs.py: runs as their small files describe them. plots.py: pictures. report_page.py:
+   report.html.
 
 Nothing here imports a script other than model.py.
 """
