@@ -5,8 +5,8 @@
     python train_gpt2.py --resume out/mine
     torchrun --standalone --nproc_per_node 2 train_gpt2.py    # several processes
 
-Writes OUT_DIR/RUN/: config.json, metrics.jsonl, loss.png, last.pt, previous.pt, best.pt,
-sample.txt.
+Writes OUT_DIR/RUN/: config.json, metrics.jsonl, samples.jsonl, loss.png, last.pt, previous.pt,
+best.pt, sample.txt, report.html.
 
 Exit codes: 0 when the run is complete (or at stop_at); 129, 130, 138, 143 when SIGHUP, SIGINT,
 SIGUSR1 or SIGTERM ended it after a checkpoint, from which --resume continues; 1 for an error.
@@ -64,12 +64,14 @@ from training.report import print_complete, print_model, print_report
 from training.run_folder import RunLock, run_folder, write_config
 from training.run_settings import RunSettings
 from training.signals import StopSignal
+from training.validation_text import describe_val_text
 
 Size = Literal[
     "auto", "tiny", "small", "pretrained", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 ]
 Switch = Literal["auto", "true", "false"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tracker = Literal["", "tensorboard", "trackio", "wandb"]
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Settings:
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
     patience: int = 0  # validations without a new best that end the run; 0: none do
     log_every: int = 10  # steps between lines of metrics.jsonl
-    tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
+    tracker: Tracker = ""  # write the numbers of metrics.jsonl there, too; "": nowhere else
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
@@ -285,9 +287,10 @@ def train(
     run_dir = run_folder(settings, ranks)
     lock.take(run_dir)
     settings.run_name = run_dir.name
-    metrics = open_metrics(run_dir, progress.step, settings, ranks)
+    metrics = open_metrics(run_dir, progress, settings, metadata, ranks)
     if ranks.is_first:
-        write_config(run_dir, settings, compute)
+        val_text = describe_val_text(corpora)
+        write_config(run_dir, settings, compute, model.num_parameters(), val_text)
         print_model(settings, compute, model, ranks)
         if len(corpora) > 1:
             print(mixture_line(corpora, order, settings.max_steps * settings.batch_size))
@@ -368,6 +371,7 @@ def train(
                 check_finite(val_loss, "the validation loss", progress.step, run_dir)
                 check_weights(model, progress.step, run_dir)
                 metrics.validation(progress.step, val_metrics)
+                metrics.sample(progress.step, model)
                 if val_loss < progress.best_loss:
                     progress.best_step = progress.step
                     progress.best_loss = val_loss

@@ -203,11 +203,12 @@ TINY = {  # a model of 10,000 parameters
 def train(rhyme, tmp_path, monkeypatch):
     """A function that trains a tiny model and returns the folder of the run.
 
-    train(max_steps=8) is `python train_gpt2.py --max_steps 8`, without a plot of the losses.
+    train(max_steps=8) is `python train_gpt2.py --max_steps 8`, without loss.png and report.html.
     """
     monkeypatch.chdir(tmp_path)
     for module in ("metrics", "report"):
         monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
+    monkeypatch.setattr("training.report.write_report_page", lambda *arguments: None)
 
     def train(**flags):
         if "resume" not in flags:

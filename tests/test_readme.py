@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, run_script
 
 PAGES = ("README.md", "docs/training.md", "docs/weights.md", "docs/cluster.md")
-SCRIPTS = ("train_gpt2.py", "sample.py", "prepare_data.py")
+SCRIPTS = ("train_gpt2.py", "sample.py", "prepare_data.py", "compare.py")
 TOUR = ROOT / "docs" / "tour.md"
 
 

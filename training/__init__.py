@@ -1,4 +1,4 @@
-"""Behind train_gpt2.py and sample.py, where the training loop and the sampling are.
+"""Behind train_gpt2.py, sample.py and compare.py, where the training loop and the sampling are.
 
 In the order in which a run uses them:
 
@@ -12,7 +12,11 @@ In the order in which a run uses them:
    the vocabulary of a corpus.
 5. optimizer.py: Muon and AdamW. signals.py: signals that stop a run.
 6. metrics.py, report.py: what a run writes and prints. sampling.py: text that continues a prompt.
-   scoring.py: the loss of each token of a text. score_page.py: the same, for people.
+   json_lines.py: metrics.jsonl and samples.jsonl. trackers.py: TensorBoard, trackio, wandb.
+7. scoring.py: the loss of each token of a text. score_page.py: the same, for people.
+   validation_text.py: which text a run is validated on, and scores of its beginning.
+8. runs.py: runs as their small files describe them. plots.py: pictures. report_page.py:
+   report.html.
 
 Nothing here imports a script other than model.py.
 """

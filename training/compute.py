@@ -22,7 +22,7 @@ from training.device import (
     total_memory,
 )
 from training.distributed import Ranks
-from training.run_settings import RunSettings
+from training.run_settings import RunSettings, choices_leave_out_first_tokens
 
 SCORED_TOKENS = 2048  # in one forward pass, where no run says otherwise
 
@@ -211,12 +211,9 @@ def separates_documents(settings: RunSettings, metadata: dict, checkpoint: dict 
 
 
 def left_out_first_tokens(checkpoint: dict) -> bool:
-    """Return whether the losses of a run leave out the first token of each document.
-
-    Versions before "document_start" computed them so. Their losses cannot be compared with others.
-    """
-    choices = checkpoint.get("chosen", checkpoint["config"])  # older versions saved no choices
-    return choices.get("document_mask") == "true" and "document_start" not in choices
+    """Return whether a checkpoint's losses leave out the first token of each document."""
+    # older versions saved no choices
+    return choices_leave_out_first_tokens(checkpoint.get("chosen", checkpoint["config"]))
 
 
 def why_no_flex_attention(

@@ -7,6 +7,7 @@ corpus itself if there is only one.
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +28,7 @@ class TrainingCorpus:
     metadata: dict
 
 
-def corpus_weights(corpus: tuple[str, ...]) -> dict[str, Fraction | None]:
+def corpus_weights(corpus: Sequence[str]) -> dict[str, Fraction | None]:
     """Return the weight of each corpus that the setting `corpus` names, None without a weight.
 
     Example: ("a:0.7", "b:0.3") -> {"a": 7/10, "b": 3/10}; ("a", "b") -> {"a": None, "b": None}.

@@ -49,7 +49,8 @@ OTHER_NAMES = {  # name in nanoGPT, transformers or elsewhere -> setting
     "lr": "learning_rate", "max_lr": "learning_rate", "warmup_iters": "warmup_steps",
     "max_grad_norm": "grad_clip", "wd": "weight_decay",
     "checkpoint": "resume", "dataset": "corpus", "model": "size", "model_type": "size",
-    "output_dir": "out_dir", "wandb_log": "tensorboard",
+    "output_dir": "out_dir",
+    "report_to": "tracker", "tensorboard": "tracker", "wandb_log": "tracker",
 }  # fmt: skip
 Flags = TypeVar("Flags")  # the dataclass of settings in train_gpt2.py
 
@@ -197,6 +198,8 @@ def checkpoint_settings(cls: type[Flags], run_dir: Path, values: dict) -> Flags:
     values = {NEW_NAMES.get(name, name): value for name, value in values.items()}
     if isinstance(values.get("corpus"), str):  # older versions had one corpus
         values["corpus"] = (values["corpus"],)
+    if "tensorboard" in values:  # the only tracker of older versions, on or off
+        values["tracker"] = "tensorboard" if values.pop("tensorboard") else ""
     for name, value in values.items():
         kind = types.get(name, ())
         valid = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)

@@ -1,41 +1,53 @@
-"""What a run logs: a progress bar or plain lines, metrics.jsonl, loss.png."""
+"""What a run logs: a progress bar or plain lines, metrics.jsonl, samples.jsonl, loss.png."""
 
-import contextlib
 import datetime
-import gc
-import json
-import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.files import atomic_write
-from common.packages import optional
+from model import GPT
 from training.checkpoint import Progress
 from training.distributed import Ranks
+from training.json_lines import JsonLines, read_lines
+from training.plots import loss_figure
 from training.run_settings import RunSettings
+from training.sampling import open_sampler
+from training.trackers import Tracker, open_tracker
 
 SECONDS_BETWEEN_LINES = 60  # where there is no terminal for a progress bar
 
 
 def open_metrics(
-    run_dir: Path, step: int, settings: RunSettings, ranks: Ranks
+    run_dir: Path, progress: Progress, settings: RunSettings, metadata: dict, ranks: Ranks
 ) -> "Metrics | NoMetrics":
     """Return the Metrics of a run on rank 0, and an object that logs nothing on other ranks.
 
     Args:
         run_dir: Folder of the run.
-        step: Optimizer steps done.
+        progress: How far the run is.
         settings: After resolve_steps.
+        metadata: Metadata of the corpus.
         ranks: This process among all.
+
+    Raises:
+        ValueError: The package of the tracker is not installed, or a file of the run is damaged.
+        OSError: A file cannot be written.
     """
     if not ranks.is_first:
         return NoMetrics()
-    return Metrics(run_dir, step, settings.max_steps, settings.tensorboard)
+    return Metrics(
+        run_dir,
+        progress.step,
+        settings.max_steps,
+        first_tokens=progress.position * settings.sequence_length,
+        tokens_per_step=settings.batch_size * settings.sequence_length,
+        tracker=open_tracker(run_dir, progress.step, settings),
+        sampler=open_sampler(run_dir, metadata, settings.seed),
+    )
 
 
 class NoMetrics:
@@ -47,14 +59,17 @@ class NoMetrics:
     def validation(self, *args: object) -> None:
         """Log nothing."""
 
+    def sample(self, *args: object) -> None:
+        """Sample nothing: rank 0 does, and the other ranks wait for it in their next step."""
+
     def close(self) -> None:
         """Close nothing."""
 
 
 class Metrics:
-    """Writes RUN/metrics.jsonl, and the same to RUN/tensorboard, and shows the progress of a run.
+    """Writes RUN/metrics.jsonl, and the same to a tracker, and shows the progress of a run.
 
-    Each line of the file holds `step` (optimizer steps done) and either
+    Each line of the file holds `step` (optimizer steps done), `tokens` (trained on) and either
 
     - train_loss (nats per token, of that step's batch), learning_rate, tokens_per_second (of
       training alone), mfu (the share of the devices' peak) if the peak is known, and skipped_steps
@@ -62,31 +77,43 @@ class Metrics:
     - val_loss (nats per token) and val_bpb (bits per byte of text); of a mixture also
       val_loss/NAME and val_bpb/NAME for each corpus by itself.
 
-    Lines after `step`, which a killed run leaves, are dropped.
+    RUN/samples.jsonl holds a text that the model writes at each validation. Lines of both files
+    after `step`, which a killed run leaves, are dropped.
 
     Args:
         run_dir: Folder of the run.
         step: Optimizer steps done.
         max_steps: Optimizer steps of the whole run.
-        tensorboard: Whether to write the numbers for TensorBoard, too.
+        first_tokens: Tokens trained on so far.
+        tokens_per_step: Tokens of a step.
+        tracker: Gets the same numbers, None for no tracker.
+        sampler: Returns a text that a model writes, None to write no samples.
 
     Raises:
-        ValueError: A line of an existing metrics.jsonl is damaged.
-        OSError: The file cannot be written.
+        ValueError: A line of an existing metrics.jsonl or samples.jsonl is damaged.
+        OSError: A file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, step: int, max_steps: int, tensorboard: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        max_steps: int,
+        *,
+        first_tokens: int = 0,
+        tokens_per_step: int = 0,
+        tracker: Tracker | None = None,
+        sampler: Callable[[GPT], str] | None = None,
+    ):
         self.run_dir = run_dir
-        self.path = run_dir / "metrics.jsonl"
         self.first_step = step
         self.max_steps = max_steps
-        self.file = open(self.path, "a", buffering=1)  # a line at a time
-        size = sum(num_bytes for num_bytes, line in _lines(self.path) if line["step"] <= step)
-        self.file.truncate(size)
-        self.tensorboard = None
-        if tensorboard:
-            writer = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
-            self.tensorboard = writer.SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        self.first_tokens = first_tokens
+        self.tokens_per_step = tokens_per_step
+        self.tracker = tracker
+        self.sampler = sampler
+        self.file = JsonLines(run_dir / "metrics.jsonl", step)
+        self.samples = JsonLines(run_dir / "samples.jsonl", step) if sampler else None
         self.start = time.perf_counter()
         self.last_line = self.start
         self.status = ""  # the last training step that was logged
@@ -152,6 +179,18 @@ class Metrics:
         self.print_line(step, text)
         plot_losses(self.run_dir)
 
+    def sample(self, step: int, model: GPT) -> None:
+        """Write a sample of the model to samples.jsonl; the random state of the run stays.
+
+        Args:
+            step: Optimizer steps done.
+            model: The model itself, neither compiled nor wrapped, in training mode.
+        """
+        if self.sampler and self.samples:
+            model.eval()
+            self.samples.write(step, {"text": self.sampler(model)})
+            model.train()
+
     def print_line(self, step: int, text: str = "") -> None:
         """Print a line above the progress bar."""
         self.last_line = time.perf_counter()
@@ -166,20 +205,17 @@ class Metrics:
         """End the progress bar and close the files."""
         self.bar.close()
         self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        if self.samples:
+            self.samples.close()
+        if self.tracker:
+            self.tracker.close()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            error.filename = str(self.path)  # a failed write does not set it
-            with contextlib.suppress(OSError):
-                self.file.close()  # which writes again; a later close() does not
-            raise
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
+        tokens = self.first_tokens + (step - self.first_step) * self.tokens_per_step
+        values = {"tokens": tokens, **values}
+        self.file.write(step, values)
+        if self.tracker:
+            self.tracker.log(step, values)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -188,47 +224,11 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
         ValueError: A line is damaged.
     """
-    return [line for _, line in _lines(path)] if path.exists() else []
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the number of bytes and the values of each whole line."""
-    with open(path, "rb") as f:
-        for line_number, line in enumerate(f, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                values = json.loads(line)
-                yield len(line), values | {"step": int(values["step"])}
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{path}, line {line_number} is damaged: remove that line"
-                ) from None
+    return read_lines(path)
 
 
 def plot_losses(run_dir: Path) -> None:
     """Draw loss.png from metrics.jsonl: both losses against steps, the best validation marked."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a read-only home
-    from matplotlib.figure import Figure  # no pyplot: no window, no state
-
-    gc.collect()  # the last figure, a megabyte of objects that refer to each other
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    train = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
-    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train), linewidth=0.8, alpha=0.6, label="training batch")
-    if val:
-        best = min(val, key=lambda point: point[1])
-        axes.plot(*zip(*val), marker=".", label="validation")
-        label = f"best: {best[1]:.4f} at step {best[0]}"
-        axes.plot(*best, "o", fillstyle="none", color="black", label=label)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
-    name = os.fsencode(run_dir.name).decode(errors="replace")  # a name may be any bytes
-    axes.set_title(name, parse_math=False)
-    axes.grid(alpha=0.3)
-    if train or val:
-        axes.legend()
+    figure = loss_figure(read_metrics(run_dir / "metrics.jsonl"), run_dir)
     with atomic_write(run_dir / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")

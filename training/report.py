@@ -14,8 +14,9 @@ from training.compute import ComputeChoices
 from training.distributed import Ranks
 from training.metrics import plot_losses
 from training.models import load_model
+from training.report_page import write_report_page
 from training.run_settings import RunSettings
-from training.sampling import continue_prompt, prompt_ids, until_end
+from training.sampling import prompt_ids, write_text
 
 
 def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, ranks: Ranks) -> None:
@@ -103,38 +104,24 @@ def print_report(
 
 
 def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
-    """Print about 200 tokens by the run's best weights, and write them to sample.txt.
-
-    Short documents are sampled one after another, each for itself, until they have 200 tokens.
+    """Print about 200 tokens by the run's best weights; write sample.txt and report.html.
 
     Args:
         run_dir: Folder of the run.
         metadata: Metadata of the corpus.
         device: Device of the run.
     """
-    model = load_model(best_checkpoint(run_dir), device)
+    checkpoint = best_checkpoint(run_dir)
+    model = load_model(checkpoint, device)
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
         prompt = prompt_ids(tokenizer, "", metadata)
     except (FileNotFoundError, ValueError) as error:
         # no vocabulary on this machine, another vocabulary, or one without a line break
         print(f"no sample: {error}")
-        return
-    samples = []
-    num_left = 200
-    while num_left > 0:
-        tokens = continue_prompt(
-            model,
-            prompt,
-            tokenizer.eot_token,
-            max_new_tokens=num_left,
-            temperature=0.8,
-            top_k=50,
-        )
-        ids = list(until_end(map(int, tokens), tokenizer.eot_token))
-        samples.append(tokenizer.decode(ids))
-        num_left -= len(ids) + 1
-    text = "\n---\n".join(samples)
-    with atomic_write(run_dir / "sample.txt") as f:
-        f.write(text.encode())
-    print(f"\n{text}\n")
+    else:
+        text = write_text(model, tokenizer, prompt, 200)
+        with atomic_write(run_dir / "sample.txt") as f:
+            f.write(text.encode())
+        print(f"\n{text}\n")
+    write_report_page(run_dir, checkpoint, model)

@@ -80,22 +80,34 @@ def run_of(path: Path) -> Path:
     return path.parent if is_file else path
 
 
-def write_config(run_dir: Path, settings: RunSettings, compute: ComputeChoices) -> None:
+def write_config(
+    run_dir: Path,
+    settings: RunSettings,
+    compute: ComputeChoices,
+    num_parameters: int,
+    val_text: dict | None,
+) -> None:
     """Write config.json: the settings asked for and, under "chosen", the choices for this machine.
 
-    Files that a killed run left half-written are removed.
+    For compare.py, it also has "parameters" and, if known, "val_text". Files that a killed run left
+    half-written are removed.
 
     Args:
         run_dir: Folder of the run.
         settings: After resolve_steps.
         compute: From choose_compute.
+        num_parameters: Number of parameters of the model.
+        val_text: From describe_val_text: which text the validation losses are of.
 
     Raises:
         OSError: The folder cannot be written.
     """
     for leftover in run_dir.glob("*.tmp"):
         leftover.unlink()
-    config = dataclasses.asdict(settings) | {"chosen": compute.plain_values()}
+    config = dataclasses.asdict(settings)
+    config |= {"chosen": compute.plain_values(), "parameters": num_parameters}
+    if val_text:
+        config["val_text"] = val_text
     with atomic_write(run_dir / "config.json") as f:
         f.write(json.dumps(config, indent=2).encode())
 

@@ -37,7 +37,7 @@ class RunSettings(Protocol):
     checkpoint_minutes: float
     patience: int
     log_every: int
-    tensorboard: bool
+    tracker: str
     optimizer: str
     learning_rate: float
     warmup_steps: int
@@ -47,3 +47,14 @@ class RunSettings(Protocol):
     device: str
     dtype: str
     compile: str
+
+
+def choices_leave_out_first_tokens(choices: dict) -> bool:
+    """Return whether the losses of a run leave out the first token of each document.
+
+    Versions before "document_start" computed them so. Their losses cannot be compared with others.
+
+    Args:
+        choices: What the run chose for its machine, or the settings of an older run.
+    """
+    return choices.get("document_mask") == "true" and "document_start" not in choices

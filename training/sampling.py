@@ -1,12 +1,16 @@
-"""Text that a model writes: for sample.py, and for the sample at the end of a run."""
+"""Text that a model writes: for sample.py, and for the samples of a run."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from corpus.tokenizer import Tokenizer
+from corpus.vocabulary import tokenizer_of
 from model import GPT
+
+VALIDATION_SAMPLE = 100  # tokens that the model writes at each validation
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, metadata: dict | None) -> list[int]:
@@ -83,3 +87,66 @@ def until_end(ids: Iterable[int], eot_token: int) -> Iterator[int]:
     Example: [5, 6, EOT, EOT] -> 5, 6.
     """
     return itertools.takewhile(lambda token: token != eot_token, ids)
+
+
+def write_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    num_tokens: int,
+    generator: torch.Generator | None = None,
+) -> str:
+    """Return about `num_tokens` tokens that a model writes, for people.
+
+    Short documents are sampled one after another, each for itself, until they have enough tokens.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The tokenizer of the model.
+        prompt: Token ids that each text continues, from prompt_ids.
+        num_tokens: Tokens of all texts together.
+        generator: Random numbers, on the device of the model; None: torch's own.
+    """
+    texts = []
+    num_left = num_tokens
+    while num_left > 0:
+        tokens = continue_prompt(
+            model,
+            prompt,
+            tokenizer.eot_token,
+            max_new_tokens=num_left,
+            temperature=0.8,
+            top_k=50,
+            generator=generator,
+        )
+        ids = list(until_end(map(int, tokens), tokenizer.eot_token))
+        texts.append(tokenizer.decode(ids))
+        num_left -= len(ids) + 1
+    return "\n---\n".join(texts)
+
+
+def open_sampler(run_dir: Path, metadata: dict, seed: int) -> Callable[[GPT], str] | None:
+    """Return a function that returns a text of VALIDATION_SAMPLE tokens by a model.
+
+    The prompt and the random numbers are always the same, so that only the model makes a
+    difference. If the corpus's vocabulary is not on this machine, the function is None, and one
+    line says so.
+
+    Args:
+        run_dir: Folder of the run, for the line.
+        metadata: Metadata of the corpus.
+        seed: Seed of the random numbers.
+    """
+    try:
+        tokenizer = tokenizer_of(metadata, run_dir)
+        prompt = prompt_ids(tokenizer, "", metadata)
+    except (FileNotFoundError, ValueError) as error:
+        # no vocabulary on this machine, another vocabulary, or one without a line break
+        print(f"no samples at validations: {error}")
+        return None
+
+    def sample(model: GPT) -> str:
+        generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+        return write_text(model, tokenizer, prompt, VALIDATION_SAMPLE, generator)
+
+    return sample
