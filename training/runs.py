@@ -141,11 +141,13 @@ def _validation_text(config: dict, choices: dict) -> tuple[tuple[Any, ...], str]
     """Return what makes the losses of runs comparable, as a key and for people."""
     text = config.get("val_text")
     corpus = config["corpus"]
+    if not isinstance(corpus, str):  # as on the command line
+        corpus = " ".join(corpus)
     if text:
         key: tuple[Any, ...] = (text["bytes"], text["sha256"])
         description = f"{text['bytes']:,} bytes of {corpus}"
     else:
-        key = (str(corpus),)
+        key = (corpus,)
         description = (
             f"{corpus} (known by its name and its tokens per byte only, because "
             f"config.json has no val_text)"

@@ -18,6 +18,7 @@ from corpus.tokenizer import get_tokenizer
 from training.checkpoint import load_checkpoint
 from training.corpora import corpus_weights
 from training.metrics import read_metrics
+from training.runs import read_run
 from training.sampling import prompt_ids
 
 MIXTURE = ("rhyme:0.7", "verses:0.3")
@@ -75,6 +76,18 @@ def test_validation_is_of_each_corpus_and_of_the_mixture(train, verses, rhyme, c
     rhyme_loss, verses_loss = line["val_loss/rhyme"], line["val_loss/verses"]
     assert f"bits per byte (rhyme {rhyme_loss:.4f}, {line['val_bpb/rhyme']:.4f}; verses " in out
     assert f"verses {verses_loss:.4f}, {line['val_bpb/verses']:.4f}); train " in out
+
+
+def test_a_mixture_has_a_page_and_compares_by_its_shares(train, verses, rhyme):
+    first = train(corpus=MIXTURE, max_steps=2)
+    second = train(corpus=("rhyme:0.3", "verses:0.7"), max_steps=2)
+    page = (first / "report.html").read_text()
+    assert "<h3>rhyme</h3>" in page and "<h3>verses</h3>" in page
+    assert "cannot be scored" not in page
+    num_bytes = sum(read_metadata(each)["splits"]["val"]["bytes"] for each in (rhyme, verses))
+    runs = [read_run(first), read_run(second)]
+    assert runs[0].text == f"{num_bytes:,} bytes of rhyme:0.7 verses:0.3"
+    assert runs[0].text_key != runs[1].text_key
 
 
 def test_one_line_says_how_often_each_corpus_is_read(train, capsys):
