@@ -18,6 +18,8 @@ from corpus.tokenizer import get_tokenizer
 from training.checkpoint import load_checkpoint
 from training.corpora import corpus_weights
 from training.metrics import read_metrics
+from training.models import load_model
+from training.report_page import write_report_page
 from training.runs import read_run
 from training.sampling import prompt_ids
 
@@ -81,7 +83,8 @@ def test_validation_is_of_each_corpus_and_of_the_mixture(train, verses, rhyme, c
 def test_a_mixture_has_a_page_and_compares_by_its_shares(train, verses, rhyme):
     first = train(corpus=MIXTURE, max_steps=2)
     second = train(corpus=("rhyme:0.3", "verses:0.7"), max_steps=2)
-    page = (first / "report.html").read_text()
+    checkpoint = load_checkpoint(first / "best.pt")
+    page = write_report_page(first, checkpoint, load_model(checkpoint)).read_text()
     assert "<h3>rhyme</h3>" in page and "<h3>verses</h3>" in page
     assert "cannot be scored" not in page
     num_bytes = sum(read_metadata(each)["splits"]["val"]["bytes"] for each in (rhyme, verses))
