@@ -121,7 +121,7 @@ def test_a_single_corpus_may_have_a_weight(train):
     assert losses(weighted) == losses(plain)
     assert losses(weighted, "val_loss") == losses(plain, "val_loss")
     line = read_metrics(weighted / "metrics.jsonl")[-1]
-    assert line.keys() == {"step", "val_loss", "val_bpb"}
+    assert line.keys() == {"step", "tokens", "val_loss", "val_bpb"}
 
 
 def test_the_mixture_cannot_change_on_resume(train, verses):

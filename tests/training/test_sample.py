@@ -214,7 +214,7 @@ def test_weights_without_a_tokenizer_need_the_vocabulary_of_gpt2(write, weights,
 
 def test_export_writes_the_best_weights_and_overwrites_no_model(write, tmp_path):
     assert "from_pretrained" in write("--export", tmp_path / "mine")
-    best = best_checkpoint(sample.newest_run("out"))["model"]
+    best = load_model(best_checkpoint(sample.newest_run("out"))).state_dict()
     exported = GPT.from_pretrained(tmp_path / "mine").state_dict()
     assert all(torch.equal(weight, best[name]) for name, weight in exported.items())
     for used_folder in (tmp_path / "mine", "out/rhyme-tiny-1"):
