@@ -12,7 +12,6 @@ The model is that of the newest run, unless --run or --init_from names another o
 
 import functools
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,9 +25,6 @@ from batches.tokens import Tokens
 from common.files import atomic_write
 from common.script import run_script
 from common.settings import check_conflicts, check_ranges, parse_settings
-from corpus.files import find
-from corpus.opening import start_of_text
-from corpus.sources import Source
 from corpus.tokenizer import Tokenizer
 from corpus.vocabulary import tokenizer_of
 from corpus.vocabulary_files import use_prefetched_vocabularies
@@ -53,14 +49,13 @@ from training.score_page import (
     terminal_text,
     visible,
 )
+from training.scored_text import find_text, open_ids, write_ids
 from training.scoring import (
     DocumentScores,
     Score,
     ScoringModel,
     TokenScores,
     join_scores,
-    reading_of,
-    write_ids,
 )
 from training.vocabulary import tokenizer_of_weights
 
@@ -371,63 +366,6 @@ def show(spans: list[Span], page: Path, title: str, lines: list[str]) -> None:
 def print_document(number: int, document: Score) -> None:
     """Print the score of a document."""
     print(f"document {number:,}: {document}")
-
-
-def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[Source], bool]:
-    """Return the files of a text, and whether the text has documents.
-
-    Files are divided into documents as the corpus of the run was. For other weights, a .txt is a
-    running text.
-
-    Args:
-        item: What --input of prepare_data.py takes; "-": standard input.
-        checkpoint: Checkpoint of a run, or None for other weights.
-        folder: Folder for a copy of standard input.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: A file cannot be read as text, or the model knows no documents.
-    """
-    division, field = reading_of(checkpoint["metadata"]) if checkpoint else ("", "")
-    if item == "-":
-        path = folder / "standard input"
-        with open(path, "wb") as f:
-            shutil.copyfileobj(sys.stdin.buffer, f)
-        sources = [Source(str(path), division=division, start=start_of_text(str(path)))]
-    else:
-        report = functools.partial(print, file=sys.stderr)
-        sources = find(item, division, field, "ignore", report)
-    has_documents = not any(source.is_running_text for source in sources)
-    if has_documents and checkpoint and not checkpoint["metadata"]["eot_per_document"]:
-        raise ValueError(
-            f"{item} has documents, and the model was trained on a running text, which has none: "
-            f"score a .txt file"
-        )
-    if not has_documents and not all(source.is_running_text for source in sources):
-        raise ValueError(f"{item} has both documents and running texts: score them one by one")
-    return sources, has_documents
-
-
-def open_ids(path: Path, tokenizer: Tokenizer, name: str) -> Tokens:
-    """Return the ids of a text that write_ids wrote.
-
-    Args:
-        path: The file.
-        tokenizer: The tokenizer of the model.
-        name: Name of the text, for the message.
-
-    Raises:
-        ValueError: There are fewer than two ids.
-    """
-    num_tokens = path.stat().st_size // tokenizer.dtype.itemsize
-    if num_tokens == 0:
-        raise ValueError(f"{name} has no text: there is nothing to score")
-    if num_tokens == 1:
-        raise ValueError(
-            f"{name} has one token: nothing predicts the first token of a text, so a score needs "
-            f"two"
-        )
-    return Tokens(path, tokenizer.dtype, tokenizer.eot_token, tokenizer.vocab_size)
 
 
 def score_tokens(

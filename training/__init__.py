@@ -13,7 +13,8 @@ In the order in which a run uses them:
 5. optimizer.py: Muon and AdamW. signals.py: signals that stop a run.
 6. metrics.py, report.py: what a run writes and prints. sampling.py: text that continues a prompt.
    json_lines.py: metrics.jsonl and samples.jsonl. trackers.py: TensorBoard, trackio, wandb.
-7. scoring.py: the loss of each token of a text. score_page.py: the same, for people.
+7. scored_text.py: the text to score. scoring.py: the loss of each token. score_page.py: the same,
+   for people.
    validation_text.py: which text a run is validated on, and scores of its beginning.
 8. runs.py: runs as their small files describe them. plots.py: pictures. report_page.py:
    report.html.

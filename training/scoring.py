@@ -8,19 +8,13 @@ each token, which evaluate only adds up.
 """
 
 import math
-from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from corpus.planning import refuse_long_text
-from corpus.reader import place_of, read
-from corpus.sources import InvalidDocument, Source
-from corpus.tokenizer import CannotEncode, Tokenizer, encodable
 from model import CHUNK_LOGITS, GPT
 from training.corpora import bits_per_byte
 
@@ -232,75 +226,3 @@ class DocumentScores:
         self.nats = 0.0
         self.num_targets = 0
         self.num_unpredicted = 0
-
-
-def reading_of(metadata: dict) -> tuple[str, str]:
-    """Return how other files are read like the sources of a corpus: division of texts, field.
-
-    If the corpus has documents and none of its sources is a text, a text is one document.
-
-    Args:
-        metadata: Metadata of the corpus.
-    """
-    files = metadata.get("source", {}).get("files", [])
-    field = next((file["field"] for file in files if file["format"] != "text"), "")
-    if not metadata["eot_per_document"]:
-        return "", field
-    return next((file["documents"] for file in files if file["format"] == "text"), "file"), field
-
-
-def write_ids(
-    sources: list[Source], tokenizer: Tokenizer, has_documents: bool, path: Path
-) -> array:
-    """Tokenize sources into a bare .bin file, a part of a text at a time.
-
-    Args:
-        sources: Files of one text, in order.
-        tokenizer: The tokenizer of the model.
-        has_documents: Whether an end-of-text token follows each text.
-        path: File to write.
-
-    Returns:
-        The UTF-8 bytes of each document, or of each part of a running text.
-
-    Raises:
-        ValueError: A source cannot be read, or not be encoded.
-        OSError: A file cannot be read or written.
-    """
-    num_bytes = array("q")
-    with open(path, "wb") as file:
-        for source in sources:
-            if not has_documents and not tokenizer.divisible:
-                refuse_long_text(source, tokenizer)
-                source = replace(source, division="file")
-            for positions, texts in read(source):
-                valid_texts = []
-                for text in texts:
-                    if isinstance(text, InvalidDocument):
-                        raise ValueError(str(text))
-                    valid_texts.append(text)
-                ids = _encode(source, positions, valid_texts, tokenizer, has_documents)
-                file.write(ids.astype(tokenizer.dtype).tobytes())
-                num_bytes.extend(len(encodable(text).encode()) for text in valid_texts)
-    return num_bytes
-
-
-def _encode(
-    source: Source,
-    positions: Iterable[int],
-    texts: list[str],
-    tokenizer: Tokenizer,
-    has_documents: bool,
-) -> np.ndarray:
-    """Return the ids of some texts of a source, with end-of-text tokens after documents."""
-    try:
-        if has_documents:
-            return tokenizer.encode_documents(texts)
-        return np.concatenate([tokenizer.encode(text) for text in texts])
-    except CannotEncode:
-        for position, text in zip(positions, texts):
-            try:
-                tokenizer.encode(text)
-            except CannotEncode as error:
-                raise ValueError(f"{place_of(source, position)}: {error}") from None
-        raise
