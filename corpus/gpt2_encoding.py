@@ -15,7 +15,9 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 # number, and the others, which come last, as the characters from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
-_BYTE_OF_LETTER = {256 + i: byte for i, byte in enumerate(_BYTES[len(_PRINTABLE) :])}
+_OTHER_LETTERS = {256 + i: byte for i, byte in enumerate(_BYTES[len(_PRINTABLE) :])}
+BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_OF_LETTER |= {chr(number): byte for number, byte in _OTHER_LETTERS.items()}
 _LINE_END = "\uffff"  # stands for no byte
 
 
@@ -31,7 +33,7 @@ def gpt2_encoding(path: Path) -> tiktoken.Encoding:
     """
     lines = path.read_text(encoding="utf-8").partition("\n")[2].removesuffix("\n")
     letters = lines.replace(" ", "").replace("\n", _LINE_END)
-    tokens = letters.translate(_BYTE_OF_LETTER).split(_LINE_END)
+    tokens = letters.translate(_OTHER_LETTERS).split(_LINE_END)
     ranks = {bytes([byte]): i for i, byte in enumerate(_BYTES)}
     ranks.update((token.encode("latin-1"), i) for i, token in enumerate(tokens, len(ranks)))
     eot_token = len(ranks)

@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
+from corpus.gpt2_encoding import BYTE_OF_LETTER
 from corpus.tokenizer import HuggingFaceTokenizer, Tokenizer, get_tokenizer
 from corpus.vocabulary_files import restore_vocabulary
 
 GPT2_DIGEST = "c0cbb77810dc181ea5f911df052ec89a82d5e1fd33da8e41adf71a54a9735656"
 
-# The letters of GPT-2's files: printable bytes stand for themselves.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-LETTERS = {byte: chr(byte) for byte in _PRINTABLE}
-LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
-_BYTE_OF_LETTER = {letter: byte for byte, letter in LETTERS.items()}
+LETTERS = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}  # of GPT-2's files
 
 
 def tokenizer_of(metadata: dict, owner: str | Path) -> Tokenizer:
@@ -149,8 +145,8 @@ def parse_vocab_json(content: dict[str, int]) -> dict[int, bytes]:
 
 
 def _bytes_of_letters(text: str) -> bytes:
-    if all(letter in _BYTE_OF_LETTER for letter in text):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in text)
+    if all(letter in BYTE_OF_LETTER for letter in text):
+        return bytes(BYTE_OF_LETTER[letter] for letter in text)
     return text.encode()  # a special token
 
 
