@@ -14,6 +14,7 @@ token. This makes no difference if
   alone, which ends with its one pair. So these neighbours are this pair.
 """
 
+import importlib.metadata
 import json
 from typing import Any
 
@@ -21,6 +22,10 @@ import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
 from corpus.gpt2_encoding import BYTE_OF_LETTER
+
+# Other versions may have other tables of Unicode, and so divide a text at other places.
+# tests/corpus/test_json_encoding.py compares these for every code point.
+COMPARED_VERSIONS = {"tiktoken": "0.14.0", "tokenizers": "0.23.3"}
 
 # The structure of the file; other values of these fields may change the ids.
 _PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -45,7 +50,7 @@ def json_encoding(tokenizer: Any) -> tiktoken.Encoding | None:
     """
     settings = json.loads(tokenizer.to_str())
     eot_token = tokenizer.token_to_id(ENDOFTEXT)
-    if eot_token is None or not _is_like_gpt2(settings):
+    if eot_token is None or not _is_like_gpt2(settings) or not _versions_were_compared():
         return None
     vocabulary = settings["model"]["vocab"]
     merged = ["".join(pair) for pair in settings["model"]["merges"]]
@@ -74,4 +79,12 @@ def _is_like_gpt2(settings: dict) -> bool:
         and all(token["special"] for token in settings["added_tokens"])
         and all(pre_tokenizer.get(name) == value for name, value in _PRE_TOKENIZER.items())
         and all((settings["model"].get(name) or None) == value for name, value in _MODEL.items())
+    )
+
+
+def _versions_were_compared() -> bool:
+    """Return whether both packages are installed in the versions that were compared."""
+    return all(
+        importlib.metadata.version(package) == version
+        for package, version in COMPARED_VERSIONS.items()
     )

@@ -9,8 +9,8 @@ from conftest import path_from_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.encoders import CONTEXTS, FRAGMENTS, blocks_of_code_points
-from corpus.json_encoding import json_encoding
+from bench.encoders import FRAGMENTS, blocks_of_code_points
+from corpus.json_encoding import COMPARED_VERSIONS, json_encoding
 from corpus.tokenizer import HuggingFaceTokenizer, encodable
 from corpus.vocabulary_files import vocabulary_paths
 
@@ -227,3 +227,31 @@ def test_tokens_that_no_merge_makes_are_never_ids():
     for text in "one 漢", "ne":
         ids = theirs.encode(text).ids
         assert np.array_equal(encoding.encode_to_numpy(text), ids)
+
+
+# versions
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_packages_divide_a_text_alike_at_every_code_point():
+    """Any two neighbouring bytes, one of them in "a1. \\n'", have a merge that a division stops."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = [pair for i in "a1.\u0120\u010a'" for j in letters for pair in ((i, j), (j, i))]
+    theirs = with_merges([*dict.fromkeys(pairs)])
+    encoding = json_encoding(theirs)
+    for code_points in blocks_of_code_points():
+        texts = ["a@a1@1a.@. @ a\n@\n'@'s@'".replace("@", chr(c)) for c in code_points]
+        expected = [encoding.encode_ordinary(text) for text in texts]
+        found = [each.ids for each in theirs.encode_batch_fast(texts)]
+        assert found == expected, hex(code_points[0])
+
+
+def test_other_versions_are_left_to_tokenizers(monkeypatch):
+    """They may know other letters."""
+    made = with_merges([("o", "n")])
+    for package in COMPARED_VERSIONS:
+        assert json_encoding(made)
+        monkeypatch.setitem(COMPARED_VERSIONS, package, "9.9")
+        assert json_encoding(made) is None
+        monkeypatch.undo()
