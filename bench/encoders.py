@@ -45,9 +45,11 @@ def main() -> None:
     print(commands[sys.argv[1]](*arguments), f"in {time.perf_counter() - began:.0f} s")
 
 
-def compare_documents(count: int = 1_000_000, seed: int = 0) -> str:
-    """Compare the ids of `count` random documents."""
-    tokenizer = get_tokenizer("gpt2")
+def compare_documents(
+    count: int = 1_000_000, seed: int = 0, tokenizer: Tokenizer | None = None
+) -> str:
+    """Compare the ids of `count` random documents, with GPT-2's vocabulary by default."""
+    tokenizer = tokenizer or get_tokenizer("gpt2")
     encoder = open_encoder(FAST, tokenizer)
     for number in range(0, count, BATCH_DOCUMENTS):
         generator = random.Random(f"{seed}/{number}")

@@ -10,8 +10,9 @@ In the order of a corpus's way:
    documents. fast_json.py: a faster package for plain lines of JSON.
 3. tokenizer.py: text to token ids and back. divisible.py: whether a tokenizer.json lets a running
    text be divided. vocabulary_files.py: the files of vocabularies on this machine;
-   gpt2_encoding.py: GPT-2's, loaded fast. vocabulary.py: the bytes that an id stands for.
-   encoders.py: a faster package with the same ids. bpe.py: a vocabulary trained on the corpus.
+   gpt2_encoding.py: GPT-2's, loaded fast; json_encoding.py: a tokenizer.json for tiktoken.
+   vocabulary.py: the bytes that an id stands for. encoders.py: a faster package with the same
+   ids. bpe.py: a vocabulary trained on the corpus.
 4. pipeline.py: all steps, in order. existing.py: what data/NAME/ holds before; planning.py:
    sources to chunks and tasks; tasks.py: what one worker does; engines.py: processes or Ray;
    shards.py: the files of all tasks to shards.

@@ -3,7 +3,7 @@
     encoder = open_encoder("fastokens", get_tokenizer("gpt2"))
     ids = encoder.encode_documents(["To be,", "or not"])      # the same array as the tokenizer's
 
-tiktoken defines the ids. The package fastokens gives the same ids for every code point of Unicode
+tiktoken defines the ids, also for a tokenizer.json like GPT-2's. The package fastokens gives the same ids for every code point of Unicode
 (tests/corpus/test_encoders.py), so there is no text that it must not encode, and about ten times
 faster. Blocks of each task are encoded by both all the same. After a difference, the pipeline does
 all tasks of the corpus with tiktoken.
@@ -18,12 +18,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from tiktoken_ext.openai_public import ENDOFTEXT
 
 from common.packages import optional
 from corpus.boundaries import BOUNDARY
 from corpus.tokenizer import (
     LONG_SPACE,
     LONGEST_SPACE,
+    HuggingFaceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
     encodable,
@@ -35,7 +37,7 @@ REFERENCE = "tiktoken"
 FAST = "fastokens"
 FAST_VERSION = "0.3.5"  # these versions were compared by the tests and bench/encoders.py
 REFERENCE_VERSION = "0.14.0"
-VOCABULARIES = ("gpt2",)  # names of the tokenizers for which it was compared
+VOCABULARIES = ("gpt2",)  # encodings of tiktoken for which it was compared; files are like GPT-2's
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
 BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
 IDS_PER_BLOCK = 1 << 17  # about half of the ids of a call, which takes a million characters
@@ -73,14 +75,14 @@ def choose_encoder(setting: str, tokenizer: Tokenizer, num_bytes: int) -> tuple[
 
     Returns:
         The name of the encoder, and a line that says which encoder is used and why. The line is
-        empty for a tokenizer that is not tiktoken's.
+        empty for a tokenizer whose texts tiktoken does not encode.
     """
-    if not isinstance(tokenizer, TiktokenTokenizer):
+    if _tiktoken_of(tokenizer) is None:
         return REFERENCE, ""
     reason = ""
     if setting == REFERENCE:
         reason = f"--encoder {REFERENCE}"
-    elif tokenizer.name not in VOCABULARIES:
+    elif isinstance(tokenizer, TiktokenTokenizer) and tokenizer.name not in VOCABULARIES:
         reason = f"{FAST} was not compared for the vocabulary {tokenizer.name}"
     elif num_bytes < SMALLEST_CORPUS:
         reason = "the corpus is small"
@@ -94,6 +96,13 @@ def choose_encoder(setting: str, tokenizer: Tokenizer, num_bytes: int) -> tuple[
     if reason:
         return REFERENCE, f"encoder: {REFERENCE} ({reason})"
     return FAST, f"encoder: {FAST} {FAST_VERSION} (same ids as {REFERENCE}, checked by samples)"
+
+
+def _tiktoken_of(tokenizer: Tokenizer) -> TiktokenTokenizer | None:
+    """Return the tokenizer of tiktoken that encodes the texts of a tokenizer, or None."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.faster
+    return tokenizer if isinstance(tokenizer, TiktokenTokenizer) else None
 
 
 def _installed_version(package: str) -> str:
@@ -119,7 +128,6 @@ def open_encoder(name: str, tokenizer: Tokenizer) -> "Tokenizer | FastEncoder":
     """
     if name == REFERENCE:
         return tokenizer
-    assert isinstance(tokenizer, TiktokenTokenizer)
     return FastEncoder(tokenizer)
 
 
@@ -138,9 +146,12 @@ class FastEncoder:
         EncoderFailed: The fast package is not on this machine in the right version.
     """
 
-    def __init__(self, tokenizer: TiktokenTokenizer):
+    def __init__(self, tokenizer: Tokenizer):
+        reference = _tiktoken_of(tokenizer)
+        assert reference is not None
         self.tokenizer = tokenizer
-        self.native = _load_native(tokenizer.name, tokenizer.eot_token)
+        self.reference = reference
+        self.native = _load_native(tokenizer)
         self.generator = random.Random(0)
         self.is_first_call = True
         self.num_ids = 0  # since the last call with a block
@@ -168,7 +179,7 @@ class FastEncoder:
         longest = max(map(len, texts), default=0)
         if longest >= LONGEST_SPACE and any(_has_long_space(text) for text in texts):
             return self.tokenizer.encode_documents(texts)
-        ids = encode_joined(texts, self.tokenizer.eot_text, self.tokenizer.eot_token, self._encode)
+        ids = encode_joined(texts, self.reference.eot_text, self.reference.eot_token, self._encode)
         ends = np.flatnonzero(ids == self.tokenizer.eot_token)
         if len(ends) != len(texts):
             raise EncodersDiffer
@@ -227,7 +238,7 @@ class FastEncoder:
             return ids
         first_byte = len(encodable(text[:start]).encode())
         end_byte = first_byte + len(encodable(text[start:stop]).encode())
-        lengths = _token_lengths(self.tokenizer)[ids[: end_byte + 1]]  # an id has a byte or more
+        lengths = _token_lengths(self.reference)[ids[: end_byte + 1]]  # an id has a byte or more
         ends = np.cumsum(lengths, dtype=np.int64)
         first, end = np.searchsorted(ends, [first_byte, end_byte], "right")
         return ids[first:end]
@@ -250,7 +261,7 @@ class FastEncoder:
             num_equal = int(different[0]) if len(different) else length
             index, start, _ = part
             offset = len(encodable(texts[index][:start]).encode())
-            offset += len(self.tokenizer.decode_bytes(right_ids[:num_equal]))
+            offset += len(self.reference.decode_bytes(right_ids[:num_equal]))
             return EncodersDiffer(index, offset)
         raise AssertionError("no part differs")
 
@@ -303,7 +314,7 @@ def _has_long_space(text: str) -> bool:
 
 
 @functools.lru_cache(1)
-def _load_native(name: str, eot_token: int) -> Any:
+def _load_native(tokenizer: Tokenizer) -> Any:
     """Return the tokenizer of the fast package.
 
     One thread does all: the processes of this project are forked, and threads do not outlive a
@@ -313,18 +324,20 @@ def _load_native(name: str, eot_token: int) -> Any:
         raise EncoderFailed(f"{FAST} {FAST_VERSION} is not installed on every machine")
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
     package = optional(f"{FAST}._native", "--encoder auto", FAST)
-    return package.Tokenizer.from_json_str(_tokenizer_json(name, eot_token))
+    return package.Tokenizer.from_json_str(_tokenizer_json(tokenizer))
 
 
-def _tokenizer_json(name: str, eot_token: int) -> str:
-    """Return the vocabulary of GPT-2 as a tokenizer.json."""
-    paths = vocabulary_paths(name)
-    merges = paths["vocab.bpe"].read_text(encoding="utf-8").split("\n")[1:-1]  # after the version
-    vocabulary = json.loads(paths["encoder.json"].read_bytes())
+def _tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Return a vocabulary like GPT-2's as a tokenizer.json without any other special token."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        model = json.loads(tokenizer.tokenizer.to_str())["model"]
+    else:
+        paths = vocabulary_paths(tokenizer.name)
+        merges = (
+            paths["vocab.bpe"].read_text(encoding="utf-8").split("\n")[1:-1]
+        )  # after the version
+        vocabulary = json.loads(paths["encoder.json"].read_bytes())
+        model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    eot = {"id": tokenizer.eot_token, "content": ENDOFTEXT, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    settings = {
-        "added_tokens": [{"id": eot_token, "content": "<|endoftext|>", "special": True}],
-        "pre_tokenizer": byte_level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
-    }
-    return json.dumps(settings)
+    return json.dumps({"added_tokens": [eot], "pre_tokenizer": byte_level, "model": model})

@@ -55,7 +55,9 @@ def json_encoding(tokenizer: Any) -> tiktoken.Encoding | None:
     vocabulary = settings["model"]["vocab"]
     merged = ["".join(pair) for pair in settings["model"]["merges"]]
     tokens = [*BYTE_OF_LETTER, *merged]
-    if not all(token in vocabulary for token in tokens) or not BYTE_OF_LETTER.keys() >= {*"".join(merged)}:
+    if not all(token in vocabulary for token in tokens) or not BYTE_OF_LETTER.keys() >= {
+        *"".join(merged)
+    }:
         return None
     ids_of_merged = [vocabulary[token] for token in merged]
     ranks = {bytes(map(BYTE_OF_LETTER.__getitem__, token)): vocabulary[token] for token in tokens}

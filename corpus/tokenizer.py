@@ -269,11 +269,13 @@ def encode_joined(
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, which the `tokenizers` package reads.
 
-    tiktoken encodes the text where it gives the same ids (json_encoding.py).
-
     Args:
         name: Name that get_tokenizer takes.
         path: Path of the file.
+
+    Attributes:
+        faster: Tokenizer of tiktoken that encodes the texts, because it gives the same ids
+            (json_encoding.py), or None.
 
     Raises:
         ValueError: The file is damaged or has no end-of-text token, or the package is missing.

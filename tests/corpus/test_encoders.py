@@ -55,7 +55,7 @@ class Liar:
 
     def __init__(self, word: str):
         self.word = word
-        self.native = load_native("gpt2", 50256)
+        self.native = load_native(get_tokenizer("gpt2"))
 
     def encode_batch_flat(self, texts, split_special_tokens):
         options = {"split_special_tokens": split_special_tokens}

@@ -2,6 +2,7 @@
 
 import json
 import pydoc_data.topics
+import random
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import path_from_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.encoders import FRAGMENTS, blocks_of_code_points
+from bench.encoders import FRAGMENTS, blocks_of_code_points, compare_documents
+from corpus.encoders import FAST, FAST_VERSION, choose_encoder, open_encoder
 from corpus.json_encoding import COMPARED_VERSIONS, json_encoding
 from corpus.tokenizer import HuggingFaceTokenizer, encodable
 from corpus.vocabulary_files import vocabulary_paths
@@ -53,13 +55,13 @@ def gpt2():
     return made
 
 
-def assert_same_ids(ours, theirs, texts):
-    """Assert that tiktoken encodes each text, alone and as a document, to the ids of theirs."""
+def assert_same_ids(ours, theirs, texts, eot_token):
+    """Assert that an encoder encodes each text, alone and as a document, to the ids of theirs."""
     expected = []
     for text in texts:
         ids = theirs.encode(encodable(text)).ids
         assert ours.encode(text).tolist() == ids
-        expected += [*ids, ours.eot_token]
+        expected += [*ids, eot_token]
     assert ours.encode_documents(texts).tolist() == expected
 
 
@@ -89,13 +91,15 @@ def without_tokenizers(*arguments):
 def test_hostile_texts_get_the_ids_of_tokenizers(pair, monkeypatch):
     ours, theirs = pair
     monkeypatch.setattr(ours, "_encode", without_tokenizers)
-    assert_same_ids(ours, theirs, [*HOSTILE, *pydoc_data.topics.topics.values()])
+    texts = [*HOSTILE, *pydoc_data.topics.topics.values()]
+    assert_same_ids(ours, theirs, texts, ours.eot_token)
 
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 def test_random_texts_get_the_ids_of_tokenizers(texts, pair):
-    assert_same_ids(*pair, texts)
+    ours, theirs = pair
+    assert_same_ids(ours, theirs, texts, ours.eot_token)
 
 
 def test_white_space_too_long_for_tiktoken_is_encoded_by_tokenizers(pair):
@@ -106,6 +110,19 @@ def test_white_space_too_long_for_tiktoken_is_encoded_by_tokenizers(pair):
     assert ours.encode_documents(["", text]).tolist() == [
         ours.eot_token, *expected, ours.eot_token
     ]  # fmt: skip
+
+
+def test_the_fast_encoder_gives_the_same_ids(pair):
+    pytest.importorskip(FAST)
+    ours, theirs = pair
+    name, line = choose_encoder("auto", ours, 8 << 20)
+    assert (name, line.split(" (")[0]) == (FAST, f"encoder: {FAST} {FAST_VERSION}")
+    assert choose_encoder("auto", ours, (8 << 20) - 1)[0] != FAST
+    texts = [*HOSTILE, "<pad> import", *pydoc_data.topics.topics.values()]
+    assert_same_ids(open_encoder(name, ours), theirs, texts, ours.eot_token)
+    assert "same ids" in compare_documents(5000, random.randrange(1_000_000), ours)
+    text = "a" + " " * 1_000_000 + "\n" * 20 + "b"
+    assert open_encoder(name, ours).encode(text).tolist() == theirs.encode(text).ids
 
 
 # merges
@@ -135,7 +152,7 @@ def merge_lists(draw):
     return pairs
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(merges=merge_lists(), words=st.lists(WORDS, min_size=1, max_size=30))
 def test_any_merges_give_the_same_ids_or_are_refused(merges, words):
     theirs = with_merges(merges)

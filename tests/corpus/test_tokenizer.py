@@ -245,6 +245,7 @@ def test_max_length_counts_the_bytes_of_the_text_that_is_kept(cache, tmp_path, c
 
 
 def test_a_tokenizer_json_takes_a_long_text_in_parts(json_tokenizer, monkeypatch):
+    monkeypatch.setattr(json_tokenizer, "faster", None)
     text = "one for sorrow, two for mirth\n漢字。 " * 300
     whole = json_tokenizer.encode(text).tolist()
     documents = json_tokenizer.encode_documents([text, "", "one", text]).tolist()
