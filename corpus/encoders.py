@@ -3,9 +3,9 @@
     encoder = open_encoder("fastokens", get_tokenizer("gpt2"))
     ids = encoder.encode_documents(["To be,", "or not"])      # the same array as the tokenizer's
 
-tiktoken defines the ids, also for a tokenizer.json like GPT-2's. The package fastokens gives the same ids for every code point of Unicode
-(tests/corpus/test_encoders.py), so there is no text that it must not encode, and about ten times
-faster. Blocks of each task are encoded by both all the same. After a difference, the pipeline does
+tiktoken defines the ids, also for a tokenizer.json like GPT-2's (json_encoding.py). The package
+fastokens gives the same ids for every code point of Unicode (tests/corpus/test_encoders.py), so
+there is no text that it must not encode, and about ten times faster. Blocks of each task are encoded by both all the same. After a difference, the pipeline does
 all tasks of the corpus with tiktoken.
 """
 
