@@ -5,8 +5,9 @@
 
 tiktoken defines the ids, also for a tokenizer.json like GPT-2's (json_encoding.py). The package
 fastokens gives the same ids for every code point of Unicode (tests/corpus/test_encoders.py), so
-there is no text that it must not encode, and about ten times faster. Blocks of each task are encoded by both all the same. After a difference, the pipeline does
-all tasks of the corpus with tiktoken.
+there is no text that it must not encode, and about ten times faster. Blocks of each task are
+encoded by both all the same. After a difference, the pipeline does all tasks of the corpus with
+tiktoken.
 """
 
 import functools
