@@ -1,0 +1,71 @@
+"""The pins of all files agree, and every supported Python can install them.
+
+A pin is a requirement with ==. No test here installs or downloads anything.
+"""
+
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest requires it there
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CI = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+PYTHONS = re.findall(r'"(3\.\d+)"', CI)
+FILES = ["requirements.txt", "requirements-dev.txt", "bench/requirements.txt"]
+
+
+def pins_of(name: str) -> list[Requirement]:
+    """Return the requirements of a file, without the files that it includes."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+
+
+def test_pyproject_has_the_pins_of_requirements_txt():
+    """`uv run` and `pip install -r requirements.txt` install the same versions."""
+    assert [Requirement(line) for line in PROJECT["dependencies"]] == pins_of("requirements.txt")
+
+
+def test_ci_runs_the_oldest_python_that_pyproject_allows():
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+    assert f"Python {PYTHONS[0]} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_python_gets_one_exact_version_of_a_package(python, name):
+    environment = {"python_version": python, "sys_platform": "linux"}
+    applying = [
+        pin.name for pin in pins_of(name) if not pin.marker or pin.marker.evaluate(environment)
+    ]
+    assert len(applying) == len(set(applying))
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins_of(name))
+    if name == "requirements.txt":
+        assert set(applying) == {pin.name for pin in pins_of(name)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_pinned_versions_support_every_python_they_are_pinned_for(name):
+    """Of the packages that are installed: their metadata says which Pythons they support."""
+    checked = 0
+    for pin in pins_of(name):
+        try:
+            metadata = importlib.metadata.metadata(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if metadata["Version"].partition("+")[0] not in pin.specifier:
+            continue  # the pin for another Python
+        supported = SpecifierSet(metadata.get("Requires-Python", ""))
+        for python in PYTHONS:
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                assert f"{python}.99" in supported, f"{pin} does not support Python {python}"
+                checked += 1
+    assert checked
