@@ -225,6 +225,7 @@ def write_model(
     config: dict[str, Any] = {name: supported[0] for name, supported in SUPPORTED.items()}
     config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | eot_config
     config |= {name: shape[name] for name in SHAPE_FIELDS}
+    config["n_ctx"] = shape["n_positions"]  # as OpenAI's files have it, for llama.cpp
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"])
     # not save_file, whose file can be read by its owner alone
     _write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))

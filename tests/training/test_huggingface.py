@@ -108,6 +108,13 @@ def test_a_saved_model_loads_as_the_same_model(tmp_path):
         assert torch.equal(weight, back.state_dict()[name]), name
 
 
+def test_a_saved_model_names_its_positions_as_openais_do(tmp_path):
+    """OpenAI's config.json has the number twice. The converter of llama.cpp reads n_ctx."""
+    small_model().save_pretrained(tmp_path, get_tokenizer("bytes"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 24
+
+
 def test_saved_weights_have_default_permissions_and_errors_name_the_folder(tmp_path):
     small_model().save_pretrained(tmp_path)
     (tmp_path / "other").touch()
