@@ -1,9 +1,10 @@
-"""The pins of all files agree, and every supported Python can install them.
+"""The pins agree and every supported Python can install them; the Dockerfile has what it needs.
 
 A pin is a requirement with ==. No test here installs or downloads anything.
 """
 
 import importlib.metadata
+import json
 import re
 import sys
 
@@ -12,6 +13,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import train_gpt2
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -19,6 +22,8 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CI = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PYTHONS = re.findall(r'"(3\.\d+)"', CI)
 FILES = ["requirements.txt", "requirements-dev.txt", "bench/requirements.txt"]
 
@@ -36,7 +41,7 @@ def test_pyproject_has_the_pins_of_requirements_txt():
 
 def test_ci_runs_the_oldest_python_that_pyproject_allows():
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
-    assert f"Python {PYTHONS[0]} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {PYTHONS[0]} or newer" in README
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -69,3 +74,32 @@ def test_the_pinned_versions_support_every_python_they_are_pinned_for(name):
                 assert f"{python}.99" in supported, f"{pin} does not support Python {python}"
                 checked += 1
     assert checked
+
+
+def test_the_dockerfile_has_the_commands_of_the_readme():
+    commands = re.findall(r"^#   (docker .*)", DOCKERFILE, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert command in README
+
+
+def test_the_dockerfile_pins_its_image_and_copies_what_exists():
+    (image,) = re.findall(r"^FROM (.*)", DOCKERFILE, re.MULTILINE)
+    name, tag = image.split(":")
+    assert name == "python"
+    assert any(tag.startswith(f"{python}.") for python in PYTHONS)
+    for source in re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE):
+        assert (ROOT / source).exists()
+
+
+def test_the_image_gets_no_corpora_and_no_runs():
+    docker = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "uv.lock", "data/*", "!data/README.md", "out"} <= set(docker)
+
+
+def test_the_folders_of_the_image_are_those_of_the_settings():
+    """The volumes are the default data_dir and out_dir of a script in the working directory."""
+    (folder,) = re.findall(r"^WORKDIR (.*)", DOCKERFILE, re.MULTILINE)
+    volumes = re.search(r"^VOLUME (.*)", DOCKERFILE, re.MULTILINE)[1]
+    settings = train_gpt2.Settings()
+    assert json.loads(volumes) == [f"{folder}/{settings.data_dir}", f"{folder}/{settings.out_dir}"]
