@@ -1,10 +1,11 @@
-"""From a .jsonl of short documents to finished shards: ours beside other tools, whole processes.
+"""From a file of short documents to finished shards: ours beside other tools, whole processes.
 
     python -m bench.tokenize --text data/tinyshakespeare/input.txt
 
 All contestants read the same documents, and must give the same ids with an end-of-text token after
-each document. A document is 27 words of the text, from a random position on. Needs GPT-2's
-vocabulary in TIKTOKEN_CACHE_DIR, and bench/requirements.txt.
+each document. A document is 27 words of the text, from a random position on. The documents are in
+a .jsonl, and for one contestant in a Parquet file. The last contest is about a running text of the
+same size. Needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR, and bench/requirements.txt.
 """
 
 import functools
@@ -31,7 +32,7 @@ BATCH_DOCUMENTS = 10_000  # documents that another tool tokenizes at once
 @dataclass
 class Settings:
     text: str = ""  # file whose words make the documents; "": numbered words
-    megabytes: tuple[int, ...] = (20, 200)  # sizes of the .jsonl
+    megabytes: tuple[int, ...] = (60, 200)  # sizes of the .jsonl
     workers: int = 2  # processes, or threads of a contestant that has no processes
     rounds: int = 3  # measurements of each contestant, after one that warms up
     results: str = RESULTS  # Markdown file to write into; "": none
@@ -48,12 +49,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             corpus = Path(folder) / "corpus.jsonl"
             num_documents = make_documents(corpus, megabytes, settings.text)
-            contests[f"{megabytes} MB, {num_documents:,} documents"] = compare(corpus, settings)
+            write_parquet(corpus)
+            contests[f"{megabytes} MB, {num_documents:,} documents"] = compare(
+                corpus, settings, CONTESTANTS, TARGETS
+            )
+            if megabytes == settings.megabytes[0]:
+                text_file = write_running_text(corpus)
+                contests[f"{megabytes} MB, a running text"] = compare(
+                    text_file, settings, CONTESTANTS_FOR_TEXT, {}
+                )
     text = (
         "Documents of about 150 bytes, GPT-2's vocabulary, from a .jsonl to finished shards, whole "
         f"processes; {settings.workers} workers (tiktoken: threads) unless the row says otherwise. "
-        "All gave the same ids. MiB: the largest process at its peak.\n\n"
-        + contest_table("corpus", "MB/s", contests)
+        "All gave the same ids. MB/s are those of the .jsonl, also for Parquet. MiB: the largest "
+        "process at its peak.\n\n" + contest_table("corpus", "MB/s", contests)
     )
     write(settings.results, "Tokenizing", text, bars("MB/s", contests))
 
@@ -85,14 +94,34 @@ def make_documents(path: Path, megabytes: float, text: str) -> int:
     return num_documents
 
 
+def write_parquet(corpus: Path) -> None:
+    """Write the documents of a .jsonl to a .parquet beside it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open(corpus) as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, corpus.with_suffix(".parquet"), row_group_size=100_000)
+
+
+def write_running_text(corpus: Path) -> Path:
+    """Write the documents of a .jsonl to a .txt beside it, one per line, and return its path."""
+    path = corpus.with_suffix(".txt")
+    with open(corpus) as lines, open(path, "w") as f:
+        for line in lines:
+            f.write(json.loads(line)["text"] + "\n")
+    return path
+
+
 # ---- contestants: (corpus, folder for the result, workers)
 
 
-def prepare_command(corpus: str, out: str, workers: int) -> list[str]:
+def prepare_command(corpus: str, out: str, workers: int, *flags: str) -> list[str]:
     """Return the command of prepare_data.py."""
-    script = str(ROOT / "prepare_data.py")
-    flags = ["--input", corpus, "--data_dir", out, "--tokenizer", "gpt2", "--corpus", "c"]
-    return [sys.executable, script, *flags, "--workers", str(workers)]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--input", corpus]
+    command += ["--data_dir", out, "--tokenizer", "gpt2", "--corpus", "c"]
+    return [*command, "--workers", str(workers), *flags]
 
 
 def tokenize_with_datasets(corpus: str, out: str, workers: int) -> None:
@@ -146,7 +175,16 @@ PEERS = {
     "datasets.map": tokenize_with_datasets,
     "tiktoken.encode_ordinary_batch": tokenize_with_tiktoken,
 }
-TARGETS = {"ours, 1 worker": 1.7, "datasets.map": 6, "tiktoken.encode_ordinary_batch": 4}
+# name -> suffix of the corpus, workers (0: those of the settings), flags of prepare_data.py
+OURS: dict[str, tuple[str, int, list[str]]] = {
+    "ours": ("", 0, []),
+    "ours, 1 worker": ("", 1, []),
+    "ours, --encoder tiktoken": ("", 0, ["--encoder", "tiktoken"]),
+    "ours, from Parquet": (".parquet", 0, []),
+}
+CONTESTANTS = [*OURS, *PEERS]
+CONTESTANTS_FOR_TEXT = ["ours", "ours, 1 worker", "ours, --encoder tiktoken"]
+TARGETS = {"ours, 1 worker": 1.8, "datasets.map": 25, "tiktoken.encode_ordinary_batch": 15}
 
 # ---- the contest
 
@@ -158,9 +196,12 @@ def tokenized(name: str, corpus: Path, workers: int) -> tuple[float, float, np.n
         (seconds, peak memory in MiB, ids of all its files, joined).
     """
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "bench.tokenize", name, str(corpus), out, str(workers)]
-        if name == "ours":
-            command = prepare_command(str(corpus), out, workers)
+        if name in OURS:
+            suffix, own_workers, flags = OURS[name]
+            path = corpus.with_suffix(suffix or corpus.suffix)
+            command = prepare_command(str(path), out, own_workers or workers, *flags)
+        else:
+            command = [sys.executable, "-m", "bench.tokenize", name, str(corpus), out, str(workers)]
         env = os.environ | {"HF_HOME": out, "HF_HUB_OFFLINE": "1"}
         env["TOKENIZERS_PARALLELISM"] = "false"
         seconds, mib, _ = whole_process(command, cwd=ROOT, env=env)
@@ -168,15 +209,17 @@ def tokenized(name: str, corpus: Path, workers: int) -> tuple[float, float, np.n
         return seconds, mib, np.concatenate([np.fromfile(path, "<u2") for path in paths])
 
 
-def compare(corpus: Path, settings: Settings) -> list[Row]:
+def compare(
+    corpus: Path, settings: Settings, contestants: list[str], targets: dict[str, float]
+) -> list[Row]:
     """Return the rows of the contest on one corpus."""
     megabytes = corpus.stat().st_size / 1e6
     expected: list[tuple[int, int]] = []  # the digest of the first contestant's documents
 
-    def measure(name: str, workers: int) -> tuple[float, float]:
-        seconds, mib, ids = tokenized(name, corpus, workers)
+    def measure(name: str) -> tuple[float, float]:
+        seconds, mib, ids = tokenized(name, corpus, settings.workers)
         # A sum does not depend on the order of the documents, nor on the split of each.
-        documents = np.split(ids, np.flatnonzero(ids == EOT) + 1)[:-1]
+        documents = np.split(ids, np.flatnonzero(ids == EOT) + 1)
         digest = (sum(hash(document.tobytes()) for document in documents), len(documents))
         if not expected:
             expected.append(digest)
@@ -184,13 +227,8 @@ def compare(corpus: Path, settings: Settings) -> list[Row]:
             raise AssertionError(f"{name} gives other ids")
         return megabytes / seconds, mib
 
-    contestants = {
-        "ours": functools.partial(measure, "ours", settings.workers),
-        "ours, 1 worker": functools.partial(measure, "ours", 1),
-    }
-    for peer in PEERS:
-        contestants[peer] = functools.partial(measure, peer, settings.workers)
-    return contest(contestants, settings.rounds, TARGETS)
+    measures = {name: functools.partial(measure, name) for name in contestants}
+    return contest(measures, settings.rounds, targets)
 
 
 if __name__ == "__main__":
