@@ -39,7 +39,7 @@ from common.script import run_script
 from common.settings import parse_settings
 from corpus import pipeline
 from training.checkpoint import load_checkpoint
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 
 TASK_BYTES = pipeline.TASK_BYTES
 SMALL_TASK_BYTES = 100_000, 100_000  # thirty tasks of three megabytes
@@ -233,7 +233,7 @@ def trained_files(folder: Path) -> dict[str, Any]:
     for path in (folder / "out").rglob("*"):
         content: Any = ""
         if path.name == "metrics.jsonl":
-            content = [line | {"tokens_per_second": 0} for line in read_metrics(path)]
+            content = [line | {"tokens_per_second": 0} for line in read_lines(path)]
         elif path.name in ("last.pt", "best.pt"):
             checkpoint = load_checkpoint(path)
             names = ("step", "best", "model", "optimizers")

@@ -28,7 +28,7 @@ from corpus.reader import read
 from corpus.sources import Source
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 from training.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,7 +308,7 @@ def driver(monkeypatch):
 
 def losses(folder, name="train_loss"):
     """Return {step: value} of one metric of a run."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     return {line["step"]: line[name] for line in lines if name in line}
 
 

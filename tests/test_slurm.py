@@ -17,7 +17,7 @@ from conftest import ROOT, assert_one_line_error, run_script
 
 import prepare_data
 from training.checkpoint import load_checkpoint
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 
 pytestmark = pytest.mark.timeout(300)
 NUM_TASKS = 11
@@ -232,13 +232,13 @@ TRAINING = [
 
 def last_step(run) -> int:
     """Return the last step in metrics.jsonl, or 0 before the first step."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 
 
 def metrics_without_speed(run) -> list[dict]:
     """Return the lines of metrics.jsonl without tokens_per_second."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     for line in lines:
         line.pop("tokens_per_second", None)
     return lines

@@ -218,17 +218,8 @@ class Metrics:
             self.tracker.log(step, values)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics.jsonl, without a last line that a kill has cut short.
-
-    Raises:
-        ValueError: A line is damaged.
-    """
-    return read_lines(path)
-
-
 def plot_losses(run_dir: Path) -> None:
     """Draw loss.png from metrics.jsonl: both losses against steps, the best validation marked."""
-    figure = loss_figure(read_metrics(run_dir / "metrics.jsonl"), run_dir)
+    figure = loss_figure(read_lines(run_dir / "metrics.jsonl"), run_dir)
     with atomic_write(run_dir / "loss.png") as f:
         figure.savefig(f, dpi=120, format="png")

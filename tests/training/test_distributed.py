@@ -15,7 +15,7 @@ from processes import start_script
 from training import distributed
 from training.checkpoint import load_checkpoint
 from training.distributed import Ranks, is_first_rank, join_processes, launched_ranks, local_rank
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -287,7 +287,7 @@ def test_a_rank_that_is_killed_while_it_trains_is_named(rhyme, tmp_path):
     flags = TINY | {"max_steps": 100_000, "run_name": "run", "micro_batch_size": 1}
     argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     first, second = start_ranks(tmp_path, ROOT / "train_gpt2.py", *argv)
-    while len(read_metrics(tmp_path / "out/run/metrics.jsonl")) < 3:
+    while len(read_lines(tmp_path / "out/run/metrics.jsonl")) < 3:
         assert first.is_alive()
         time.sleep(0.05)
     second.kill()

@@ -17,7 +17,7 @@ from corpus.metadata import read_metadata
 from corpus.tokenizer import get_tokenizer
 from training.checkpoint import load_checkpoint
 from training.corpora import corpus_weights
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 from training.models import load_model
 from training.report_page import write_report_page
 from training.runs import read_run
@@ -55,13 +55,13 @@ def test_validation_is_of_each_corpus_and_of_the_mixture(train, verses, rhyme, c
     """With a learning rate of 0 all runs have the same weights."""
     options = {"max_steps": 1, "learning_rate": 0}
     alone = {
-        name: read_metrics(train(corpus=name, **options) / "metrics.jsonl")[-1]
+        name: read_lines(train(corpus=name, **options) / "metrics.jsonl")[-1]
         for name in ("rhyme", "verses")
     }
     capsys.readouterr()
     folder = train(corpus=MIXTURE, **options)
     assert folder.name == "rhyme+verses-tiny-1"
-    line = read_metrics(folder / "metrics.jsonl")[-1]
+    line = read_lines(folder / "metrics.jsonl")[-1]
     for name, expected in alone.items():
         assert line[f"val_loss/{name}"] == pytest.approx(expected["val_loss"], abs=1e-5)
         assert line[f"val_bpb/{name}"] == pytest.approx(expected["val_bpb"], abs=1e-5)
@@ -120,7 +120,7 @@ def test_a_single_corpus_may_have_a_weight(train):
     weighted = train(corpus=("rhyme:3",), max_steps=2, run_name="weighted")
     assert losses(weighted) == losses(plain)
     assert losses(weighted, "val_loss") == losses(plain, "val_loss")
-    line = read_metrics(weighted / "metrics.jsonl")[-1]
+    line = read_lines(weighted / "metrics.jsonl")[-1]
     assert line.keys() == {"step", "tokens", "val_loss", "val_bpb"}
 
 

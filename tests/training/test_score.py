@@ -21,7 +21,7 @@ from corpus.sources import Source
 from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from training import score_page
-from training.metrics import read_metrics
+from training.json_lines import read_lines
 from training.score_page import Span, html_fragment, html_page, spans_of, terminal_text
 from training.scoring import Alternatives, TokenScores
 
@@ -103,7 +103,7 @@ def test_the_validation_text_has_the_loss_of_the_validation(
         make_corpus(folder, texts, documents=True, tokenizer=tokenizer)
     flags = {"document_mask": "false"} if form == "unmasked" else {}
     run = train(corpus="mine", max_steps=8, sequence_length=18, **flags)
-    (validation,) = [line for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line]
+    (validation,) = [line for line in read_lines(run / "metrics.jsonl") if "val_loss" in line]
 
     metadata = json.loads((folder / "metadata.json").read_text())
     ids = np.fromfile(folder / "val.bin", metadata["dtype"])

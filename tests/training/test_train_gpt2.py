@@ -31,7 +31,8 @@ from training.checkpoint import Progress, load_checkpoint
 from training.compute import choose_micro_batch_size
 from training.distributed import Ranks
 from training.flags import checkpoint_settings, load_settings, parse_flags, resolve_size
-from training.metrics import Metrics, read_metrics
+from training.json_lines import read_lines
+from training.metrics import Metrics
 from training.models import load_model
 from training.run_folder import RunLock, newest_run
 from training.run_settings import RunSettings
@@ -45,7 +46,7 @@ def test_a_run_writes_its_files_and_metrics(rhyme, tmp_path):
         "best.pt", "config.json", "last.pt", "loss.png", "metrics.jsonl", "previous.pt",
         "report.html", "sample.txt", "samples.jsonl",
     ]  # fmt: skip
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "val_loss" in line] == [8, 16, 24, 32, 40]
     assert all(line["tokens_per_second"] > 0 for line in lines if "train_loss" in line)
@@ -190,7 +191,7 @@ def test_a_resumed_run_drops_the_metrics_after_its_checkpoint(tmp_path):
     metrics = Metrics(tmp_path, step=2, max_steps=9)
     metrics.train(Progress(3), 10.0, None, 1.0, 0.1)
     metrics.close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_without_a_terminal_progress_is_one_line_per_minute(tmp_path, capsys, monkeypatch):
@@ -257,7 +258,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(train, tmp_path):
     make_corpus(tmp_path / "data" / "d", ["abcd"] * 600, documents=True)
     splits = json.loads((tmp_path / "data" / "d" / "metadata.json").read_text())["splits"]["val"]
     assert splits["tokens"] * 4 == splits["bytes"] * 5
-    for line in read_metrics(train(max_steps=1, corpus="d") / "metrics.jsonl"):
+    for line in read_lines(train(max_steps=1, corpus="d") / "metrics.jsonl"):
         if "val_loss" in line:
             assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) * 5 / 4)
 
@@ -346,7 +347,7 @@ def wait_for(condition, process, seconds=60):
 def test_a_signal_saves_a_checkpoint_and_prints_how_to_continue(rhyme, tmp_path, signum):
     process = start_training(tmp_path, *flags(max_steps=100_000))
     metrics = tmp_path / "out" / "rhyme-tiny-1" / "metrics.jsonl"
-    wait_for(lambda: len(read_metrics(metrics)) > 3, process)
+    wait_for(lambda: len(read_lines(metrics)) > 3, process)
     os.kill(process.pid, signum)
     process.join()
     out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
@@ -355,7 +356,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_continue(rhyme, tmp_path,
     assert out.splitlines()[-1].endswith("python train_gpt2.py --resume out/rhyme-tiny-1")
     step = load_checkpoint(tmp_path / "out/rhyme-tiny-1/last.pt")["step"]
     assert out.splitlines()[-1].startswith(f"stopped at step {step};")
-    assert step == read_metrics(metrics)[-1]["step"]
+    assert step == read_lines(metrics)[-1]["step"]
 
 
 def train_in_processes(folder, world_size, *argv):
@@ -405,14 +406,14 @@ def test_a_signal_to_torchrun_saves_once(rhyme, tmp_path):
     argv += flags(max_steps=100_000, run_name="some")
     process = start_script("torch.distributed.run", *argv, cwd=tmp_path, streams=tmp_path)
     run = tmp_path / "out" / "some"
-    wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 3, process)
+    wait_for(lambda: len(read_lines(run / "metrics.jsonl")) > 3, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
     assert process.exitcode == 1
     assert err.count("stopping after this step") == 1, err
     assert out.count("continue with: ") == 1, err
-    last_line = read_metrics(run / "metrics.jsonl")[-1]
+    last_line = read_lines(run / "metrics.jsonl")[-1]
     assert load_checkpoint(run / "last.pt")["step"] == last_line["step"]
 
 
