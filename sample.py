@@ -32,12 +32,13 @@ from dataset import TextDataset
 from model import GPT
 from train_gpt2 import evaluate
 from training.checkpoint import best_checkpoint
-from training.compute import left_out_first_tokens, scoring_choices
+from training.compute import scoring_choices
 from training.device import choose_device, memory_errors
 from training.distributed import Ranks
 from training.huggingface import is_released, pretrained_folder
 from training.models import load_model
 from training.run_folder import is_run, newest_run, no_run_message, run_of
+from training.run_settings import left_out_first_tokens
 from training.sampling import continue_prompt, prompt_ids, until_end
 from training.score_page import (
     Span,

@@ -26,13 +26,13 @@ from common.files import atomic_write
 from corpus.metadata import source_path
 from corpus.vocabulary import same_vocabulary
 from model import GPT, GPTConfig
-from training.compute import ComputeChoices, left_out_first_tokens
+from training.compute import ComputeChoices
 from training.corpora import corpus_name
 from training.distributed import Ranks, is_first_rank
 from training.huggingface import EMBEDDING
 from training.optimizer import OptimizerGroup
 from training.run_folder import run_of
-from training.run_settings import RunSettings
+from training.run_settings import RunSettings, left_out_first_tokens
 
 # settings that may differ between the machines of a run
 MACHINE_SETTINGS = ("data_dir", "out_dir", "resume", "init_from", "device")

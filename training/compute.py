@@ -22,9 +22,9 @@ from training.device import (
     total_memory,
 )
 from training.distributed import Ranks
-from training.run_settings import RunSettings, choices_leave_out_first_tokens
+from training.run_settings import RunSettings, left_out_first_tokens, saved_choices
 
-SCORED_TOKENS = 2048  # in one forward pass, where no run says otherwise
+TOKENS_PER_FORWARD = 2048  # of a scored text, where no run says otherwise
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def scoring_choices(
     choices: dict[str, Any] = {}
     dtype = torch.float32
     if checkpoint:
-        choices = checkpoint.get("chosen", checkpoint["config"])  # older versions saved no choices
+        choices = saved_choices(checkpoint)
         dtype = choose_dtype("auto", device).value
-    micro_batch_size = max(1, SCORED_TOKENS // sequence_length)
+    micro_batch_size = max(1, TOKENS_PER_FORWARD // sequence_length)
     if choices.get("device") == device.type and choices.get("dtype", "auto") != "auto":
         dtype = getattr(torch, choices["dtype"])
         micro_batch_size = choices.get("micro_batch_size") or micro_batch_size
@@ -208,12 +208,6 @@ def separates_documents(settings: RunSettings, metadata: dict, checkpoint: dict 
                 f"what its validation loss means: --resume cannot change it"
             )
     return separate
-
-
-def left_out_first_tokens(checkpoint: dict) -> bool:
-    """Return whether a checkpoint's losses leave out the first token of each document."""
-    # older versions saved no choices
-    return choices_leave_out_first_tokens(checkpoint.get("chosen", checkpoint["config"]))
 
 
 def why_no_flex_attention(

@@ -14,6 +14,7 @@ from model import GPT
 from training.corpora import corpus_weights
 from training.json_lines import read_lines
 from training.plots import loss_figure, printable_name
+from training.run_settings import saved_choices
 from training.runs import Run, read_run
 from training.score_page import SCRIPT, STYLE, html_fragment, html_legend, spans_of, visible
 from training.validation_text import score_beginning
@@ -105,7 +106,7 @@ def _scored_text(run_dir: Path, checkpoint: dict | None, model: GPT | None) -> s
     if not checkpoint or not model:
         return "<p>The run has no checkpoint yet.</p>"
     config = checkpoint["config"]
-    choices = checkpoint.get("chosen", config)
+    choices = saved_choices(checkpoint)
     metadata = checkpoint["metadata"]
     parts = []
     try:

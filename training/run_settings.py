@@ -49,12 +49,24 @@ class RunSettings(Protocol):
     compile: str
 
 
-def choices_leave_out_first_tokens(choices: dict) -> bool:
+def saved_choices(saved: dict) -> dict:
+    """Return what a run chose for its machine: device, number type, document mask, ...
+
+    Older versions saved no choices: the values in use are among their settings.
+
+    Args:
+        saved: A checkpoint, or the content of config.json.
+    """
+    return saved.get("chosen", saved.get("config", saved))
+
+
+def left_out_first_tokens(saved: dict) -> bool:
     """Return whether the losses of a run leave out the first token of each document.
 
     Versions before "document_start" computed them so. Their losses cannot be compared with others.
 
     Args:
-        choices: What the run chose for its machine, or the settings of an older run.
+        saved: A checkpoint, or the content of config.json.
     """
+    choices = saved_choices(saved)
     return choices.get("document_mask") == "true" and "document_start" not in choices

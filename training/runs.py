@@ -18,7 +18,7 @@ from typing import Any
 
 from common.files import read_json
 from training.json_lines import read_lines
-from training.run_settings import choices_leave_out_first_tokens
+from training.run_settings import left_out_first_tokens, saved_choices
 
 # settings that name a run, or decide when it logs and stops, but not what it learns
 WITHOUT_EFFECT = {
@@ -97,14 +97,13 @@ def read_run(run_dir: Path) -> Run:
         raise FileNotFoundError(f"{run_dir} is not a run: it has no config.json")
     config = read_json(run_dir / "config.json")
     try:
-        choices = config.get("chosen", config)  # older versions saved no choices
         num_tokens = config["batch_size"] * config["sequence_length"]
         max_steps = int(config["max_steps"])
-        text_key, text = _validation_text(config, choices)
+        text_key, text = _validation_text(config)
         parameters = config.get("parameters")
         settings = {
             name: value
-            for name, value in (config | choices).items()
+            for name, value in (config | saved_choices(config)).items()
             if name not in WITHOUT_EFFECT | {"chosen", "parameters", "val_text"}
         }
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -137,7 +136,7 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _validation_text(config: dict, choices: dict) -> tuple[tuple[Any, ...], str]:
+def _validation_text(config: dict) -> tuple[tuple[Any, ...], str]:
     """Return what makes the losses of runs comparable, as a key and for people."""
     text = config.get("val_text")
     corpus = config["corpus"]
@@ -152,7 +151,7 @@ def _validation_text(config: dict, choices: dict) -> tuple[tuple[Any, ...], str]
             f"{corpus} (known by its name and its tokens per byte only, because "
             f"config.json has no val_text)"
         )
-    if choices_leave_out_first_tokens(choices):
+    if left_out_first_tokens(config):
         key += ("without first tokens",)
         description += ", without the first tokens of documents"
     return key, description
