@@ -71,7 +71,7 @@ Size = Literal[
 ]
 Switch = Literal["auto", "true", "false"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Tracker = Literal["", "tensorboard", "trackio", "wandb"]
+TrackerName = Literal["", "tensorboard", "trackio", "wandb"]
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Settings:
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
     patience: int = 0  # validations without a new best that end the run; 0: none do
     log_every: int = 10  # steps between lines of metrics.jsonl
-    tracker: Tracker = ""  # write the numbers of metrics.jsonl there, too; "": nowhere else
+    tracker: TrackerName = ""  # write the numbers of metrics.jsonl there, too; "": nowhere else
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps

@@ -33,7 +33,7 @@ from corpus.pipeline import TASK_BYTES, source_metadata
 from corpus.planning import plan
 from corpus.reader import read
 from corpus.sources import InvalidDocument, Source
-from corpus.tasks import SPLIT_RULE, Task, assign_split, place_and_reason
+from corpus.tasks import SPLIT_RULE, Task, assign_split, skip_or_stop
 from corpus.tokenizer import Tokenizer, divided, encodable, get_tokenizer
 from corpus.vocabulary_files import bpe_size, vocabulary_folder
 
@@ -214,8 +214,8 @@ def _texts_of_chunk(
     """
     for positions, texts in read(chunk):
         for text in texts:
-            if isinstance(text, InvalidDocument):  # raises an error, or the tasks will list it
-                place_and_reason(text, corpus.has_documents, on_error)
+            if isinstance(text, InvalidDocument):  # if it is skipped, the tasks will list it
+                skip_or_stop(text, corpus.has_documents, on_error)
         masks = assign_split(chunk, positions, train_split_ratio, seed)
         for text in itertools.compress(texts, masks["train"]):
             if isinstance(text, str):

@@ -140,7 +140,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
                 valid = np.array([isinstance(text, str) for text in texts])
                 for text in texts:
                     if isinstance(text, InvalidDocument):
-                        skipped.append(place_and_reason(text, job.has_documents, job.on_error))
+                        skipped.append(skip_or_stop(text, job.has_documents, job.on_error))
                 masks = assign_split(chunk, positions, job.train_split_ratio, job.seed)
                 for split, mask in masks.items():
                     chosen = mask & valid
@@ -265,7 +265,7 @@ class _SplitWriter:
                         offset = 0
                     invalid = InvalidDocument(str(error), place_of(chunk, position + offset))
                     self.skipped.append(
-                        place_and_reason(invalid, self.job.has_documents, self.job.on_error)
+                        skip_or_stop(invalid, self.job.has_documents, self.job.on_error)
                     )
                 else:
                     texts.append(text)
@@ -287,8 +287,8 @@ class _SplitWriter:
         return ids[keep]
 
 
-def place_and_reason(invalid: InvalidDocument, has_documents: bool, on_error: str) -> str:
-    """Return place and reason of an invalid document that is skipped.
+def skip_or_stop(invalid: InvalidDocument, has_documents: bool, on_error: str) -> str:
+    """Return place and reason of an invalid document to skip, or stop with an error.
 
     Args:
         invalid: The document, or an invalid running text.
