@@ -240,13 +240,13 @@ class ConcatTextDataset(ConcatDataset):
         indices = indices % len(self)
         numbers = np.searchsorted(self.cumulative_sizes, indices, side="right")
         first_items = [0, *self.cumulative_sizes]
-        x = y = np.empty((0, 0), np.int64)
+        first: Any = self.datasets[0]
+        x = np.empty((len(indices), first.sequence_length), np.int64)
+        y = np.empty_like(x)
         for number in np.unique(numbers):
             rows = np.flatnonzero(numbers == number)
             dataset: Any = self.datasets[number]
             own_x, own_y = dataset[indices[rows] - first_items[number]]
-            if not x.size:
-                x, y = (np.empty((len(indices), own_x.shape[1]), np.int64) for _ in range(2))
             # in NumPy: torch would start threads for so few rows
             x[rows] = own_x.numpy()
             y[rows] = own_y.numpy()

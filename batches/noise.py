@@ -18,6 +18,7 @@ class WindowDataset(Protocol):
     """What NoisyTextDataset and the preview use of a TextDataset (dataset.py)."""
 
     tokens: Tokens
+    sequence_length: int
 
     def __len__(self) -> int: ...
 
@@ -92,6 +93,7 @@ class NoisyTextDataset(Dataset):
         if vocab_size is None:
             raise ValueError("token noise needs a corpus with a vocabulary (metadata.json)")
         self.dataset = dataset
+        self.sequence_length = dataset.sequence_length
         self.vocab_size = vocab_size
         self.share = share
         self.seed = seed
