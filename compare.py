@@ -27,7 +27,7 @@ from training.plots import LARGEST_PICTURE, comparison_figure
 from training.runs import Row, Run, comparable_groups, differing_settings, fold_repeats, read_run
 
 PICTURE = "compare.png"
-NO_RUNS = "python train_gpt2.py trains one"
+HOW_TO_TRAIN = "python train_gpt2.py trains one"
 
 
 @dataclass
@@ -45,7 +45,7 @@ def main() -> None:
     paths = run_folders(settings)
     runs = read_runs(paths)
     if not runs:
-        raise ValueError(f"none of these is a run that can be read: {NO_RUNS}")
+        raise ValueError(f"none of these is a run that can be read: {HOW_TO_TRAIN}")
     groups = [fold_repeats(group) for group in comparable_groups(runs)]
     for rows in groups:
         print_group(rows)
@@ -80,7 +80,7 @@ def run_folders(settings: Settings) -> list[Path]:
     paths = [path for path in paths if path.name != PICTURE]
     if not paths:
         place = " ".join(settings.runs) or f"{settings.out_dir}/"
-        raise FileNotFoundError(f"there are no runs in {place}: {NO_RUNS}")
+        raise FileNotFoundError(f"there are no runs in {place}: {HOW_TO_TRAIN}")
     return paths
 
 
@@ -124,16 +124,14 @@ def row_cells(row: Row, names: Sequence[str]) -> list[str]:
         tokens += f" (step {first.step:,} of {first.max_steps:,})"
     speeds = [run.tokens / run.seconds for run in runs if run.seconds]
     bests = [run.best for run in runs if run.best]
-    steps = sorted({best.step for best in bests})
-    best_at = "-".join(f"{step:,}" for step in (*steps[:1], *steps[1:][-1:]))
     return [
         name,
-        *(setting_text(row.settings.get(setting)) for setting in names),
+        *(setting_cell(row.settings.get(setting)) for setting in names),
         f"{first.parameters:,}" if first.parameters else "",
         tokens,
         mean_and_spread([best.bits_per_byte for best in bests]),
         mean_and_spread([best.nats for best in bests]),
-        best_at,
+        step_range([best.step for best in bests]),
         f"{statistics.fmean(speeds):,.0f}" if speeds else "",
         str(datetime.timedelta(seconds=round(statistics.fmean(run.seconds for run in runs)))),
     ]
@@ -158,7 +156,16 @@ def in_units(number: float) -> str:
     return f"{number:.0f}"
 
 
-def setting_text(value: object) -> str:
+def step_range(steps: Sequence[int]) -> str:
+    """Return the first and the last of some steps: [30, 10, 20] -> "10-30"; none -> ""."""
+    if not steps:
+        return ""
+    first = min(steps)
+    last = max(steps)
+    return f"{first:,}" if first == last else f"{first:,}-{last:,}"
+
+
+def setting_cell(value: object) -> str:
     """Return the value of a setting; "" if it is not set."""
     if isinstance(value, float):
         return f"{value:g}"
