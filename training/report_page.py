@@ -1,7 +1,6 @@
 """report.html: a run's own page, which needs no other file."""
 
 import datetime
-import html
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,13 @@ from training.json_lines import read_lines
 from training.plots import loss_figure, printable_name
 from training.run_settings import saved_choices
 from training.runs import Run, read_run
-from training.score_page import SCRIPT, STYLE, html_fragment, html_legend, spans_of, visible
+from training.score_page import (
+    html_document,
+    html_fragment,
+    html_legend,
+    spans_of,
+    visible_html,
+)
 from training.validation_text import score_beginning
 
 INK = "#12ab34"  # stands for the color of the text while a picture is drawn
@@ -41,29 +46,25 @@ def write_report_page(run_dir: Path, checkpoint: dict | None, model: GPT | None)
     """
     run = read_run(run_dir)
     samples = read_lines(run_dir / "samples.jsonl")
-    page = PAGE.format(
-        title=_text(printable_name(run_dir)),
-        style=STYLE,
+    body = BODY.format(
         summary=_summary(run),
         curves=_curves(run_dir),
         legend=html_legend(),
         scored=_scored_text(run_dir, checkpoint, model),
         samples="".join(map(_sample, samples)) or "<p>There are none.</p>",
         settings=_settings(read_json(run_dir / "config.json")),
-        script=SCRIPT,
     )
+    page = html_document(printable_name(run_dir), "train_gpt2.py", body, REPORT_STYLE)
     with atomic_write(run_dir / "report.html") as f:
         f.write(page.encode())
     return run_dir / "report.html"
 
 
-def _text(value: object) -> str:
-    return html.escape(visible(str(value)))
-
-
 def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
     """Return the rows of a table of two columns."""
-    return "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in pairs)
+    return "".join(
+        f"<tr><th>{visible_html(name)}<td>{visible_html(value)}" for name, value in pairs
+    )
 
 
 def _summary(run: Run) -> str:
@@ -123,15 +124,15 @@ def _scored_text(run_dir: Path, checkpoint: dict | None, model: GPT | None) -> s
                 choices["document_mask"] == "true",
             )
             if len(names) > 1:
-                parts.append(f"<h3>{_text(name)}</h3>")
+                parts.append(f"<h3>{visible_html(name)}</h3>")
             parts.append(html_fragment(spans_of(first_id, scores, tokenizer)))
     except (FileNotFoundError, ValueError) as error:  # moved, or prepared again
-        return f"<p>The validation text cannot be scored: {_text(error)}</p>"
+        return f"<p>The validation text cannot be scored: {visible_html(error)}</p>"
     return "".join(parts)
 
 
 def _sample(line: dict) -> str:
-    text = _text(line.get("text", ""))
+    text = visible_html(line.get("text", ""))
     return f"<h3>Step {line['step']:,}</h3>\n<pre>{text}</pre>\n"
 
 
@@ -142,31 +143,16 @@ def _settings(config: dict) -> str:
     return _pairs((name, "" if value is None else value) for name, value in pairs)
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="generator" content="train_gpt2.py">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-body {{ max-width: 50rem; margin: 0 auto; padding: 1rem; background: #ffffff; color: #1b1b1b;
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #16181c; color: #e8e8e8; }} }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-h3 {{ font-size: 1rem; margin-bottom: 0; }}
-th {{ text-align: left; font-weight: normal; opacity: .7; padding-right: 1rem; }}
-th, td {{ vertical-align: top; }}
-.curves {{ overflow-x: auto; }}
-.curves svg {{ width: 100%; min-width: 26rem; height: auto; }}
-pre {{ white-space: pre-wrap; margin: .3rem 0; border-left: 3px solid #8886; padding-left: .8rem;
-  font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
-{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>{summary}</table>
+REPORT_STYLE = """h2 { font-size: 1.15rem; margin-top: 2rem; }
+h3 { font-size: 1rem; margin-bottom: 0; }
+th { text-align: left; font-weight: normal; opacity: .7; padding-right: 1rem; }
+th, td { vertical-align: top; }
+.curves { overflow-x: auto; }
+.curves svg { width: 100%; min-width: 26rem; height: auto; }
+pre { white-space: pre-wrap; margin: .3rem 0; border-left: 3px solid #8886; padding-left: .8rem;
+  font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+"""
+BODY = """<table>{summary}</table>
 <h2>Losses</h2>
 <div class="curves">{curves}</div>
 <h2>The beginning of the validation text</h2>
@@ -179,8 +165,4 @@ likely tokens in its place.</p>
 {samples}
 <h2>Settings</h2>
 <details><summary>All settings, and what was chosen for the machine</summary>
-<table>{settings}</table></details>
-<script>{script}</script>
-</body>
-</html>
-"""
+<table>{settings}</table></details>"""

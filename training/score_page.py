@@ -119,6 +119,11 @@ def visible(text: str) -> str:
     return "".join(map(_visible_character, text))
 
 
+def visible_html(value: object) -> str:
+    """Return a value as HTML text in visible characters."""
+    return html.escape(visible(str(value)))
+
+
 def _visible_character(character: str) -> str:
     code = ord(character)
     if character in "\n\t":
@@ -347,20 +352,37 @@ def check_page_path(path: Path) -> None:
 
 
 def html_page(title: str, lines: Iterable[str], spans: Iterable[Span]) -> str:
-    """Return a self-contained page: nothing is loaded from elsewhere.
+    """Return the page of a scored text.
 
     Args:
         title: Title of the page.
         lines: Lines above the text.
         spans: From spans_of.
     """
-    title = html.escape(visible(title))
-    paragraphs = "\n".join(f"<p>{html.escape(visible(line))}</p>" for line in lines)
+    paragraphs = "\n".join(f"<p>{visible_html(line)}</p>" for line in lines)
+    body = f"""{paragraphs}
+{html_legend()}
+<p>Point at a token, or tap it, for its probability, its rank and the five most likely tokens in its
+place. With the keyboard: Tab to the text, then the arrow keys.</p>
+{html_fragment(spans)}"""
+    return html_document(title, GENERATOR, body)
+
+
+def html_document(title: str, generator: str, body: str, style: str = "") -> str:
+    """Return a self-contained page with STYLE and SCRIPT: nothing is loaded from elsewhere.
+
+    Args:
+        title: Title and heading of the page, as text.
+        generator: The command that writes the page.
+        body: HTML after the heading.
+        style: CSS of the body, beside STYLE.
+    """
+    title = visible_html(title)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="generator" content="{GENERATOR}">
+<meta name="generator" content="{generator}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
@@ -369,15 +391,11 @@ body {{ max-width: 50rem; margin: 0 auto; padding: 1rem; background: #ffffff; co
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #16181c; color: #e8e8e8; }} }}
 h1 {{ font-size: 1.4rem; }}
-{STYLE}</style>
+{style}{STYLE}</style>
 </head>
 <body>
 <h1>{title}</h1>
-{paragraphs}
-{html_legend()}
-<p>Point at a token, or tap it, for its probability, its rank and the five most likely tokens in its
-place. With the keyboard: Tab to the text, then the arrow keys.</p>
-{html_fragment(spans)}
+{body}
 <script>{SCRIPT}</script>
 </body>
 </html>
