@@ -11,7 +11,6 @@ The model is that of the newest run, unless --run or --init_from names another o
 """
 
 import functools
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,7 +49,7 @@ from training.score_page import (
     terminal_text,
     visible,
 )
-from training.scored_text import find_text, open_ids, write_ids
+from training.scored_text import tokenize_text
 from training.scoring import (
     DocumentScores,
     Score,
@@ -307,17 +306,12 @@ def score(settings: Settings, model: GPT, tokenizer: Tokenizer, checkpoint: dict
                 file=sys.stderr,
             )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        ids_path = Path(folder) / "ids.bin"
-        try:
-            sources, has_documents = find_text(settings.score, checkpoint, Path(folder))
-            num_bytes = write_ids(sources, tokenizer, has_documents, ids_path)
-        except ValueError as error:  # about a copy of standard input, perhaps
-            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
-        tokens = open_ids(ids_path, tokenizer, name)
+        text = tokenize_text(settings.score, name, checkpoint, tokenizer, Path(folder))
+        tokens = text.tokens
         first_id = int(tokens.read([0], 1)[0, 0])
         num_shown = min(settings.show_tokens, len(tokens)) if settings.show else 0
         documents = DocumentScores(
-            tokenizer.eot_token if has_documents else None, num_bytes, print_document
+            tokenizer.eot_token if text.has_documents else None, text.num_bytes, print_document
         )
         documents.start(first_id)
         shown: list[TokenScores] = []
@@ -328,7 +322,7 @@ def score(settings: Settings, model: GPT, tokenizer: Tokenizer, checkpoint: dict
                 shown.append(scores)
 
         loss = score_tokens(model, checkpoint, tokens, receive, max(0, num_shown - 1))
-        total = Score(loss, len(tokens), sum(num_bytes))
+        total = Score(loss, len(tokens), sum(text.num_bytes))
     lines = [f"{name}: {total}"]
     if 0 < num_shown < total.num_tokens:
         lines.append(f"shown: the first {num_shown:,} tokens (--show_tokens)")

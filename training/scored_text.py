@@ -1,18 +1,18 @@
 """The text that sample.py --score scores: from a file, or standard input, to ids in a file.
 
-    sources, has_documents = find_text("my.txt", checkpoint, folder)
-    num_bytes = write_ids(sources, tokenizer, has_documents, folder / "ids.bin")
-    tokens = open_ids(folder / "ids.bin", tokenizer, "my.txt")
+    text = tokenize_text("my.txt", "my.txt", checkpoint, tokenizer, folder)
+    text.tokens, text.num_bytes, text.has_documents
 
 Files are read by the reader of prepare_data.py, and divided as the corpus of the run was.
 """
 
 import functools
+import os
 import shutil
 import sys
 from array import array
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,48 @@ from corpus.sources import InvalidDocument, Source
 from corpus.tokenizer import CannotEncode, Tokenizer, encodable
 
 
-def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[Source], bool]:
+@dataclass(frozen=True)
+class ScoredText:
+    """A text to score, as token ids.
+
+    Attributes:
+        tokens: At least two tokens.
+        num_bytes: UTF-8 bytes of each document, or of each part of a running text.
+        has_documents: Whether an end-of-text token follows each text.
+    """
+
+    tokens: Tokens
+    num_bytes: array
+    has_documents: bool
+
+
+def tokenize_text(
+    item: str, name: str, checkpoint: dict | None, tokenizer: Tokenizer, folder: Path
+) -> ScoredText:
+    """Return a text to score, tokenized into a file.
+
+    Args:
+        item: What --input of prepare_data.py takes; "-": standard input.
+        name: Name of the text, for messages.
+        checkpoint: Checkpoint of a run, or None for other weights.
+        tokenizer: The tokenizer of the model.
+        folder: Folder for the file, and for a copy of standard input.
+
+    Raises:
+        OSError: A file cannot be read or written.
+        ValueError: The text cannot be read as text or encoded, has fewer than two tokens, or has
+            documents that the model does not know.
+    """
+    ids_path = folder / "ids.bin"
+    try:
+        sources, has_documents = _find_text(item, checkpoint, folder)
+        num_bytes = _write_ids(sources, tokenizer, has_documents, ids_path)
+    except ValueError as error:  # about a copy of standard input, perhaps
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
+    return ScoredText(_open_ids(ids_path, tokenizer, name), num_bytes, has_documents)
+
+
+def _find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[Source], bool]:
     """Return the files of a text, and whether the text has documents.
 
     Files are divided into documents as the corpus of the run was. For other weights, a .txt is a
@@ -41,7 +82,7 @@ def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[So
         OSError: A file cannot be read.
         ValueError: A file cannot be read as text, or the model knows no documents.
     """
-    division, field = reading_of(checkpoint["metadata"]) if checkpoint else ("", "")
+    division, field = _division_and_field(checkpoint["metadata"]) if checkpoint else ("", "")
     if item == "-":
         path = folder / "standard input"
         with open(path, "wb") as f:
@@ -61,7 +102,7 @@ def find_text(item: str, checkpoint: dict | None, folder: Path) -> tuple[list[So
     return sources, has_documents
 
 
-def reading_of(metadata: dict) -> tuple[str, str]:
+def _division_and_field(metadata: dict) -> tuple[str, str]:
     """Return how other files are read like the sources of a corpus: division of texts, field.
 
     If the corpus has documents and none of its sources is a text, a text is one document.
@@ -76,7 +117,7 @@ def reading_of(metadata: dict) -> tuple[str, str]:
     return next((file["documents"] for file in files if file["format"] == "text"), "file"), field
 
 
-def write_ids(
+def _write_ids(
     sources: list[Source], tokenizer: Tokenizer, has_documents: bool, path: Path
 ) -> array:
     """Tokenize sources into a bare .bin file, a part of a text at a time.
@@ -133,8 +174,8 @@ def _encode(
         raise
 
 
-def open_ids(path: Path, tokenizer: Tokenizer, name: str) -> Tokens:
-    """Return the ids of a text that write_ids wrote.
+def _open_ids(path: Path, tokenizer: Tokenizer, name: str) -> Tokens:
+    """Return the ids of a text that _write_ids wrote.
 
     Args:
         path: The file.

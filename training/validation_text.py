@@ -60,7 +60,7 @@ def describe_text(split: Path, metadata: dict) -> dict:
 def score_beginning(
     model: GPT, tokens: Tokens, sequence_length: int, eot_token: int, separate_documents: bool
 ) -> tuple[int, TokenScores]:
-    """Return the first token of a split, and the scores of about SCORED_TOKENS tokens after it.
+    """Return the first token of a split, and the scores of up to SCORED_TOKENS tokens after it.
 
     The tokens are divided into sequences as in validation.
 
