@@ -54,9 +54,9 @@ def least_seconds(function: Callable) -> float:
     """Return the seconds of one core that a call takes, the least of some rounds."""
     rounds = []
     for _ in range(ROUNDS):
-        began = time.process_time()
+        start = time.process_time()
         function()
-        rounds.append(time.process_time() - began)
+        rounds.append(time.process_time() - start)
     return min(rounds)
 
 

@@ -84,7 +84,7 @@ def trained_tokenizer(
     if not path.exists():
         with download_lock(path):  # one process makes the file, the others wait
             if not path.exists():
-                began = time.perf_counter()
+                start = time.perf_counter()
                 data = _train(num_ids, corpus, *settings, on_error).encode()
                 if _key(name, corpus, corpus_dir, *settings) != key:
                     raise ValueError(
@@ -92,7 +92,7 @@ def trained_tokenizer(
                     )
                 with atomic_write(path) as f:
                     f.write(data)
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start
                 print(f"vocabulary: {num_ids:,} ids trained in {seconds:.1f} s, kept as {path}")
     return get_tokenizer(path.name)
 
@@ -100,7 +100,8 @@ def trained_tokenizer(
 def _key(name: str, corpus: Corpus, corpus_dir: Path, train_split_ratio: float, seed: int) -> str:
     """Return a hash of all that the vocabulary depends on, as 12 hexadecimal digits.
 
-    It is the fingerprint of the corpus, with the demand for a vocabulary as its tokenizer.
+    The hash is the fingerprint of the corpus with "bpe:N" as its tokenizer, because the vocabulary
+    does not exist yet.
     """
     num_ids = bpe_size(name)
     metadata = {

@@ -13,9 +13,9 @@ In the order in which a run uses them:
 5. optimizer.py: Muon and AdamW. signals.py: signals that stop a run.
 6. metrics.py, report.py: what a run writes and prints. sampling.py: text that continues a prompt.
    json_lines.py: metrics.jsonl and samples.jsonl. trackers.py: TensorBoard, trackio, wandb.
-7. scored_text.py: the text to score. scoring.py: the loss of each token. score_page.py: the same,
-   for people.
-   validation_text.py: which text a run is validated on, and scores of its beginning.
+7. scored_text.py: the text to score. scoring.py: the loss of each token. score_page.py: the same as
+   colored text and as a page. validation_text.py: which text a run is validated on, and scores of
+   its beginning.
 8. runs.py: runs as their small files describe them. plots.py: pictures. report_page.py:
    report.html.
 

@@ -12,7 +12,7 @@ from training.runs import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMED_ROWS = 10  # rows of a table whose curves have a colour and a name; the others are grey
+NAMED_ROWS = 10  # rows of a table whose curves have a color and a name; the others are gray
 LARGEST_PICTURE = 6  # groups of comparable runs in one picture
 
 
@@ -66,7 +66,7 @@ def comparison_figure(groups: Sequence[Sequence[Row]]) -> "Figure":
 
     Args:
         groups: Rows of comparable runs, the best first. A group has a line of the figure of its
-            own; runs of one row have one colour. Only the first LARGEST_PICTURE groups are drawn.
+            own; runs of one row have one color. Only the first LARGEST_PICTURE groups are drawn.
     """
     groups = groups[:LARGEST_PICTURE]
     figure = new_figure(11, 4 * len(groups))

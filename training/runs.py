@@ -46,7 +46,7 @@ class Run:
     settings: dict[str, Any]  # without those of WITHOUT_EFFECT; "auto" is replaced by the choice
     parameters: int | None  # None for runs of older versions
     text_key: tuple[Any, ...]  # equal for runs whose bits per byte can be compared
-    text: str  # what text_key stands for, for people
+    text: str  # describes the validation text, for tables and titles
     finished: bool
     step: int
     max_steps: int
@@ -137,7 +137,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def _validation_text(config: dict) -> tuple[tuple[Any, ...], str]:
-    """Return what makes the losses of runs comparable, as a key and for people."""
+    """Return (text_key, text) of a run: what its losses can be compared by."""
     text = config.get("val_text")
     corpus = config["corpus"]
     if not isinstance(corpus, str):  # as on the command line

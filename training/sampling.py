@@ -96,7 +96,7 @@ def write_text(
     num_tokens: int,
     generator: torch.Generator | None = None,
 ) -> str:
-    """Return about `num_tokens` tokens that a model writes, for people.
+    """Return about `num_tokens` tokens that a model writes, as text.
 
     Short documents are sampled one after another, each for itself, until they have enough tokens.
 

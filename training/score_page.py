@@ -1,4 +1,4 @@
-"""Scored tokens for people: coloured text for a terminal, and an HTML page.
+"""Scored tokens to look at: colored text for a terminal, and an HTML page.
 
     spans = spans_of(first_id, scores, tokenizer)
     print(terminal_text(spans, has_colors=True))
@@ -150,7 +150,7 @@ def label(token_bytes: bytes) -> str:
 
 
 def percent(prob: float) -> str:
-    """Return a probability for people: 0.412 -> "41.2%", 0.00001 -> "1 in 100,000"."""
+    """Return a probability as text: 0.412 -> "41.2%", 0.00001 -> "1 in 100,000"."""
     if prob >= 0.0001:
         return f"{100 * prob:.3g}%"
     return f"1 in {float(f'{1 / prob:.3g}'):,.0f}" if prob > 1e-15 else "almost 0"

@@ -26,22 +26,9 @@ from training.score_page import Span, html_fragment, html_page, spans_of, termin
 from training.scoring import Alternatives, TokenScores
 
 WORDS = [
-    "one",
-    "for",
-    "sorrow,",
-    "two",
-    "for",
-    "mirth,",
-    "二つ",
-    "three",
-    "for",
-    "a",
-    "funeral",
-    "and",
-    "four",
-    "for",
-    "birth",
-]
+    "one", "for", "sorrow,", "two", "for", "mirth,", "二つ", "three", "for", "a", "funeral", "and",
+    "four", "for", "birth",
+]  # fmt: skip
 BYTES = get_tokenizer("bytes")
 HOSTILE = "</script><script>alert(1)</script> \x1b[31m\x00\x9b\u202e\r & \"x\" 'y'"
 
