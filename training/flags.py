@@ -22,7 +22,7 @@ from training.checkpoint import shared_checkpoint
 from training.distributed import is_first_rank
 from training.models import num_positions
 from training.run_folder import RunLock, run_of
-from training.run_settings import SHAPE_SETTINGS, RunSettings
+from training.run_settings import SHAPE_SETTINGS, RunSettings, saved_corpus
 
 # settings that --resume cannot change
 FIXED = ("corpus", "init_from", "size", *SHAPE_SETTINGS, "sequence_length", "optimizer", "seed")
@@ -196,8 +196,8 @@ def checkpoint_settings(cls: type[Flags], run_dir: Path, values: dict) -> Flags:
         if get_origin(kind) is tuple:
             types[name] = tuple
     values = {NEW_NAMES.get(name, name): value for name, value in values.items()}
-    if isinstance(values.get("corpus"), str):  # older versions had one corpus
-        values["corpus"] = (values["corpus"],)
+    if isinstance(values.get("corpus"), str):
+        values["corpus"] = saved_corpus(values)
     if "tensorboard" in values:  # the only tracker of older versions, on or off
         values["tracker"] = "tensorboard" if values.pop("tensorboard") else ""
     for name, value in values.items():

@@ -13,7 +13,7 @@ from model import GPT
 from training.corpora import corpus_weights
 from training.json_lines import read_lines
 from training.plots import loss_figure, printable_name
-from training.run_settings import saved_choices
+from training.run_settings import saved_choices, saved_corpus
 from training.runs import Run, read_run
 from training.score_page import (
     html_document,
@@ -112,8 +112,7 @@ def _scored_text(run_dir: Path, checkpoint: dict | None, model: GPT | None) -> s
     parts = []
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
-        corpus = config["corpus"]
-        names = [corpus] if isinstance(corpus, str) else list(corpus_weights(corpus))
+        names = list(corpus_weights(saved_corpus(config)))
         for name in names:
             tokens = Tokens(Path(config["data_dir"]) / name / "val")
             first_id, scores = score_beginning(
@@ -137,6 +136,7 @@ def _sample(line: dict) -> str:
 
 
 def _settings(config: dict) -> str:
+    config = config | {"corpus": " ".join(saved_corpus(config))}
     pairs = [(name, value) for name, value in config.items() if not isinstance(value, dict)]
     for name in ("chosen", "val_text"):
         pairs += [(f"{name}: {key}", value) for key, value in config.get(name, {}).items()]

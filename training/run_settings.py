@@ -49,6 +49,12 @@ class RunSettings(Protocol):
     compile: str
 
 
+def saved_corpus(config: dict) -> tuple[str, ...]:
+    """Return the setting `corpus` of a saved run; older versions had one corpus, as a string."""
+    corpus = config["corpus"]
+    return (corpus,) if isinstance(corpus, str) else tuple(corpus)
+
+
 def saved_choices(saved: dict) -> dict:
     """Return what a run chose for its machine: device, number type, document mask, ...
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from common.files import read_json
 from training.json_lines import read_lines
-from training.run_settings import left_out_first_tokens, saved_choices
+from training.run_settings import left_out_first_tokens, saved_choices, saved_corpus
 
 # settings that name a run, or decide when it logs and stops, but not what it learns
 WITHOUT_EFFECT = {
@@ -97,6 +97,7 @@ def read_run(run_dir: Path) -> Run:
         raise FileNotFoundError(f"{run_dir} is not a run: it has no config.json")
     config = read_json(run_dir / "config.json")
     try:
+        config["corpus"] = " ".join(saved_corpus(config))  # as on the command line
         num_tokens = config["batch_size"] * config["sequence_length"]
         max_steps = int(config["max_steps"])
         text_key, text = _validation_text(config)
@@ -140,8 +141,6 @@ def _validation_text(config: dict) -> tuple[tuple[Any, ...], str]:
     """Return (text_key, text) of a run: what its losses can be compared by."""
     text = config.get("val_text")
     corpus = config["corpus"]
-    if not isinstance(corpus, str):  # as on the command line
-        corpus = " ".join(corpus)
     if text:
         key: tuple[Any, ...] = (text["bytes"], text["sha256"])
         description = f"{text['bytes']:,} bytes of {corpus}"
