@@ -162,7 +162,7 @@ def setting_text(value: Any) -> str:
     """
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):  # a list in a .json file is a tuple
         return " ".join(map(str, value))
     return "unset" if value in (None, "") else str(value)
 

@@ -89,6 +89,7 @@ def comparison_figure(groups: Sequence[Sequence[Row]]) -> "Figure":
         _name_curves(by_seconds, rows)
         for axes in (by_tokens, by_seconds):
             axes.grid(alpha=0.3)
+            axes.locator_params(axis="x", nbins=6)  # more labels of six digits would overlap
     return figure
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from batches.tokens import Tokens
 from common.files import atomic_write, read_json
+from common.settings import setting_text
 from corpus.vocabulary import tokenizer_of
 from model import GPT
 from training.corpora import corpus_weights
@@ -140,7 +141,7 @@ def _settings(config: dict) -> str:
     pairs = [(name, value) for name, value in config.items() if not isinstance(value, dict)]
     for name in ("chosen", "val_text"):
         pairs += [(f"{name}: {key}", value) for key, value in config.get(name, {}).items()]
-    return _pairs((name, "" if value is None else value) for name, value in pairs)
+    return _pairs((name, "" if value is None else setting_text(value)) for name, value in pairs)
 
 
 REPORT_STYLE = """h2 { font-size: 1.15rem; margin-top: 2rem; }

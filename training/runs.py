@@ -93,6 +93,10 @@ def read_run(run_dir: Path) -> Run:
         ValueError: A file is damaged.
         OSError: A file cannot be read.
     """
+    if not run_dir.exists():
+        raise FileNotFoundError(f"{run_dir} does not exist")
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} is not a folder: name the folder of the run")
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not a run: it has no config.json")
     config = read_json(run_dir / "config.json")

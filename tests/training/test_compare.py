@@ -1,5 +1,6 @@
 """compare.py: the table, the picture, the groups; report.html and the samples of a run."""
 
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from batches.tokens import Tokens
 from training.checkpoint import load_checkpoint
 from training.json_lines import read_lines
 from training.models import load_model
+from training.plots import comparison_figure
 from training.report_page import write_report_page
 from training.runs import comparable_groups, fold_repeats, read_run
 from training.validation_text import score_beginning
@@ -83,6 +85,35 @@ def test_runs_with_another_validation_text_are_in_a_table_of_their_own(tmp_path)
     names = [[run.path.name for run in group] for group in groups]
     assert names == [["a", "b"], ["old-1", "old-2"], ["c"], ["old-3"]]
     assert "no val_text" in groups[1][0].text
+
+
+def test_corpora_are_shown_as_on_the_command_line(tmp_path):
+    write_run(tmp_path / "old", (2.1,), corpus="a")  # of an older version
+    write_run(tmp_path / "one", (2.2,), corpus=["a"], seed=1)
+    write_run(tmp_path / "mixture", (2.3,), corpus=["a:0.7", "b:0.3"])
+    head, _, *rows = table(compare(tmp_path, "old", "one", "mixture").stdout)
+    corpora = [row[head.index("corpus")] for row in rows]
+    assert corpora == ["a", "a:0.7 b:0.3"]  # old and one differ in their seeds alone
+    page = write_report_page(tmp_path / "mixture", None, None).read_text()
+    assert "<th>corpus<td>a:0.7 b:0.3" in page
+
+
+def test_labels_of_tokens_do_not_touch(tmp_path):
+    write_run(tmp_path / "one", (2.1,), last_step=19200)
+    (axes, _) = comparison_figure([fold_repeats([read_run(tmp_path / "one")])]).axes
+    axes.figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    gap = boxes[0].width / 6  # about a digit
+    assert all(left.x1 + gap < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_what_is_not_a_folder_is_named(tmp_path):
+    (tmp_path / "best.pt").touch()
+    result = compare(tmp_path, "absent", "best.pt")
+    assert result.stderr.splitlines()[:2] == [
+        "left out: absent does not exist",
+        "left out: best.pt is not a folder: name the folder of the run",
+    ]
 
 
 def test_unreadable_runs_do_not_hide_the_others(tmp_path):
