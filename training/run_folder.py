@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.files import atomic_write, exclusive_lock, folder_name
@@ -44,8 +45,23 @@ class RunLock(contextlib.ExitStack):
             f"--run_name"
         )
         lock = exclusive_lock(run_dir / ".lock", message)
-        self.ranks.on_first(lambda: self.enter_context(lock))
+
+        def lock_folder() -> None:
+            self.enter_context(_removed_if_empty(run_dir))
+            self.enter_context(lock)
+
+        self.ranks.on_first(lock_folder)
         self.run_dir = run_dir
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder at the end of the block if the block left it empty, as after an error."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it has files
+            folder.rmdir()
 
 
 def run_folder(settings: RunSettings, ranks: Ranks) -> Path:

@@ -101,7 +101,8 @@ def open_wandb(run_dir: Path, step: int, settings: RunSettings) -> Tracker:
             allow_val_change=True,
         )
     except wandb.Error as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"--tracker wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+            f"--tracker wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
         ) from None
     return Tracker(lambda step, values: run.log(values, step=step), run.finish)

@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 import time
+import types
 
 import pytest
 from conftest import losses
@@ -94,10 +95,21 @@ def wandb_history(path):
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
-def test_a_missing_package_is_named(train, monkeypatch, tracker):
+def test_a_missing_package_is_named_and_leaves_no_folder(train, tmp_path, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, tracker, None)
     with pytest.raises(ValueError, match=f"--tracker {tracker} needs a package: pip install"):
-        train(max_steps=1, tracker=tracker)
+        train(max_steps=1, tracker=tracker, run_name="mine")
+    assert not list(tmp_path.glob("out/mine"))  # an empty folder is not a run
+
+
+def test_wandb_without_a_login_is_one_sentence(train, monkeypatch):
+    def init(**settings):
+        raise RuntimeError("No API key configured.")
+
+    fake = types.SimpleNamespace(Error=RuntimeError, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ValueError, match="wandb: No API key configured; log in with"):
+        train(max_steps=1, tracker="wandb")
 
 
 def test_an_unknown_tracker_is_refused(train, capsys):
