@@ -49,7 +49,7 @@ class Settings:
     documents: Literal["", "blank-line", "file", "line"] = ""  # division of a .txt; "": none
     split_names: Literal["keep", "ignore"] = "keep"  # names such as train.txt and test/ in --input
     max_length: int = 0  # tokens kept of a document; 0: all
-    tokenizer: str = ""  # bytes, a tiktoken encoding, a file, or bpe:N to train N ids; "": gpt2
+    tokenizer: str = ""  # bytes, bpe:N to train N ids, a name (docs/data.md), a file; "": gpt2
     train_split_ratio: float = 0.9  # share for train, if the corpus has no splits
     seed: int = 0  # decides which documents go to train and which to val
     data_dir: str = "data"  # folder for prepared corpora
