@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ def expected_windows(texts, T):
     """Return the expected windows: blocks of the ids of all documents and their ends of text."""
     ids = [i for text in texts for i in (*text.encode(), EOT)]
     return [ids[k : k + T + 1] for k in range(0, len(ids) - T, T)]
+
+
+WORKER = SimpleNamespace(id=0, num_workers=4)  # the first of four worker processes
 
 
 @pytest.fixture
@@ -222,10 +226,16 @@ def test_a_state_belongs_to_its_number_of_readers(files, by):
     other.load_state_dict(state)
     with pytest.raises(ValueError, match="saved with sequence_length 32, which is now 16"):
         next(iter(other))
-    workers = stream(source)
-    workers.load_state_dict(state)
+
+
+def test_a_state_belongs_to_its_number_of_workers(files, monkeypatch):
+    data = stream(files, rank=1, world_size=2)
+    windows(itertools.islice(data, 3))
+    workers = stream(files)
+    workers.load_state_dict(data.state_dict())
     with pytest.raises(ValueError, match=r"saved with reader \(1, 2\), which is now \(0, 4\)"):
-        next(iter(DataLoader(workers, num_workers=4)))
+        monkeypatch.setattr(streaming, "get_worker_info", lambda: WORKER)
+        next(iter(workers))
 
 
 def test_the_state_is_small(files):

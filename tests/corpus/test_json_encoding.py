@@ -102,6 +102,7 @@ def test_random_texts_get_the_ids_of_tokenizers(texts, pair):
     assert_same_ids(ours, theirs, texts, ours.eot_token)
 
 
+@pytest.mark.parametrize("pair", [4096], indirect=True)
 def test_white_space_too_long_for_tiktoken_is_encoded_by_tokenizers(pair):
     ours, theirs = pair
     text = "a" + " " * 1_000_000 + "\n" * 20 + "b"
@@ -112,6 +113,7 @@ def test_white_space_too_long_for_tiktoken_is_encoded_by_tokenizers(pair):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("pair", [4096, "special tokens first"], indirect=True)
 def test_the_fast_encoder_gives_the_same_ids(pair):
     pytest.importorskip(FAST)
     ours, theirs = pair
