@@ -148,8 +148,7 @@ REPORT_STYLE = """h2 { font-size: 1.15rem; margin-top: 2rem; }
 h3 { font-size: 1rem; margin-bottom: 0; }
 th { text-align: left; font-weight: normal; opacity: .7; padding-right: 1rem; }
 th, td { vertical-align: top; }
-.curves { overflow-x: auto; }
-.curves svg { width: 100%; min-width: 26rem; height: auto; }
+.curves svg { width: 100%; height: auto; }
 pre { white-space: pre-wrap; margin: .3rem 0; border-left: 3px solid #8886; padding-left: .8rem;
   font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 """
