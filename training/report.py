@@ -104,7 +104,9 @@ def print_report(
 
 
 def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
-    """Print about 200 tokens by the run's best weights; write sample.txt and report.html.
+    """Print about 200 tokens by the run's best weights; write report.html and sample.txt.
+
+    sample.txt is written last: where it exists, the report of the run is complete.
 
     Args:
         run_dir: Folder of the run.
@@ -113,6 +115,7 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     """
     checkpoint = best_checkpoint(run_dir)
     model = load_model(checkpoint, device)
+    text = None
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
         prompt = prompt_ids(tokenizer, "", metadata)
@@ -121,7 +124,8 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
         print(f"no sample: {error}")
     else:
         text = write_text(model, tokenizer, prompt, 200)
-        with atomic_write(run_dir / "sample.txt") as f:
-            f.write(text.encode())
         print(f"\n{text}\n")
     write_report_page(run_dir, checkpoint, model)
+    if text is not None:
+        with atomic_write(run_dir / "sample.txt") as f:
+            f.write(text.encode())

@@ -179,6 +179,22 @@ def test_resume_auto_starts_or_continues_a_run_with_the_same_command(train, caps
         train(**TINY, resume="auto")
 
 
+def test_a_report_that_a_kill_prevented_is_written_later(train, monkeypatch):
+    def killed(*arguments):
+        raise SystemExit
+
+    monkeypatch.setattr("training.report.write_report_page", killed)
+    with pytest.raises(SystemExit):
+        train(max_steps=1, run_name="job")
+    pages = []
+    monkeypatch.setattr("training.report.write_report_page", lambda *args: pages.append(args[0]))
+    train(resume="out/job")
+    assert pages == [Path("out/job")]
+    assert (pages[0] / "sample.txt").exists()
+    train(resume="out/job")
+    assert len(pages) == 1
+
+
 def test_a_resumed_run_with_another_batch_size_continues_the_order(train):
     """The position counts windows: 2 steps of 4 windows and 1 step of 8 windows give 16."""
     train(max_steps=4, stop_at=2, run_name="a")
