@@ -62,6 +62,7 @@ def test_the_notebook_is_committed_without_outputs(notebook):
         assert not re.search(r"^\s*!", cell.source, re.M)  # modules, not shell commands
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_model_learns(notebook, tmp_path, monkeypatch):
     folders = {
         "IPYTHONDIR": str(tmp_path / "ipython"),
