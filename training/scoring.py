@@ -85,17 +85,18 @@ class ScoringModel(torch.nn.Module):
     ) -> tuple[None, torch.Tensor]:
         """Return (None, loss), the sum of the loss, as GPT.forward does with reduction "sum"."""
         _, losses = self.model(idx, targets, reduction="none", **mask_kwargs)
-        targets = targets.flatten()
+        targets = targets.flatten().cpu()
         is_target = targets != -100
         ids = targets[is_target]
         num_detailed = min(self.num_left, len(ids))
         self.num_left -= num_detailed
-        hidden = self.hidden.flatten(0, 1)[is_target][:num_detailed]  # type: ignore[union-attr]
+        places = is_target.nonzero()[:num_detailed, 0]
+        hidden = self.hidden.flatten(0, 1)  # type: ignore[union-attr]
         self.receive(
             TokenScores(
-                ids.cpu().numpy(),
-                losses[is_target].double().cpu().numpy(),
-                find_alternatives(self.model, hidden, ids[:num_detailed]),
+                ids.numpy(),
+                losses.cpu()[is_target].double().numpy(),  # an Apple GPU has no float64
+                find_alternatives(self.model, hidden[places.to(hidden.device)], ids[:num_detailed]),
             )
         )
         return None, losses.sum()
@@ -107,7 +108,7 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
     Args:
         model: The model.
         hidden: (n, C), the input of the output layer in the position before each token.
-        ids: (n,) token ids.
+        ids: (n,) token ids, on the CPU.
     """
     embedding = model.transformer.wte.weight[: model.config.vocab_size].float()
     rows = max(1, CHUNK_LOGITS // len(embedding))
@@ -116,12 +117,13 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
     top_ids = []
     top_probs = []
     with torch.autocast(hidden.device.type, enabled=False):
+        ids = ids.to(hidden.device)
         for chunk, chunk_ids in zip(hidden.float().split(rows), ids.split(rows)):
             probs = torch.nn.functional.linear(chunk, embedding).softmax(-1)
-            own = probs.gather(1, chunk_ids[:, None])
+            prob_of_token = probs.gather(1, chunk_ids[:, None])  # (rows, 1)
             top = probs.topk(min(NUM_ALTERNATIVES, len(embedding)))
-            token_probs.append(own[:, 0])
-            ranks.append((probs > own).sum(-1) + 1)
+            token_probs.append(prob_of_token[:, 0])
+            ranks.append((probs > prob_of_token).sum(-1) + 1)
             top_ids.append(top.indices)
             top_probs.append(top.values)
     return Alternatives(

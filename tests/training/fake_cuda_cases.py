@@ -9,6 +9,7 @@ of these faults once.
 import contextlib
 import dataclasses
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -18,13 +19,16 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 import train_gpt2
 from model import GPT, GPTConfig
 from training.checkpoint import load_checkpoint
 from training.device import choose_device
+from training.models import load_model
 from training.optimizer import create_optimizer
+from training.report_page import write_report_page
 
 CUDA = torch.device("cuda", 0)
 FLEX = "torch.nn.attention.flex_attention"
@@ -51,20 +55,34 @@ class Generator(torch.Generator):
 
 
 class Values(TorchDispatchMode):
-    """Let fake tensors become the number 1, be pinned, and check the device of a generator."""
+    """Let fake tensors become ones on the CPU, be pinned, and check the device of a generator.
+
+    Args:
+        fake_mode: The mode of the fake tensors.
+        has_float64: Whether the device has float64, unlike an Apple GPU.
+    """
 
     supports_higher_order_operators = True  # flex_attention is such an operator
 
-    def __init__(self, fake_mode):
+    def __init__(self, fake_mode, has_float64=True):
         super().__init__()
         self.fake_mode = fake_mode
+        self.has_float64 = has_float64
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is torch.ops.aten._to_copy.default:  # a real copy would need a GPU
-            if not isinstance(args[0], FakeTensor):
-                args = (self.fake_mode.from_tensor(args[0]), *args[1:])
-            args[0].constant = None
+            target = kwargs.get("device") or args[0].device
+            is_float64 = kwargs.get("dtype") == torch.float64 and target.type != "cpu"
+            if is_float64 and not self.has_float64:
+                raise TypeError(f"{target} has no float64")
+            if isinstance(args[0], FakeTensor) and target.type == "cpu" != args[0].device.type:
+                with unset_fake_temporarily():
+                    return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            if target.type != "cpu":
+                if not isinstance(args[0], FakeTensor):
+                    args = (self.fake_mode.from_tensor(args[0]), *args[1:])
+                args[0].constant = None
         # in inference mode, item arrives as itself
         is_item = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
         if is_item and isinstance(args[0], FakeTensor):
@@ -73,6 +91,10 @@ class Values(TorchDispatchMode):
             return False  # no text has ended, for example
         if func is torch.ops.aten._pin_memory.default:
             return args[0]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
+            with unset_fake_temporarily():  # real tensors keep their values
+                return func(*args, **kwargs)
         generator = kwargs.pop("generator", None)
         device = generator and Generator.device_of_seed.get(generator.initial_seed())
         if device and device != args[0].device:
@@ -92,8 +114,8 @@ def fake_cuda(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_generators", (Generator(CUDA),), raising=False)
 
     @contextlib.contextmanager
-    def fake_cuda():
-        with mode, Values(mode):
+    def fake_cuda(has_float64=True):
+        with mode, Values(mode, has_float64):
             yield
 
     return fake_cuda
@@ -238,6 +260,25 @@ def test_sampling_runs_on_the_gpu(fake_cuda, train, monkeypatch, capsys):
     with fake_cuda():
         sample.main()
     assert capsys.readouterr().out.count("---") == 3
+
+
+def test_scores_and_the_page_of_a_run_are_computed_on_the_gpu(fake_cuda, train, monkeypatch):
+    """sample.py --score --show, and report.html; also without float64, as on an Apple GPU."""
+    make_corpus(Path("data/documents"), ["one for sorrow", "two for mirth"] * 99, True)
+    folder = train(corpus="documents", max_steps=2)
+    Path("my.jsonl").write_text('{"text": "three for a girl"}\n' * 9)
+    flags = ["--device", "cuda", "--score", "my.jsonl", "--show"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+    checkpoint = load_checkpoint(folder / "best.pt")
+    model = load_model(checkpoint)
+    monkeypatch.setattr(sample, "load_model", lambda checkpoint, device: model.to(device))
+    with fake_cuda(has_float64=False):
+        sample.main()
+    assert "nats per token" in (folder / "score.html").read_text()
+    model = load_model(checkpoint)
+    with fake_cuda(has_float64=False):
+        write_report_page(folder, checkpoint, model.to(CUDA))
+    assert "cannot be scored" not in (folder / "report.html").read_text()
 
 
 def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu_and_back(train, driver, tmp_path):
