@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import ConcatDataset
 
-from batches.order import ShuffledBatches, ShuffledOrder
+from batches.order import OrderedBatches, ShuffledOrder
 
 LONGEST_PATTERN = 10_000  # items after which every dataset has had exactly its share
 
@@ -180,12 +180,12 @@ class MixtureOrder:
         return [count / len(order) for count, order in zip(counts.tolist(), self.orders)]
 
 
-class MixtureBatches(ShuffledBatches):
+class MixtureBatches(OrderedBatches):
     """Sampler of batches of indices, in the order of MixtureOrder.
 
     - Indices count the items of all datasets, one dataset after another, as torch's ConcatDataset
       and ConcatTextDataset do.
-    - State and ranks are those of ShuffledBatches. A pass is as many whole batches as the epochs
+    - State and ranks are those of OrderedBatches. A pass is as many whole batches as the epochs
       of all datasets have together.
 
     Example: datasets of 4 and 2 items, weights [3, 1], in batches of 4 -> [[3, 1, 4, 2]].
@@ -203,7 +203,7 @@ class MixtureBatches(ShuffledBatches):
         ValueError: An argument is out of range, or the ranks cannot share a batch equally.
     """
 
-    order: MixtureOrder  # type: ignore[assignment]
+    order: MixtureOrder
 
     def __init__(
         self,
@@ -215,8 +215,8 @@ class MixtureBatches(ShuffledBatches):
         rank: int = 0,
         world_size: int = 1,
     ):
-        super().__init__(sum(num_items), batch_size, seed, stride, rank, world_size)
-        self.order = MixtureOrder(num_items, weights, seed, stride)
+        order = MixtureOrder(num_items, weights, seed, stride)
+        super().__init__(order, batch_size, rank, world_size)
 
 
 class ConcatTextDataset(ConcatDataset):

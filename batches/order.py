@@ -7,12 +7,13 @@
 
 - permute: a keyed permutation of range(n), computed index by index.
 - ShuffledOrder: one such permutation per epoch.
+- OrderedBatches: a sampler of batches in any order.
 - ShuffledBatches, ShuffledIndices: samplers of batches and of single indices in this order.
 - SimilarLengthBatches: a sampler of batches whose items have similar lengths.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -108,8 +109,18 @@ class ShuffledOrder:
         return indices
 
 
-class ShuffledBatches(Sampler):
-    """Sampler of batches of indices, in the order of ShuffledOrder.
+class Order(Protocol):
+    """An endless order of a dataset's items: ShuffledOrder, or MixtureOrder in mixture.py."""
+
+    def __len__(self) -> int:
+        """Return the number of items in an epoch."""
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Return the index into the dataset at each position, (n,) int64 both."""
+
+
+class OrderedBatches(Sampler):
+    """Sampler of batches of indices, in a given order.
 
     - The state is one integer, `position`: items over all ranks since training began.
     - One iteration is one pass: as many whole batches as an epoch has. A batch may reach from one
@@ -119,37 +130,23 @@ class ShuffledBatches(Sampler):
       the training loop, since DataLoader workers draw ahead of it. torchdata's StatefulDataLoader
       counts them by calling state_dict.
 
-    Example: 10 items in batches of 4 -> [[1, 5, 4, 8], [9, 3, 7, 2]], and the next pass begins
-    with [0, 6], the rest of the epoch.
-
     Args:
-        num_items: Number of items of the dataset.
+        order: The order of the items.
         batch_size: Items per batch, over all ranks.
-        seed: Seed of the order.
-        stride: Distance between the items of one epoch, see ShuffledOrder.
         rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: There are no items, or the ranks cannot share a batch equally.
+        ValueError: The ranks cannot share a batch equally.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        seed: int = 0,
-        stride: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, world_size: int = 1):
         check_rank(rank, world_size)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not a multiple of {world_size} processes")
-        self.order = ShuffledOrder(num_items, seed, stride)
-        self.seed = seed
+        self.order = order
         self.batch_size = batch_size
         self.rank_batch_size = batch_size // world_size
         self.rank_slice = slice(rank * self.rank_batch_size, (rank + 1) * self.rank_batch_size)
@@ -184,6 +181,37 @@ class ShuffledBatches(Sampler):
         count = min(max(1, ITEMS_AT_ONCE // self.batch_size), end - number)
         positions = np.arange(count * self.batch_size) + self.position
         return self.order.indices(positions).reshape(count, self.batch_size)
+
+
+class ShuffledBatches(OrderedBatches):
+    """Sampler of batches of indices, in the order of ShuffledOrder; see OrderedBatches.
+
+    Example: 10 items in batches of 4 -> [[1, 5, 4, 8], [9, 3, 7, 2]], and the next pass begins
+    with [0, 6], the rest of the epoch.
+
+    Args:
+        num_items: Number of items of the dataset.
+        batch_size: Items per batch, over all ranks.
+        seed: Seed of the order.
+        stride: Distance between the items of one epoch, see ShuffledOrder.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: There are no items, or the ranks cannot share a batch equally.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int = 0,
+        stride: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        super().__init__(ShuffledOrder(num_items, seed, stride), batch_size, rank, world_size)
+        self.seed = seed
 
 
 class ShuffledIndices(ShuffledBatches):
