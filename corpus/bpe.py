@@ -29,7 +29,7 @@ from corpus.download import download_lock
 from corpus.existing import refuse_other_files
 from corpus.inputs import Corpus
 from corpus.metadata import fingerprint
-from corpus.pipeline import TASK_BYTES, source_metadata
+from corpus.pipeline import TASK_BYTES, progress_bar, source_metadata
 from corpus.planning import plan
 from corpus.reader import read
 from corpus.sources import InvalidDocument, Source
@@ -140,7 +140,7 @@ def _train(num_ids: int, corpus: Corpus, train_split_ratio: float, seed: int, on
     )
     # BytesTokenizer: like GPT-2's vocabulary, it encodes a running text in any parts
     tasks = plan(corpus, get_tokenizer("bytes"), train_split_ratio, *TASK_BYTES, on_error)
-    with _ended_by_ctrl_c(), _progress(tasks) as progress:
+    with _ended_by_ctrl_c(), progress_bar(tasks, "vocabulary: reading") as progress:
         texts = _training_texts(tasks, corpus, train_split_ratio, seed, on_error, progress)
         tokenizer.train_from_iterator(texts, trainer)
     num_learned = tokenizer.get_vocab_size() + 1
@@ -169,22 +169,6 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-@contextlib.contextmanager
-def _progress(tasks: list[Task]) -> Iterator[tqdm]:
-    """Show the progress: a line that moves on a terminal, else a line per minute."""
-    interval = 0.2 if sys.stderr.isatty() else 60  # seconds
-    with tqdm(
-        desc="vocabulary: reading",
-        total=sum(task.num_bytes for task in tasks),
-        unit="B",
-        unit_scale=True,
-        mininterval=interval,
-        delay=interval,
-        leave=False,
-    ) as progress:
-        yield progress
 
 
 def _training_texts(

@@ -251,24 +251,12 @@ class _Preparation:
                 return
 
     def tokenize_tasks(self, numbers: list[int]) -> None:
-        """Do the tasks of these numbers, and show the progress.
-
-        On a terminal the progress line moves; elsewhere, as in the output of Slurm, there is one
-        line per minute.
-        """
+        """Do the tasks of these numbers, and show the progress."""
         job = self.job
         if self.reference_only_path.exists():
             job = replace(job, encoder=REFERENCE)
-        interval = 0.2 if sys.stderr.isatty() else 60  # seconds
         num_tokens = 0
-        with tqdm(
-            total=sum(self.tasks[i].num_bytes for i in numbers),
-            unit="B",
-            unit_scale=True,
-            mininterval=interval,
-            delay=interval,
-            leave=False,
-        ) as progress:
+        with progress_bar([self.tasks[i] for i in numbers]) as progress:
             calls = [(job, i, self.tasks[i].chunks) for i in numbers]
             for index, counts in self.run_tasks(tokenize_task, calls):
                 num_tokens += sum(split["tokens"] for split in counts["splits"].values())
@@ -469,6 +457,24 @@ class _Preparation:
         with contextlib.suppress(OSError):
             self.corpus_dir.rmdir()
             self.corpus_dir.parent.rmdir()
+
+
+def progress_bar(tasks: list[Task], description: str = "") -> tqdm:
+    """Return a progress bar that counts the bytes of tasks.
+
+    On a terminal its line moves; elsewhere, as in the output of Slurm, there is one line per
+    minute.
+    """
+    interval = 0.2 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(
+        desc=description,
+        total=sum(task.num_bytes for task in tasks),
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        delay=interval,
+        leave=False,
+    )
 
 
 def _has_running_part(path: Path) -> bool:
