@@ -209,7 +209,7 @@ def train(rhyme, tmp_path, monkeypatch):
     for module in ("metrics", "report"):
         monkeypatch.setattr(f"training.{module}.plot_losses", lambda folder: None)
     monkeypatch.setattr("training.report.write_report_page", lambda *arguments: None)
-    monkeypatch.setattr("training.sampling.VALIDATION_SAMPLE", 10)  # tokens, for speed
+    monkeypatch.setattr("training.metrics.VALIDATION_SAMPLE", 10)  # tokens, for speed
 
     def train(**flags):
         if "resume" not in flags:

@@ -18,6 +18,7 @@ from training.run_settings import RunSettings
 from training.sampling import open_sampler
 from training.trackers import Tracker, open_tracker
 
+VALIDATION_SAMPLE = 100  # tokens that the model writes at each validation
 SECONDS_BETWEEN_LINES = 60  # where there is no terminal for a progress bar
 
 
@@ -46,7 +47,7 @@ def open_metrics(
         first_tokens=progress.position * settings.sequence_length,
         tokens_per_step=settings.batch_size * settings.sequence_length,
         tracker=open_tracker(run_dir, progress.step, settings),
-        sampler=open_sampler(run_dir, metadata, settings.seed),
+        sampler=open_sampler(run_dir, metadata, VALIDATION_SAMPLE, settings.seed),
     )
 
 

@@ -7,7 +7,6 @@ import torch
 
 from common.files import atomic_write
 from common.settings import print_settings
-from corpus.vocabulary import tokenizer_of
 from model import GPT
 from training.checkpoint import Progress, best_checkpoint
 from training.compute import ComputeChoices
@@ -16,7 +15,9 @@ from training.metrics import plot_losses
 from training.models import load_model
 from training.report_page import write_report_page
 from training.run_settings import RunSettings
-from training.sampling import prompt_ids, write_text
+from training.sampling import open_sampler
+
+FINAL_SAMPLE = 200  # tokens that the best weights write at the end
 
 
 def print_model(settings: RunSettings, compute: ComputeChoices, model: GPT, ranks: Ranks) -> None:
@@ -115,15 +116,9 @@ def print_sample(run_dir: Path, metadata: dict, device: torch.device) -> None:
     """
     checkpoint = best_checkpoint(run_dir)
     model = load_model(checkpoint, device)
-    text = None
-    try:
-        tokenizer = tokenizer_of(metadata, run_dir)
-        prompt = prompt_ids(tokenizer, "", metadata)
-    except (FileNotFoundError, ValueError) as error:
-        # no vocabulary on this machine, another vocabulary, or one without a line break
-        print(f"no sample: {error}")
-    else:
-        text = write_text(model, tokenizer, prompt, 200)
+    sampler = open_sampler(run_dir, metadata, FINAL_SAMPLE)
+    text = sampler(model) if sampler else None
+    if text is not None:
         print(f"\n{text}\n")
     write_report_page(run_dir, checkpoint, model)
     if text is not None:

@@ -10,8 +10,6 @@ from corpus.tokenizer import Tokenizer
 from corpus.vocabulary import tokenizer_of
 from model import GPT
 
-VALIDATION_SAMPLE = 100  # tokens that the model writes at each validation
-
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, metadata: dict | None) -> list[int]:
     """Return the token ids to continue, as the model has seen the beginnings of texts in training.
@@ -125,28 +123,33 @@ def write_text(
     return "\n---\n".join(texts)
 
 
-def open_sampler(run_dir: Path, metadata: dict, seed: int) -> Callable[[GPT], str] | None:
-    """Return a function that returns a text of VALIDATION_SAMPLE tokens by a model.
+def open_sampler(
+    run_dir: Path, metadata: dict, num_tokens: int, seed: int | None = None
+) -> Callable[[GPT], str] | None:
+    """Return a function that returns a text by a model, or print why there is none.
 
-    The prompt and the random numbers are always the same, so that only the model makes a
-    difference. If the corpus's vocabulary is not on this machine, the function is None, and one
-    line says so.
+    Texts begin as in training. There are none if the corpus's vocabulary is not on this machine,
+    is another one here, or has no line break for the prompt.
 
     Args:
         run_dir: Folder of the run, for the line.
         metadata: Metadata of the corpus.
-        seed: Seed of the random numbers.
+        num_tokens: Tokens of a text.
+        seed: Seed of the random numbers, the same for each text, so that only the model makes a
+            difference; None: torch's own generator.
     """
     try:
         tokenizer = tokenizer_of(metadata, run_dir)
         prompt = prompt_ids(tokenizer, "", metadata)
     except (FileNotFoundError, ValueError) as error:
-        # no vocabulary on this machine, another vocabulary, or one without a line break
-        print(f"no samples at validations: {error}")
+        print(f"no samples: {error}")
         return None
 
     def sample(model: GPT) -> str:
-        generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
-        return write_text(model, tokenizer, prompt, VALIDATION_SAMPLE, generator)
+        generator = None
+        if seed is not None:
+            device = model.transformer.wte.weight.device
+            generator = torch.Generator(device).manual_seed(seed)
+        return write_text(model, tokenizer, prompt, num_tokens, generator)
 
     return sample

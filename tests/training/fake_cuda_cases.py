@@ -144,7 +144,7 @@ def run_on_fake_cuda(fake_cuda, rhyme, tmp_path, monkeypatch):
                 batch = next(batches)
             yield batch
 
-    monkeypatch.setattr("training.sampling.VALIDATION_SAMPLE", 4)  # each token is slow
+    monkeypatch.setattr("training.metrics.VALIDATION_SAMPLE", 4)  # each token is slow
     monkeypatch.setattr(train_gpt2, "repeat", repeat_real)
     monkeypatch.setattr(train_gpt2, "create_model", create_real)
     monkeypatch.setattr("training.checkpoint.save_checkpoint", keep)

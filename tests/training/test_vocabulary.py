@@ -168,7 +168,7 @@ def test_a_name_that_stands_for_another_vocabulary(vocabularies, monkeypatch, ca
         dataset.main()
     capsys.readouterr()
     assert fine_tune(monkeypatch, run_name="two", init_from="") == 0  # trains, without a sample
-    assert "no sample: out/two was made with another vocabulary" in capsys.readouterr().out
+    assert "no samples: out/two was made with another vocabulary" in capsys.readouterr().out
 
 
 def test_sampling_takes_the_vocabulary_of_the_folder(vocabularies, monkeypatch, capsys, tmp_path):
