@@ -29,7 +29,7 @@ def command(tmp_path, device):
 
 
 def test_preparing_training_and_sampling_succeed(command, device, tmp_path):
-    """The test also resumes the run and exports it for --init_from."""
+    """The test also resumes the run, scores its text and exports it for --init_from."""
     (tmp_path / "my.txt").write_text(TEXT)
     command("prepare_data.py", "--input", "my.txt", "--tokenizer", "bytes")
     on_device = (
@@ -42,6 +42,11 @@ def test_preparing_training_and_sampling_succeed(command, device, tmp_path):
     text = command("sample.py", *sampling)
     assert text.startswith("one for")
     assert command("sample.py", *sampling) == text  # the same seed
+    page = (tmp_path / "out/mine/report.html").read_text()
+    assert "cannot be scored" not in page and "<h3>Step 20</h3>" in page
+    scored = command("sample.py", "--score", "my.txt", "--show", "--run", "out/mine", *on_device)
+    assert "bits per byte" in scored
+    assert (tmp_path / "out/mine/score.html").exists()
     command("sample.py", "--run", "out/mine", "--export", "exported", *on_device)
     tuning = ["--init_from", "exported", "--max_steps", 4, "--sequence_length", 32]
     assert "best validation" in command("train_gpt2.py", *tuning, *on_device)
