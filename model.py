@@ -396,11 +396,11 @@ def next_token_probs(
 # All logits of a batch are 103 MB, for GPT-2's vocabulary and 8 x 64 tokens. The process would
 # return so large a block to the kernel after each step and fetch it again, page by page, in the
 # next one. The logits of a few rows fit in memory that the process keeps and uses again.
-# Forward and backward on one thread: 390 ms in chunks, 549 ms at once (CHUNK_LOGITS = 10**9), by
+# Forward and backward on one thread: 365 ms in chunks, 562 ms at once (CHUNK_LOGITS = 10**9), by
 #
 #     python -m timeit -n 1 -r 15 -s "import torch, model; torch.set_num_threads(1);
-#         m = model.GPT(model.GPTConfig(n_positions=64, n_layer=4, n_head=4, n_embd=128));
-#         x = torch.randint(50257, (8, 64))" "m(x, x)[1].backward()"
+#         m = model.GPT(model.GPTConfig(n_positions=64, n_layer=4, n_head=4, n_embd=128,
+#         vocab_multiple=64)); x = torch.randint(50257, (8, 64))" "m(x, x)[1].backward()"
 
 CHUNK_LOGITS = 6_500_000  # logits per chunk: 26 MB
 

@@ -286,6 +286,7 @@ def driver(monkeypatch):
             "_cuda_init": init,
             "_cuda_isInBadFork": lambda: False,
         }
+        # the C functions by which PyTorch reaches the driver: a CPU build does not have them
         for function, fake in fakes.items():
             monkeypatch.setattr(torch._C, function, fake, raising=False)
         # What torch.cuda keeps from the C library, which a CPU build cannot make: the library

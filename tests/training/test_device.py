@@ -73,6 +73,7 @@ def test_auto_takes_cuda_then_mps_then_cpu(driver, monkeypatch):
     is_available.cache_clear()
     assert choose_device("auto").value == CPU
     is_available.cache_clear()
+    # the question that PyTorch asks the C library, as on a Mac with an Apple GPU
     monkeypatch.setattr(torch._C, "_mps_is_available", lambda: True)
     assert choose_device("auto").value == torch.device("mps")
     driver(gpus=1)
