@@ -1,6 +1,7 @@
 """Packages that only some features need."""
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 
@@ -23,3 +24,11 @@ def optional(module: str, feature: str, package: str = "") -> ModuleType:
     except ImportError:
         package = package or module.split(".")[0]
         raise ValueError(f"{feature} needs a package: pip install {package}") from None
+
+
+def installed_version(package: str) -> str:
+    """Return the version of a package, or "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tiktoken_ext.openai_public import ENDOFTEXT
 from tqdm import tqdm
 
 from common.files import atomic_write
@@ -38,7 +39,6 @@ from corpus.tokenizer import Tokenizer, divided, encodable, get_tokenizer
 from corpus.vocabulary_files import bpe_size, vocabulary_folder
 
 TRAINING_RULE = 1  # version of the training, for the hash in the name of the file
-EOT_TEXT = "<|endoftext|>"
 SMALLEST_COUNT = 2  # a pair of tokens that comes once in the text is not merged
 
 
@@ -149,7 +149,7 @@ def _train(num_ids: int, corpus: Corpus, train_split_ratio: float, seed: int, on
             f"the training text of {corpus.name} gives only {num_learned:,} ids, because no other "
             f"pair of tokens comes twice: choose --tokenizer bpe:{num_learned} or less, or add text"
         )
-    tokenizer.add_special_tokens([EOT_TEXT])
+    tokenizer.add_special_tokens([ENDOFTEXT])
     return tokenizer.to_str(pretty=True)
 
 

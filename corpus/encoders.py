@@ -12,7 +12,6 @@ tiktoken.
 
 import ctypes
 import functools
-import importlib.metadata
 import json
 import os
 import random
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 from tiktoken_ext.openai_public import ENDOFTEXT
 
-from common.packages import optional
+from common.packages import installed_version, optional
 from corpus.boundaries import BOUNDARY
+from corpus.json_encoding import TIKTOKEN_VERSION
 from corpus.tokenizer import (
     LONG_SPACE,
     LONGEST_SPACE,
@@ -38,8 +38,7 @@ from corpus.vocabulary_files import vocabulary_paths
 
 REFERENCE = "tiktoken"
 FAST = "fastokens"
-FAST_VERSION = "0.3.5"  # these versions were compared by the tests and bench/encoders.py
-REFERENCE_VERSION = "0.14.0"
+FAST_VERSION = "0.3.5"  # compared with TIKTOKEN_VERSION by the tests and bench/encoders.py
 VOCABULARIES = ("gpt2",)  # encodings of tiktoken for which it was compared; files are like GPT-2's
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
 BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
@@ -93,10 +92,10 @@ def choose_encoder(setting: str, tokenizer: Tokenizer, num_bytes: int) -> tuple[
         reason = f"{FAST} was not compared for the vocabulary {tokenizer.name}"
     elif num_bytes < SMALLEST_CORPUS:
         reason = "the corpus is small"
-    elif _installed_version(REFERENCE) != REFERENCE_VERSION:
-        reason = f"{FAST} was compared with {REFERENCE} {REFERENCE_VERSION} only"
+    elif installed_version(REFERENCE) != TIKTOKEN_VERSION:
+        reason = f"{FAST} was compared with {REFERENCE} {TIKTOKEN_VERSION} only"
     else:
-        version = _installed_version(FAST)
+        version = installed_version(FAST)
         if version != FAST_VERSION:
             found = f"{FAST} {version} was not compared" if version else f"{FAST} is not installed"
             reason = f"{found}: pip install {FAST}=={FAST_VERSION} encodes faster"
@@ -110,14 +109,6 @@ def _tiktoken_of(tokenizer: Tokenizer) -> TiktokenTokenizer | None:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.faster
     return tokenizer if isinstance(tokenizer, TiktokenTokenizer) else None
-
-
-def _installed_version(package: str) -> str:
-    """Return the version of a package, or "" if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def open_encoder(name: str, tokenizer: Tokenizer) -> "Tokenizer | FastEncoder":
@@ -327,7 +318,7 @@ def _load_native(tokenizer: Tokenizer) -> Any:
     One thread does all: the processes of this project are forked, and threads do not outlive a
     fork. The package keeps the words that it has seen in a cache of fixed size.
     """
-    if _installed_version(FAST) != FAST_VERSION:
+    if installed_version(FAST) != FAST_VERSION:
         raise EncoderFailed(f"{FAST} {FAST_VERSION} is not installed on every machine")
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
     _return_large_blocks()

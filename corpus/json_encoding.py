@@ -14,18 +14,19 @@ token. This makes no difference if
   alone, which ends with its one pair. So these neighbours are this pair.
 """
 
-import importlib.metadata
 import json
 from typing import Any
 
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
+from common.packages import installed_version
 from corpus.gpt2_encoding import BYTE_OF_LETTER
 
 # Other versions may have other tables of Unicode, and so divide a text at other places.
 # tests/corpus/test_json_encoding.py compares these for every code point.
-COMPARED_VERSIONS = {"tiktoken": "0.14.0", "tokenizers": "0.23.3"}
+TIKTOKEN_VERSION = "0.14.0"
+TOKENIZERS_VERSION = "0.23.3"
 
 # The structure of the file; other values of these fields may change the ids.
 _PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -85,8 +86,7 @@ def _is_like_gpt2(settings: dict) -> bool:
 
 
 def _versions_were_compared() -> bool:
-    """Return whether both packages are installed in the versions that were compared."""
-    return all(
-        importlib.metadata.version(package) == version
-        for package, version in COMPARED_VERSIONS.items()
-    )
+    """Return whether both packages have the versions that were compared."""
+    tiktoken_version = installed_version("tiktoken")
+    tokenizers_version = installed_version("tokenizers")
+    return (tiktoken_version, tokenizers_version) == (TIKTOKEN_VERSION, TOKENIZERS_VERSION)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001  (the test needs Chinese punctuation)
 
+import importlib.metadata
 import json
 import random
 import re
@@ -19,7 +20,6 @@ from corpus.encoders import (
     FAST,
     FAST_VERSION,
     REFERENCE,
-    REFERENCE_VERSION,
     EncoderFailed,
     EncodersDiffer,
     choose_encoder,
@@ -27,6 +27,7 @@ from corpus.encoders import (
 )
 from corpus.engines import open_engine
 from corpus.inputs import Corpus
+from corpus.json_encoding import TIKTOKEN_VERSION
 from corpus.sources import Source
 from corpus.tokenizer import CannotEncode, get_tokenizer
 
@@ -134,8 +135,8 @@ def test_one_line_says_which_encoder_is_used_and_why(gpt2_tokenizer, monkeypatch
     monkeypatch.setattr(encoders, "SMALLEST_CORPUS", 2)
     name, line = choose_encoder("auto", gpt2_tokenizer, 1)
     assert (name, line) == (REFERENCE, "encoder: tiktoken (the corpus is small)")
-    installed = {FAST: FAST_VERSION, REFERENCE: REFERENCE_VERSION}
-    monkeypatch.setattr(encoders, "_installed_version", installed.get)
+    installed = {FAST: FAST_VERSION, REFERENCE: TIKTOKEN_VERSION}
+    monkeypatch.setattr(importlib.metadata, "version", installed.get)
     for version, reason in ("", "is not installed"), ("9.9", "9.9 was not compared"):
         installed[FAST] = version
         name, line = choose_encoder("auto", gpt2_tokenizer, 2)
@@ -143,8 +144,8 @@ def test_one_line_says_which_encoder_is_used_and_why(gpt2_tokenizer, monkeypatch
     installed |= {FAST: FAST_VERSION, REFERENCE: "9.9"}
     name, line = choose_encoder("auto", gpt2_tokenizer, 2)
     assert (name, line) == (REFERENCE, "encoder: tiktoken (fastokens was compared with tiktoken "
-                                       f"{REFERENCE_VERSION} only)")  # fmt: skip
-    installed[REFERENCE] = REFERENCE_VERSION
+                                       f"{TIKTOKEN_VERSION} only)")  # fmt: skip
+    installed[REFERENCE] = TIKTOKEN_VERSION
     assert choose_encoder("auto", gpt2_tokenizer, 2)[0] == FAST
 
 
