@@ -17,13 +17,23 @@ def optional(module: str, feature: str, package: str = "") -> ModuleType:
         The imported module.
 
     Raises:
-        ValueError: The package is not installed. The message says how to install it.
+        ValueError: The package is not installed, and the message says how to install it. Or the
+            package cannot be imported, and the message has the reason.
     """
+    top = module.split(".")[0]
+    package = package or top
     try:
         return importlib.import_module(module)
-    except ImportError:
-        package = package or module.split(".")[0]
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in (top, package):
+            raise ValueError(_not_importable(feature, package, error)) from None
         raise ValueError(f"{feature} needs a package: pip install {package}") from None
+    except ImportError as error:  # for example, a library that the package needs is too old
+        raise ValueError(_not_importable(feature, package, error)) from None
+
+
+def _not_importable(feature: str, package: str, error: ImportError) -> str:
+    return f"{feature} needs the package {package}, which cannot be imported: {error}"
 
 
 def installed_version(package: str) -> str:
