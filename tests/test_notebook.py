@@ -3,6 +3,7 @@
 The run is shorter than a reader's: the test changes the settings, which are one cell.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -28,13 +29,18 @@ def outputs_of(notebook) -> list:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def run(notebook, folder, settings) -> str:
-    """Run all cells in a folder with other settings, and return what they print."""
+def change_settings(notebook, settings) -> None:
+    """Change the values in the cell of settings."""
     (cell,) = (cell for cell in notebook.cells if re.search(r"^STEPS = ", cell.source, re.M))
     for name, value in settings.items():
         pattern = rf"^{name} = .*?(?=  #|$)"
         cell.source, count = re.subn(pattern, f"{name} = {value}", cell.source, flags=re.M)
         assert count == 1, name
+
+
+def run(notebook, folder, settings) -> str:
+    """Run all cells in a folder with other settings, and return what they print."""
+    change_settings(notebook, settings)
     client = nbclient.NotebookClient(
         notebook, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
@@ -84,7 +90,7 @@ def test_the_notebook_runs_and_its_model_learns(notebook, tmp_path, monkeypatch)
     assert len(re.findall(r"bits per byte: ", printed)) == 3
     images = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
     assert len(images) == 2
-    assert (tmp_path / "data" / "tour" / "metadata.json").exists()
+    assert (tmp_path / "data" / "tour-my" / "metadata.json").exists()
 
 
 @pytest.mark.parametrize("working_folder", ["clone", "clone/examples", "."])
@@ -94,6 +100,37 @@ def test_the_first_cell_finds_the_clone(notebook, tmp_path, monkeypatch, working
     (tmp_path / "clone" / "train_gpt2.py").touch()
     monkeypatch.chdir(tmp_path / working_folder)
     assert find_root(notebook, monkeypatch) == tmp_path / "clone"
+
+
+def test_a_folder_of_another_user_does_not_hide_the_clone(notebook, tmp_path, monkeypatch):
+    """A home folder on a disk of its own has lost+found, which only root may read."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "train_gpt2.py").touch()
+    monkeypatch.chdir(tmp_path)
+    stat = os.stat
+
+    def stat_as_user(path, **options):
+        if Path(path).parent == tmp_path / "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat_as_user)
+    assert find_root(notebook, monkeypatch) == tmp_path / "clone"
+
+
+def test_another_text_may_be_chosen_and_the_cells_run_again(notebook, tmp_path):
+    """The corpus of the first text is not in the way of the second one."""
+    names: dict = {"Path": Path, "ROOT": ROOT}
+    for text in ("one for sorrow\n", "two for joy\n"):
+        path = tmp_path / f"{text[:3]}.txt"
+        path.write_text(text * 100)
+        data = f"Path({str(tmp_path / 'data')!r})"
+        change_settings(notebook, {"TEXT": repr(str(path)), "DATA": data})
+        cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        for source in cells[1:6]:  # from the settings to the windows
+            exec(source, names)
+        assert names["tokenizer"].decode(names["x"]).startswith(text)
 
 
 def test_without_a_clone_the_first_cell_says_what_to_do(notebook, tmp_path, monkeypatch):
