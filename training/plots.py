@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ LARGEST_PICTURE = 6  # groups of comparable runs in one picture
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure; width and height are in inches."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a read-only home
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes in a name are enough
     from matplotlib.figure import Figure  # no pyplot: no window, no state
 
     gc.collect()  # the last figure, a megabyte of objects that refer to each other

@@ -1,5 +1,6 @@
 """compare.py: the table, the picture, the groups; report.html and the samples of a run."""
 
+import io
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -18,7 +20,7 @@ from batches.tokens import Tokens
 from training.checkpoint import load_checkpoint
 from training.json_lines import read_lines
 from training.models import load_model
-from training.plots import comparison_figure
+from training.plots import comparison_figure, loss_figure
 from training.report_page import write_report_page
 from training.runs import comparable_groups, fold_repeats, read_run
 from training.validation_text import score_beginning
@@ -50,6 +52,17 @@ def table(output):
     """Return the rows of the tables as lists of cells."""
     rows = [line.strip("| ").split("|") for line in output.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_a_name_that_the_font_lacks_prints_no_warnings(tmp_path):
+    """The warnings of matplotlib name its own fonts, which nobody has chosen here."""
+    write_run(tmp_path / "out" / "紅樓夢")
+    run = read_run(tmp_path / "out" / "紅樓夢")
+    lines = read_lines(run.path / "metrics.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        comparison_figure([fold_repeats([run])]).savefig(io.BytesIO())
+        loss_figure(lines, run.path).savefig(io.BytesIO())
 
 
 def test_runs_are_sorted_and_repeats_are_folded(tmp_path):
