@@ -18,6 +18,7 @@ from common.files import atomic_write
 from common.settings import near
 from corpus.download import download, sha256_of
 
+KEPT_NAME = re.compile(r"(.+)-[0-9a-f]{12}\.(json|tiktoken)")  # of a file's copy, or trained
 HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabulary
     "gpt2": {
@@ -95,16 +96,21 @@ def full_name(name: str) -> str:
     """
     if name in ("bytes", *ALIASES, *tiktoken.list_encoding_names()) or is_file_name(name):
         return ALIASES.get(name, name)
-    pattern = re.compile(re.escape(name) + r"-[0-9a-f]{12}\.(json|tiktoken)")
-    folder = vocabulary_folder()
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = {sha256_of(path): path.name for path in files if pattern.fullmatch(path.name)}
+    found = {sha256_of(path): path.name for path, short in _kept_files() if short == name}
     if len(found) > 1:
         raise ValueError(
             f"several vocabularies are called {name}: choose --tokenizer "
             f"{' or '.join(sorted(found.values()))}"
         )
     return next(iter(found.values()), name)
+
+
+def _kept_files() -> list[tuple[Path, str]]:
+    """Return each vocabulary that is kept in the vocabulary folder, and its name without a hash."""
+    folder = vocabulary_folder()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    matches = [(path, KEPT_NAME.fullmatch(path.name)) for path in files]
+    return [(path, match[1]) for path, match in matches if match]
 
 
 def check_tokenizer_name(name: str) -> None:
@@ -126,6 +132,7 @@ def check_tokenizer_name(name: str) -> None:
         return
     names = ["bytes", "bpe:N", *ALIASES, *tiktoken.list_encoding_names()]
     if name not in names:
+        names += dict.fromkeys(short for _, short in _kept_files())
         raise ValueError(
             f"no tokenizer is called {name!r}: choose one of {', '.join(names)}, or the path of a "
             f"tokenizer.json or a .tiktoken file" + near(name, names)

@@ -195,6 +195,12 @@ def test_the_files_are_the_same_for_any_number_of_threads_and_workers_and_in_par
     assert found["one"] == found["two"] == found["parts"]
 
 
+def test_a_mistyped_name_of_a_trained_vocabulary_is_suggested(tmp_path):
+    train(text_corpus(tmp_path, RHYME * 9), tmp_path, 270)
+    with pytest.raises(ValueError, match=r"my-bpe270, or the path .*; did you mean my-bpe270\?"):
+        get_tokenizer("my-bpe27")
+
+
 def test_a_vocabulary_is_trained_once_for_a_text_and_again_for_another(
     tmp_path, vocabularies, monkeypatch, capsys
 ):
