@@ -28,8 +28,11 @@ def print_counts(folder: Path, metadata: dict) -> None:
     print(f"{folder}: {name}, {metadata['vocab_size']:,} ids, {metadata['dtype']}")
     for split, counts in metadata["splits"].items():
         bytes_per_token = counts["bytes"] / counts["tokens"]
+        documents = "(running text)"
+        if metadata["eot_per_document"]:
+            documents = f"{counts['documents']:>10,} documents"
         print(
-            f"  {split:5} {counts['tokens']:>14,} tokens {counts['documents']:>10,} documents "
+            f"  {split:5} {counts['tokens']:>14,} tokens {documents} "
             f"{bytes_per_token:.2f} bytes per token"
         )
 

@@ -493,5 +493,6 @@ def test_the_preview_prints_batches_and_padding(tmp_path):
     )
     make_corpus(tmp_path / "data" / "book", ["one running text, " * 100])
     result = run_script("dataset.py", cwd=tmp_path)  # the newest
-    assert "1 documents" in result.stdout and "padded" not in result.stdout
+    assert "tokens (running text) 1.00 bytes per token" in result.stdout
+    assert "documents" not in result.stdout and "padded" not in result.stdout
     assert_one_line_error(run_script("dataset.py", "d", cwd=tmp_path), "prepared: book, c")
