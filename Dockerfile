@@ -2,9 +2,10 @@
 #
 #   docker build -t gpt2 .
 #   docker build -t gpt2 --build-arg TORCH_INDEX=https://pypi.org/simple .
-#   docker run --rm -it -v gpt2-data:/gpt2/data -v gpt2-out:/gpt2/out gpt2 python prepare_data.py
-#   docker run --rm -it -v gpt2-data:/gpt2/data -v gpt2-out:/gpt2/out gpt2 python train_gpt2.py
+#   docker run --init --rm -it -v gpt2-data:/gpt2/data -v gpt2-out:/gpt2/out gpt2 python prepare_data.py
+#   docker run --init --rm -it -v gpt2-data:/gpt2/data -v gpt2-out:/gpt2/out gpt2 python train_gpt2.py
 #
+# --init: Python as process 1 would ignore the SIGTERM of `docker stop`, except while it trains.
 # Not the -slim image: torch.compile needs a C++ compiler.
 FROM python:3.12.11-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -81,6 +81,8 @@ def test_the_dockerfile_has_the_commands_of_the_readme():
     assert len(commands) == 4
     for command in commands:
         assert command in README
+        # Python as process 1 would ignore the SIGTERM of `docker stop` where it has no handler
+        assert command.split()[1] == "build" or " --init " in command
 
 
 def test_the_dockerfile_pins_its_image_and_copies_what_exists():
