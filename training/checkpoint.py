@@ -118,9 +118,10 @@ def restore(
     """
     old = checkpoint["metadata"]
     if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
+        name = _changed_corpora(old, metadata) or corpus_name(settings)
         raise ValueError(
-            f"{corpus_name(settings)} has another text or vocabulary than when {settings.resume} "
-            f"was trained on it ({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
+            f"{name} has another text or vocabulary than when {settings.resume} was trained on it "
+            f"({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
         )
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
@@ -169,6 +170,17 @@ def check_ranks_agree(
     }
     ranks.check_equal(**flags)
     ranks.check_equal(step=progress.step, position=progress.position, corpus_checksum=checksum)
+
+
+def _changed_corpora(old: dict, metadata: dict) -> str:
+    """Return the names of the corpora of a mixture whose text alone has changed, or ""."""
+    if not same_vocabulary(old, metadata):
+        return ""
+    then = old["splits"]
+    now = metadata["splits"]
+    changed = [split for split in then | now if then.get(split) != now.get(split)]
+    names = [split.rpartition("/")[0] for split in changed]
+    return ", ".join(dict.fromkeys(filter(None, names)))
 
 
 def _change(old: dict, metadata: dict) -> str:

@@ -7,6 +7,7 @@ corpus itself if there is only one.
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,6 +38,9 @@ def corpus_weights(corpus: Sequence[str]) -> dict[str, Fraction | None]:
         ValueError: A weight is not a positive number, a corpus comes twice, or only some corpora
             have a weight.
     """
+    if any(re.search(r":.*,(?!\d)", text) for text in corpus):
+        separated = " ".join(" ".join(corpus).replace(",", " ").split())
+        raise ValueError(f"corpora are separated by spaces, not by commas: --corpus {separated}")
     weights: dict[str, Fraction | None] = {}
     for text in corpus:
         name, colon, weight = text.partition(":")
@@ -67,6 +71,25 @@ def _parse_weight(name: str, text: str) -> Fraction:
             f"--corpus {name}:0.5, for example"
         )
     return Fraction(text)
+
+
+def same_mixture(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Return whether two values of the setting `corpus` name the same corpora with equal shares.
+
+    Example: ("a:0.7", "b:0.3") and ("a:7", "b:3") do; ("b:3", "a:7") is in another order.
+
+    Raises:
+        ValueError: A value is invalid.
+    """
+    weights = [corpus_weights(first), corpus_weights(second)]
+    if list(weights[0]) != list(weights[1]):
+        return False
+    if len(weights[0]) == 1:  # a weight has no effect
+        return True
+    if None in [*weights[0].values(), *weights[1].values()]:  # shares by size
+        return weights[0] == weights[1]
+    shares = [proportions([weight or 0 for weight in each.values()]) for each in weights]
+    return shares[0] == shares[1]
 
 
 def corpus_name(settings: RunSettings) -> str:

@@ -19,6 +19,7 @@ from corpus.metadata import newest_corpus
 from corpus.vocabulary_files import use_prefetched_vocabularies
 from model import GPT
 from training.checkpoint import shared_checkpoint
+from training.corpora import same_mixture
 from training.distributed import is_first_rank
 from training.models import num_positions
 from training.run_folder import RunLock, run_of
@@ -143,6 +144,8 @@ def resumed_settings(cls: type, doc: str, run_dir: Path, checkpoint: dict) -> An
     old: Any = checkpoint_settings(cls, run_dir, checkpoint["config"])
     settings = parse_settings(cls, doc, defaults=old)
     check_ranges(settings, RANGES)
+    if same_mixture(settings.corpus, old.corpus):
+        settings.corpus = old.corpus
     for name in FIXED:
         old_value = getattr(old, name)
         new_value = getattr(settings, name)

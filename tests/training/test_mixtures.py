@@ -132,8 +132,19 @@ def test_the_mixture_cannot_change_on_resume(train, verses):
             train(resume="out/run", corpus=other)
     train(resume="out/run", corpus=MIXTURE, stop_at=2)  # the same again
     make_corpus(verses, ["another text"] * 180, documents=True)
-    with pytest.raises(ValueError, match=r"rhyme\+verses has another text or vocabulary"):
+    with pytest.raises(ValueError, match=r"^verses has another text or vocabulary"):
         train(resume="out/run")
+
+
+def test_equal_shares_may_be_written_in_another_way_on_resume(train):
+    folder = train(corpus=MIXTURE, max_steps=4, stop_at=1, run_name="run")
+    for same in (("rhyme:7", "verses:3"), ("rhyme:.70", "verses:.30")):
+        train(resume="out/run", corpus=same, max_steps=4, stop_at=2)
+        (folder / "previous.pt").replace(folder / "last.pt")
+    assert json.loads((folder / "config.json").read_text())["corpus"] == list(MIXTURE)
+    for other in (("verses:3", "rhyme:7"), ("rhyme", "verses")):
+        with pytest.raises(ValueError, match="cannot change it to " + " ".join(other)):
+            train(resume="out/run", corpus=other)
 
 
 def test_a_mixture_has_documents_if_one_of_its_corpora_has(train):
@@ -182,6 +193,9 @@ def test_weights_are_the_numbers_that_are_written():
 
 WRONG = {
     "not prepared": (["rhyme:1", "nope:1"], ["data/nope", "prepared: rhyme, verses"]),
+    "a comma": (["rhyme:7,verses:3"], ["spaces, not by commas: --corpus rhyme:7 verses:3"]),
+    "comma and space": (["rhyme:.7,", "verses:.3"], ["--corpus rhyme:.7 verses:.3"]),
+    "a decimal comma": (["rhyme:0,7", "verses:0,3"], ["positive number, not '0,7'"]),
     "not a number": (["rhyme:much", "verses:1"], ["weight of the corpus rhyme", "'much'"]),
     "no number": (["rhyme:", "verses:1"], ["weight of the corpus rhyme", "not ''"]),
     "zero": (["rhyme:0", "verses:1"], ["rhyme", "positive number, not '0'"]),
