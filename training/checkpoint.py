@@ -118,11 +118,7 @@ def restore(
     """
     old = checkpoint["metadata"]
     if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
-        name = _changed_corpora(old, metadata) or corpus_name(settings)
-        raise ValueError(
-            f"{name} has another text or vocabulary than when {settings.resume} was trained on it "
-            f"({_change(old, metadata)}): {_remedy(old, metadata, settings)}"
-        )
+        raise ValueError(_change(old, metadata, settings))
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
     optimizer.load_states(
@@ -173,9 +169,7 @@ def check_ranks_agree(
 
 
 def _changed_corpora(old: dict, metadata: dict) -> str:
-    """Return the names of the corpora of a mixture whose text alone has changed, or ""."""
-    if not same_vocabulary(old, metadata):
-        return ""
+    """Return the names of the corpora of a mixture whose splits have changed, "" for one corpus."""
     then = old["splits"]
     now = metadata["splits"]
     changed = [split for split in then | now if then.get(split) != now.get(split)]
@@ -183,9 +177,15 @@ def _changed_corpora(old: dict, metadata: dict) -> str:
     return ", ".join(dict.fromkeys(filter(None, names)))
 
 
-def _change(old: dict, metadata: dict) -> str:
-    """Return the tokenizers of a corpus, then and now."""
-    return f"then {old['tokenizer']['name']}, now {metadata['tokenizer']['name']}"
+def _change(old: dict, metadata: dict, settings: RunSettings) -> str:
+    """Return what of a corpus is not as it was when the run was trained on it, and the remedy."""
+    since = f"than when {settings.resume} was trained on it"
+    remedy = _remedy(old, metadata, settings)
+    if same_vocabulary(old, metadata):
+        name = _changed_corpora(old, metadata) or corpus_name(settings)
+        return f"{name} has another text, or other splits, {since}: {remedy}"
+    tokenizers = f"then {old['tokenizer']['name']}, now {metadata['tokenizer']['name']}"
+    return f"{corpus_name(settings)} has another vocabulary {since} ({tokenizers}): {remedy}"
 
 
 def _remedy(old: dict, metadata: dict, settings: RunSettings) -> str:
