@@ -78,8 +78,8 @@ def check_one_vocabulary(corpora: Mapping[Any, dict]) -> None:
     for folder, metadata in others:
         if not same_vocabulary(expected, metadata):
             raise ValueError(
-                f"{folder} ({metadata['tokenizer']['name']}) has another vocabulary than {first} "
-                f"({expected['tokenizer']['name']}): prepare both with the same --tokenizer"
+                f"{folder} ({metadata['tokenizer']['name']}) has another vocabulary than {first}: "
+                f"prepare {folder} again with --tokenizer {expected['tokenizer']['name']}"
             )
 
 

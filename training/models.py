@@ -107,7 +107,8 @@ def create_model(settings: RunSettings, metadata: dict, checkpoint: dict | None)
     elif not same_vocabulary(start["metadata"], metadata):
         raise ValueError(
             f"{corpus_name(settings)} has another vocabulary than the corpus that "
-            f"{settings.init_from} was trained on: prepare it with the same --tokenizer"
+            f"{settings.init_from} was trained on: prepare it again with --tokenizer "
+            f"{start['metadata']['tokenizer']['name']}"
         )
     if config.n_positions < T:
         raise ValueError(

@@ -211,7 +211,7 @@ WRONG = {
     "no val": (["rhyme:1", "train-only:1"], ["data/train-only has no split 'val', only train"]),
     "vocabulary": (
         ["rhyme:1", "other:1"],
-        ["data/other (small", "than data/rhyme (bytes)", "--tokenizer"],
+        ["data/other (small", "than data/rhyme: prepare data/other again with --tokenizer bytes"],
     ),
 }
 
