@@ -38,7 +38,7 @@ def corpus_weights(corpus: Sequence[str]) -> dict[str, Fraction | None]:
         ValueError: A weight is not a positive number, a corpus comes twice, or only some corpora
             have a weight.
     """
-    if any(re.search(r":.*,(?!\d)", text) for text in corpus):
+    if any(re.search(r":.*,(?!\d+$)", text) for text in corpus):
         separated = " ".join(" ".join(corpus).replace(",", " ").split())
         raise ValueError(f"corpora are separated by spaces, not by commas: --corpus {separated}")
     weights: dict[str, Fraction | None] = {}

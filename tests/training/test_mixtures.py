@@ -194,6 +194,7 @@ def test_weights_are_the_numbers_that_are_written():
 WRONG = {
     "not prepared": (["rhyme:1", "nope:1"], ["data/nope", "prepared: rhyme, verses"]),
     "a comma": (["rhyme:7,verses:3"], ["spaces, not by commas: --corpus rhyme:7 verses:3"]),
+    "a digit": (["rhyme:7,20news:3"], ["--corpus rhyme:7 20news:3"]),
     "comma and space": (["rhyme:.7,", "verses:.3"], ["--corpus rhyme:.7 verses:.3"]),
     "a decimal comma": (["rhyme:0,7", "verses:0,3"], ["positive number, not '0,7'"]),
     "not a number": (["rhyme:much", "verses:1"], ["weight of the corpus rhyme", "'much'"]),
