@@ -10,8 +10,12 @@ Writes DATA_DIR/CORPUS/: train.bin, val.bin and, last, metadata.json (data/READM
 interruption, the same command does the remaining work.
 """
 
-import contextlib
 import os
+
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads and not use them
+
+import contextlib
 import re
 import shlex
 from dataclasses import dataclass, replace
@@ -20,7 +24,7 @@ from typing import Literal
 
 from common.files import folder_name
 from common.packages import optional
-from common.script import run_script
+from common.script import end_without_shutdown, run_script
 from common.settings import check_conflicts, check_ranges, parse_settings, print_settings
 from corpus.bpe import trained_tokenizer
 from corpus.descriptions import describe
@@ -311,4 +315,5 @@ def name_of(inputs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
+    end_without_shutdown()  # it would free the vocabulary piece by piece, for a tenth of a second
     run_script(main)

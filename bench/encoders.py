@@ -4,13 +4,16 @@ python -m bench.encoders documents 1000000    # so many random documents: the sa
 python -m bench.encoders unicode              # every code point in many contexts: the same ids?
 python -m bench.encoders memory 1000          # peak memory over so many MB of distinct words
 python -m bench.encoders memory 75 5 12 60 250 2000    # of words of these lengths in turns
+python -m bench.encoders corpus 5000 1    # peak memory of prepare_data.py over such words, 1 worker
 
 Needs pip install fastokens, in the version that corpus/encoders.py names. The first two end with an
 error at the first difference.
 """
 
+import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +40,12 @@ FRAGMENTS = (
 
 
 def main() -> None:
-    commands = {"documents": compare_documents, "unicode": compare_unicode, "memory": fill_memory}
+    commands = {
+        "documents": compare_documents,
+        "unicode": compare_unicode,
+        "memory": fill_memory,
+        "corpus": prepare_corpus,
+    }
     arguments = [int(argument) for argument in sys.argv[2:] if argument.isdigit()]
     if len(sys.argv) < 2 or sys.argv[1] not in commands or len(arguments) < len(sys.argv[2:]):
         raise ValueError("name a comparison, as in python -m bench.encoders documents 1000000")
@@ -112,15 +120,10 @@ def fill_memory(megabytes: int = 1000, *word_lengths: int) -> str:
     word_lengths = word_lengths or (5,)
     encoder = open_encoder(FAST, get_tokenizer("gpt2"))
     generator = np.random.default_rng(0)
-    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
     peaks = []
     for number in range(megabytes):
-        characters = letters[generator.integers(0, len(letters), 1_000_000)]
         word_length = word_lengths[number % len(word_lengths)]
-        characters[generator.integers(0, 1_000_000, 1_000_000 // word_length)] = ord(" ")
-        text = characters.tobytes().decode()
-        size = max(150, 2 * word_length)
-        encoder.encode_documents([text[i : i + size] for i in range(0, len(text), size)])
+        encoder.encode_documents(distinct_documents(generator, word_length))
         status = Path("/proc/self/status").read_text()  # ru_maxrss may be that of the parent
         peaks.append(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
     half = peaks[len(peaks) // 2]
@@ -128,6 +131,41 @@ def fill_memory(megabytes: int = 1000, *word_lengths: int) -> str:
         f"{megabytes} MB of distinct words: {peaks[-1]:.0f} MiB at the peak, "
         f"{half:.0f} in the first half"
     )
+
+
+def prepare_corpus(megabytes: int = 5000, workers: int = 1) -> str:
+    """Prepare a .jsonl of documents of random words, nearly all of them distinct.
+
+    Args:
+        megabytes: Size of all documents.
+        workers: Processes of prepare_data.py.
+    """
+    from bench.report import ROOT, as_flags, whole_process  # not above: torch needs memory
+
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = f"{folder}/corpus.jsonl"
+        with open(corpus, "w") as f:
+            for _ in range(megabytes):
+                for document in distinct_documents(generator, word_length=5):
+                    f.write(json.dumps({"text": document}) + "\n")
+        flags = {"input": corpus, "data_dir": folder, "tokenizer": "gpt2", "workers": workers}
+        command = [sys.executable, ROOT / "prepare_data.py", *as_flags(flags)]
+        seconds, mib, _ = whole_process(command, cwd=ROOT)
+    return (
+        f"{megabytes} MB of distinct words, {workers} workers: {mib:.0f} MiB in the largest "
+        f"process, {megabytes / seconds:.1f} MB/s"
+    )
+
+
+def distinct_documents(generator: np.random.Generator, word_length: int) -> list[str]:
+    """Return a megabyte of documents of random words, of `word_length` letters on average."""
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    characters = letters[generator.integers(0, len(letters), 1_000_000)]
+    characters[generator.integers(0, 1_000_000, 1_000_000 // word_length)] = ord(" ")
+    text = characters.tobytes().decode()
+    size = max(150, 2 * word_length)
+    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Settings:
     megabytes: tuple[int, ...] = (60, 200)  # sizes of the .jsonl
     workers: int = 2  # processes, or threads of a contestant that has no processes
     rounds: int = 3  # measurements of each contestant, after one that warms up
+    contestants: tuple[str, ...] = ()  # names, to print only their rows; (): all, into --results
     results: str = RESULTS  # Markdown file to write into; "": none
 
 
@@ -44,6 +45,9 @@ def main() -> None:
         PEERS[name](corpus, out, int(workers))
         return
     settings = parse_settings(Settings, __doc__)
+    for name in settings.contestants:
+        if name not in CONTESTANTS:
+            raise ValueError(f"no contestant is called {name!r}: choose of {CONTESTANTS}")
     contests = {}
     for megabytes in settings.megabytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,12 +55,13 @@ def main() -> None:
             num_documents = make_documents(corpus, megabytes, settings.text)
             write_parquet(corpus)
             contests[f"{megabytes} MB, {num_documents:,} documents"] = compare(
-                corpus, settings, CONTESTANTS, TARGETS
+                corpus, settings, chosen(CONTESTANTS, settings), TARGETS
             )
-            if megabytes == settings.megabytes[0]:
+            names = chosen(CONTESTANTS_FOR_TEXT, settings)
+            if names and megabytes == settings.megabytes[0]:
                 text_file = write_running_text(corpus)
                 contests[f"{megabytes} MB, a running text"] = compare(
-                    text_file, settings, CONTESTANTS_FOR_TEXT, {}
+                    text_file, settings, names, {}
                 )
     text = (
         "Documents of about 150 bytes, GPT-2's vocabulary, from a .jsonl to finished shards, whole "
@@ -64,7 +69,13 @@ def main() -> None:
         "All gave the same ids. MB/s are those of the .jsonl, also for Parquet. MiB: the largest "
         "process at its peak.\n\n" + contest_table("corpus", "MB/s", contests)
     )
-    write(settings.results, "Tokenizing", text, bars("MB/s", contests))
+    results = "" if settings.contestants else settings.results
+    write(results, "Tokenizing", text, bars("MB/s", contests))
+
+
+def chosen(names: list[str], settings: Settings) -> list[str]:
+    """Return the contestants that the settings name, or all of them."""
+    return [name for name in names if not settings.contestants or name in settings.contestants]
 
 
 def make_documents(path: Path, megabytes: float, text: str) -> int:
@@ -204,6 +215,7 @@ def tokenized(name: str, corpus: Path, workers: int) -> tuple[float, float, np.n
             command = [sys.executable, "-m", "bench.tokenize", name, str(corpus), out, str(workers)]
         env = os.environ | {"HF_HOME": out, "HF_HUB_OFFLINE": "1"}
         env["TOKENIZERS_PARALLELISM"] = "false"
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # packages are compiled once, too
         seconds, mib, _ = whole_process(command, cwd=ROOT, env=env)
         paths = sorted(Path(out).rglob("*.bin"))
         return seconds, mib, np.concatenate([np.fromfile(path, "<u2") for path in paths])

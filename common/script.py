@@ -13,7 +13,7 @@ _shuts_down = True  # whether the interpreter shuts down at the end of a script
 def end_without_shutdown() -> None:
     """Make `run_script` end the process at once, without the interpreter's shutdown.
 
-    Threads of a library may not survive the shutdown. The library's user says why.
+    The shutdown takes time, and threads of a library may not survive it. The caller says why.
     """
     global _shuts_down
     _shuts_down = False

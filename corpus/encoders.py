@@ -341,13 +341,14 @@ def _return_large_blocks() -> None:
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
     """Return a vocabulary like GPT-2's as a tokenizer.json without any other special token."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        model = json.loads(tokenizer.tokenizer.to_str())["model"]
-    else:
+        model = json.dumps(json.loads(tokenizer.tokenizer.to_str())["model"])
+    else:  # encoder.json is a part as it is: parsing it takes as long as two tasks
         paths = vocabulary_paths(tokenizer.name)
         lines = paths["vocab.bpe"].read_text(encoding="utf-8").split("\n")
-        merges = lines[1:-1]  # after the version
-        vocabulary = json.loads(paths["encoder.json"].read_bytes())
-        model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+        merges = json.dumps(lines[1:-1])  # after the version
+        vocabulary = paths["encoder.json"].read_text(encoding="utf-8")
+        model = f'{{"type": "BPE", "vocab": {vocabulary}, "merges": {merges}}}'
     eot = {"id": tokenizer.eot_token, "content": ENDOFTEXT, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    return json.dumps({"added_tokens": [eot], "pre_tokenizer": byte_level, "model": model})
+    rest = json.dumps({"added_tokens": [eot], "pre_tokenizer": byte_level})
+    return f'{{"model": {model}, {rest[1:]}'

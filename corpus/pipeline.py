@@ -43,7 +43,7 @@ from corpus.tasks import SPLIT_RULE, Job, Task, chunk_ids, tokenize_task
 from corpus.tokenizer import Tokenizer
 from corpus.vocabulary_files import is_file_name
 
-TASK_BYTES = 1 << 20, 64 << 20  # smallest and largest size of a task's source text
+TASK_BYTES = 2 << 20, 64 << 20  # smallest and largest size of a task's source text
 LONGEST_DEFAULT = 256  # default of train_gpt2.py's --sequence_length on a GPU
 RUNNING = ".running"  # suffix of the lock file of a running part
 

@@ -169,7 +169,7 @@ def tokenize_task(job: Job, number: int, chunks: list[Source]) -> dict:
 
 
 class _SplitWriter:
-    """Tokenize the texts of one split into a file, about BLOCK characters at once."""
+    """Tokenize the texts of one split into a file, BLOCK // 2 characters or more at once."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class _SplitWriter:
         """Let texts wait until there are enough to be tokenized at once."""
         self.waiting.append((chunk, positions, texts))
         self.num_characters += sum(map(len, texts))
-        if self.num_characters >= BLOCK:
+        if self.num_characters >= BLOCK // 2:  # a block without its val has less than BLOCK
             self.flush()
 
     def flush(self) -> None:

@@ -458,17 +458,17 @@ def get_tokenizer(name: str) -> Tokenizer:
         raise ValueError(
             f"{name} is trained on a corpus: python prepare_data.py --tokenizer {name}"
         )
+    return _load(name, vocabulary_folder())
+
+
+@functools.lru_cache(1)  # forks of this process share the loaded tokenizer
+def _load(name: str, folder: Path) -> Tokenizer:
     if missing := missing_files(name):
         url, path, _ = missing[0]
         raise FileNotFoundError(
             f"the vocabulary of {name!r} is not on this machine: {path} is missing or damaged; "
             f"with a network, `python prepare_data.py --tokenizer {name}` downloads it from {url}"
         )
-    return _load(name, vocabulary_folder())
-
-
-@functools.lru_cache(1)  # forks of this process share the loaded tokenizer
-def _load(name: str, folder: Path) -> Tokenizer:
     if is_file_name(name):
         return _read_file(name, folder / name)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # where tiktoken looks

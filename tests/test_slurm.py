@@ -20,7 +20,7 @@ from training.checkpoint import load_checkpoint
 from training.json_lines import read_lines
 
 pytestmark = pytest.mark.timeout(300)
-NUM_TASKS = 11
+NUM_TASKS = 6
 FILES = ("train.bin", "val.bin", "metadata.json")
 
 
@@ -38,7 +38,7 @@ def slurm():
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory) -> Path:
-    """The path of 11 MB of short documents: 11 tasks, three seconds of work for one core."""
+    """The path of 11 MB of short documents: 6 tasks, three seconds of work for one core."""
     path = tmp_path_factory.mktemp("raw") / "raw.jsonl"
     path.write_text("".join(f'{{"text":"{i}"}}\n' for i in range(600_000)))
     return path
@@ -350,12 +350,12 @@ def test_a_missing_ray_is_an_error_with_the_remedy(raw, monkeypatch):
 def test_parts_replace_an_older_corpus_one_after_another(tmp_path):
     path = tmp_path / "raw.jsonl"
     for start in (0, 1):
-        path.write_text("".join(f'{{"text":"{i:0900}"}}\n' for i in range(start, start + 4000)))
+        path.write_text("".join(f'{{"text":"{i:0900}"}}\n' for i in range(start, start + 8000)))
         for part in range(3):
             done = "" if part == 0 else f"resuming: {[2, 3][part - 1]} of 4 tasks are finished"
             output = prepare(path, "--part", f"{part}/3")
             assert done in output
         assert "done in" in output
         metadata = json.loads((tmp_path / "data" / "c" / "metadata.json").read_text())
-        assert sum(split["documents"] for split in metadata["splits"].values()) == 4000
+        assert sum(split["documents"] for split in metadata["splits"].values()) == 8000
         assert "is prepared already" in prepare(path, "--part", "0/3")

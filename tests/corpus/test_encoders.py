@@ -325,7 +325,7 @@ def test_a_wrong_id_in_a_later_task_turns_the_encoder_off(
     """Each task encodes some hundred documents, a few in each call."""
     monkeypatch.setattr(pipeline, "TASK_BYTES", (16_000, 16_000))
     monkeypatch.setattr("corpus.reader.BLOCK", 1000)  # bytes read at once
-    monkeypatch.setattr(tasks, "BLOCK", 1000)  # characters of a call
+    monkeypatch.setattr(tasks, "BLOCK", 2000)  # twice the characters of a call
     monkeypatch.setattr(encoders, "IDS_PER_BLOCK", 1)
     source = write_documents(tmp_path / "my.jsonl", count=4000)
     lines = (tmp_path / "my.jsonl").read_text().splitlines()

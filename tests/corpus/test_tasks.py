@@ -176,7 +176,7 @@ def start_and_wait_for_tasks(tmp_path, num_tasks=1):
 
     Returns the process and the folder of the finished tasks.
     """
-    write_jsonl(tmp_path / "my.jsonl", count=120_000)
+    write_jsonl(tmp_path / "my.jsonl", count=240_000)
     process = start_preparing(tmp_path, "--workers", "2")
     work_folder = tmp_path / "data" / "my" / ".work"
     while len(list(work_folder.glob("*/*.json"))) < num_tasks:
@@ -282,9 +282,9 @@ def test_too_little_free_space_is_an_error_before_the_start(tmp_path):
 
 def test_a_full_disk_while_joining_keeps_the_finished_tasks(tmp_path):
     """A limit on file sizes stands in for the disk: the files of a task fit, the shard does not."""
-    write_jsonl(tmp_path / "my.jsonl", count=60_000)
+    write_jsonl(tmp_path / "my.jsonl", count=120_000)
     flags = ["--input", "my.jsonl", "--tokenizer", "bytes"]
-    result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=4_000_000)
+    result = run_script("prepare_data.py", *flags, cwd=tmp_path, max_file_bytes=8_000_000)
     assert_one_line_error(result, "train.bin: File too large; make room")
     assert not (tmp_path / "data" / "my" / "metadata.json").exists()
     result = run_script("prepare_data.py", *flags, cwd=tmp_path)
