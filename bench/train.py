@@ -51,7 +51,7 @@ from training.device import choose_dtype
 FORM = "layers/heads/channels/batch/window/tokenizer/steps"
 SHAPES = {  # device -> {shape, in the form of FORM: percent of the peak to reach on one thread}
     "cpu": {
-        "6/6/384/16/256/bytes/8": 85,
+        "6/6/384/16/256/bytes/6": 85,
         "4/4/128/12/64/gpt2/25": 65,
         "4/4/128/12/64/bytes/100": 75,
     },
@@ -180,12 +180,14 @@ def parse_shape(text: str) -> Shape:
 def prepare(folder: Path, settings, tokenizers: Collection[str]) -> None:
     """Prepare the text for train_gpt2.py and for nanoGPT.
 
-    For each tokenizer, folder/data/TOKENIZER has the text as a running text, and
-    folder/data/TOKENIZER-documents has its paragraphs as documents. nanoGPT's scripts are linked
-    into `folder`.
+    For each tokenizer, the corpus corpus_of(tokenizer) is the text as a running text, and another
+    one, whose name ends in -documents, has its paragraphs as documents. nanoGPT's scripts are
+    linked into `folder`.
     """
     for name in tokenizers:
-        for corpus, flags in ((name, []), (f"{name}-documents", ["--documents", "blank-line"])):
+        running = corpus_of(name)
+        documents = f"{running}-documents"
+        for corpus, flags in ((running, []), (documents, ["--documents", "blank-line"])):
             flags = [*flags, "--input", Path(settings.text).resolve(), "--tokenizer", name]
             command = [sys.executable, ROOT / "prepare_data.py", "--corpus", corpus, *flags]
             whole_process(command, cwd=folder)
@@ -195,6 +197,11 @@ def prepare(folder: Path, settings, tokenizers: Collection[str]) -> None:
     if settings.nanogpt:
         for script in Path(settings.nanogpt).resolve().glob("*.py"):
             (folder / script.name).symlink_to(script)
+
+
+def corpus_of(tokenizer: str) -> str:
+    """Return the name of the corpus of a tokenizer. Example: "bpe:1024" -> "bpe1024"."""
+    return tokenizer.replace(":", "")
 
 
 # ---- contestants
