@@ -11,13 +11,13 @@ keep freed memory (as train_gpt2.py tells it), and also compiled. On a GPU, it r
 compiled. First, both models must give the same loss with the same weights. The speed is that of the
 median step, as each script reports it, without validation and without the first steps.
 
-Matrix products alone are one of the contestants: tokens/s if a step were nothing but its FLOPs at
-the best speed of a product. A share of the peak is a speed divided by the best of these, in the
-same number type.
+Matrix products of several sizes are measured before each contestant, in its number type and with
+its threads. A share of the peak is the FLOP/s of a step divided by the best of these products.
 """
 
 import functools
 import json
+import math
 import os
 import pickle
 import re
@@ -110,15 +110,24 @@ def measure_shape(
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes
     entries = contestants(settings, folder, shape)
-    measures = {name: entry.measure for name, entry in entries.items()}
+    device = torch.device(settings.device)
+    flops_per_token = shape.model().flops_per_token(shape.window)
+    peaks = dict.fromkeys((entry.dtype for entry in entries.values()), 0.0)  # in FLOP/s
+
+    def measure(entry: Contestant) -> tuple[float, float]:
+        for size in MATMULS[device.type]:
+            speed = measure_matmul(device, entry.dtype, *size)
+            peaks[entry.dtype] = max(peaks[entry.dtype], speed)
+        return entry.measure()
+
+    measures = {name: functools.partial(measure, entry) for name, entry in entries.items()}
     rows = contest(measures, settings.rounds, warm=0)
-    peaks = {entries[row.name].dtype: row.largest for row in rows if row.name.startswith(PRODUCTS)}
     cells = []
     for row in rows:
         dtype = entries[row.name].dtype
         speed = "{} ({}-{})".format(*map(format_number, (row.median, row.smallest, row.largest)))
         goal = target if row.name.startswith("ours, AdamW") else ""
-        share = f"{100 * row.median / peaks[dtype]:.1f}%"
+        share = f"{100 * row.median * flops_per_token / peaks[dtype]:.1f}%"
         goal = f"{goal}%" if goal else ""
         cells.append((row.name, dtype_name(dtype), speed, row.speedup, share, goal, row.mib))
     by_name = {row.name: row.median for row in rows}
@@ -128,7 +137,11 @@ def measure_shape(
         "Layers/heads/channels, sequences x tokens, tokenizer. Whole runs of train_gpt2.py with "
         "Muon (its default) or AdamW, and of nanoGPT's train.py, which has AdamW; both models gave "
         f"the same loss with the same weights. Muon takes {muon:.0f}% of a step: the first row "
-        "beside the second."
+        "beside the second. The peak of matrix products, the best before any contestant: "
+        + ", ".join(
+            f"{peak / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)}" for dtype, peak in peaks.items()
+        )
+        + "."
         + (" Left out: nanoGPT (no --nanogpt was given)." if not settings.nanogpt else "")
         + "\n\n"
         + table(head, cells)
@@ -206,13 +219,10 @@ def corpus_of(tokenizer: str) -> str:
 
 # ---- contestants
 
-PRODUCTS = "matrix products alone"
-
 
 def contestants(settings: Settings, folder: Path, shape: Shape) -> dict[str, Contestant]:
     """Return the contestants for one shape as name -> contestant, ours first."""
-    device = torch.device(settings.device)
-    dtype = choose_dtype("auto", device).value
+    dtype = choose_dtype("auto", torch.device(settings.device)).value
     peer_dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
 
     def run_ours(**flags) -> Callable[[], tuple[float, float]]:
@@ -237,10 +247,6 @@ def contestants(settings: Settings, folder: Path, shape: Shape) -> dict[str, Con
         entries["nanoGPT, memory kept, compiled"] = Contestant(peer_dtype, compiled)
     elif settings.nanogpt:
         entries["nanoGPT, compiled"] = Contestant(peer_dtype, run_nanogpt(compiled=True))
-    for product_dtype in dict.fromkeys((dtype, peer_dtype)):
-        measure = functools.partial(products, device, shape, product_dtype)
-        name = f"{PRODUCTS}, {dtype_name(product_dtype)}"
-        entries[name] = Contestant(product_dtype, measure)
     return entries
 
 
@@ -283,35 +289,20 @@ def nanogpt(
     return shape.batch * shape.window / median_ms * 1e3, mib
 
 
-def products(device: torch.device, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    """Return (tokens/s of training at the speed of the best matrix product, 0)."""
-    sizes = MATMULS[device.type]
-    best = max(measure_matmul(device, dtype, *size) for size in sizes)
-    return best / shape.model().flops_per_token(shape.window), 0
-
-
 def measure_matmul(
     device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int
 ) -> float:
-    """Return the FLOP/s of a matrix product, the best of five rounds of five products."""
+    """Return the FLOP/s of a matrix product, the best of 25."""
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     b = torch.randn(columns, inner, device=device, dtype=dtype)
-
-    def synchronize() -> None:
+    best = math.inf
+    for _ in range(25):
+        start = time.perf_counter()
+        a @ b.T
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-
-    for _ in range(3):
-        a @ b.T
-    best = 0.0
-    for _ in range(5):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b.T
-        synchronize()
-        best = max(best, 5 * 2 * rows * inner * columns / (time.perf_counter() - start))
-    return best
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns / best
 
 
 def same_loss(settings, shape: Shape) -> None:
