@@ -7,13 +7,8 @@ from model import GPT, GPTConfig
 from training.optimizer import Muon, create_optimizer, orthogonalize
 
 
-@pytest.fixture
-def in_float32(monkeypatch):
-    monkeypatch.setattr("training.optimizer.has_bfloat16_units", lambda device: False)
-
-
 @pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (64, 65)])
-def test_orthogonalize_brings_singular_values_near_one(in_float32, rows, columns):
+def test_orthogonalize_brings_singular_values_near_one(rows, columns):
     torch.manual_seed(0)
     g = torch.randn(3, rows, columns)
     g *= torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)  # the scale has no influence
@@ -26,38 +21,16 @@ def test_orthogonalize_brings_singular_values_near_one(in_float32, rows, columns
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (8, 32), (32, 33)])
-def test_orthogonalize_equals_the_newton_schulz_iteration(in_float32, rows, columns):
+def test_orthogonalize_equals_the_newton_schulz_iteration(rows, columns):
     """The reference is the plain iteration in float64; the matrices have full or low rank."""
     torch.manual_seed(0)
     low = torch.randn(2, rows, 3) @ torch.randn(2, 3, columns)
     for g in (torch.randn(2, rows, columns), low):
-        for steps in (4, 5):
-            x = newton_schulz(g, steps, torch.float64)
-            torch.testing.assert_close(orthogonalize(g, steps=steps), x, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("rows, columns", [(128, 128), (128, 512)])
-def test_orthogonalize_in_bfloat16_is_as_precise_as_the_plain_iteration(monkeypatch, rows, columns):
-    """Two steps at a time lose no more than the plain iteration in bfloat16 loses."""
-    monkeypatch.setattr("training.optimizer.has_bfloat16_units", lambda device: True)
-    torch.manual_seed(0)
-    u = torch.linalg.qr(torch.randn(rows, rows))[0]
-    v = torch.linalg.qr(torch.randn(columns, rows))[0]
-    wide_spectrum = u @ torch.logspace(0, -4, rows).diag() @ v.T
-    for g in (torch.randn(1, rows, columns), wide_spectrum[None]):
-        exact = newton_schulz(g, 4, torch.float64)
-        plain_error = (newton_schulz(g, 4, torch.bfloat16) - exact).norm()
-        assert (orthogonalize(g) - exact).norm() < 1.5 * plain_error
-        assert torch.linalg.svdvals(orthogonalize(g)).max() < 1.3
-
-
-def newton_schulz(g, steps, dtype):
-    """The plain iteration, every step on the matrices themselves."""
-    x = (g.double() / g.double().norm(dim=(1, 2), keepdim=True)).to(dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.float()
+        x = g.double() / g.double().norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        torch.testing.assert_close(orthogonalize(g, steps=5), x.float(), atol=1e-4, rtol=0)
 
 
 def test_muon_equals_torchs_muon():
