@@ -98,13 +98,30 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             # within a compiled model, flex_attention is compiled with everything else
             compiling = torch.compiler.is_compiling()
-            attend: Any = flex_attention if compiling else compiled_flex_attention()
-            y = attend(q, k, v, block_mask=mask)
+            flex: Any = flex_attention if compiling else compiled_flex_attention()
+            y = flex(q, k, v, block_mask=mask)
         else:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+            attend = attend_in_float32 if x.is_cpu else F.scaled_dot_product_attention
+            y = attend(q, k, v, mask, dropout, is_causal=causal)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
+
+
+def attend_in_float32(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Return scaled_dot_product_attention, for speed alone: on a CPU, bfloat16 is slower."""
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), mask, dropout, is_causal=is_causal
+        )
+    return y.to(q.dtype)
 
 
 @functools.cache
@@ -304,9 +321,6 @@ class GPT(nn.Module):
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """Return the cross-entropy in nats, a 0-d tensor, of x (N, C) and targets (N,)."""
-        if saves_time_in_chunks(x, self.config):
-            embedding = self.transformer.wte.weight
-            return chunked_cross_entropy(x, embedding, self.config.vocab_size, targets, reduction)
         return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)
 
     @torch.inference_mode()
@@ -389,56 +403,3 @@ def next_token_probs(
         ordered = ordered.masked_fill(sum_before >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(1, ids, ordered)
     return probs / probs.sum(-1, keepdim=True)
-
-
-# ---- for speed alone: the loss in chunks, on a CPU
-#
-# All logits of a batch are 103 MB, for GPT-2's vocabulary and 8 x 64 tokens. The process would
-# return so large a block to the kernel after each step and fetch it again, page by page, in the
-# next one. The logits of a few rows fit in memory that the process keeps and uses again.
-# Forward and backward on one thread: 365 ms in chunks, 562 ms at once (CHUNK_LOGITS = 10**9), by
-#
-#     python -m timeit -n 1 -r 15 -s "import torch, model; torch.set_num_threads(1);
-#         m = model.GPT(model.GPTConfig(n_positions=64, n_layer=4, n_head=4, n_embd=128,
-#         vocab_multiple=64)); x = torch.randint(50257, (8, 64))" "m(x, x)[1].backward()"
-
-CHUNK_LOGITS = 6_500_000  # logits per chunk: 26 MB
-
-
-def saves_time_in_chunks(x: torch.Tensor, config: GPTConfig) -> bool:
-    """Return whether the loss of x (N, C) has several chunks, on a device where they are faster."""
-    is_large = len(x) * config.vocab_size > CHUNK_LOGITS
-    return x.is_cpu and is_large and not torch.compiler.is_compiling()
-
-
-def chunked_cross_entropy(
-    x: torch.Tensor,
-    embedding: torch.Tensor,
-    vocab_size: int,
-    targets: torch.Tensor,
-    reduction: str,
-) -> torch.Tensor:
-    """Return the cross-entropy in nats, a 0-d tensor, in float32.
-
-    Args:
-        x: (N, C), the output of the last block.
-        embedding: (padded_vocab_size, C), the weights of the output layer.
-        vocab_size: Rows of `embedding` that are ids; the others get the logit -inf.
-        targets: (N,) token ids, -100 where there is no target.
-        reduction: "mean" or "sum".
-    """
-    rows = max(1, CHUNK_LOGITS // len(embedding))
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-    bias = None
-    if len(embedding) > vocab_size:
-        bias = embedding.new_zeros(len(embedding))
-        bias[vocab_size:] = -math.inf
-    with torch.autocast("cpu", enabled=False):
-        return F.linear_cross_entropy(
-            x.float(),
-            embedding,
-            targets,
-            linear_bias=bias,
-            reduction=reduction,
-            options=options,
-        )

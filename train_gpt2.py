@@ -49,7 +49,13 @@ from training.compute import (
     choose_micro_batch_size,
 )
 from training.corpora import mixture_line, mixture_metadata, read_corpora, validation_metrics
-from training.device import Choice, choose_device, memory_errors, move_to_device
+from training.device import (
+    Choice,
+    choose_device,
+    keep_freed_memory,
+    memory_errors,
+    move_to_device,
+)
 from training.distributed import Ranks, join_processes
 from training.flags import (
     load_settings,
@@ -413,6 +419,8 @@ def main() -> int:
         settings, checkpoint = load_settings(flags, __doc__, lock)
         device = choose_device(settings.device)
         settings = resolve_size(settings, SIZES, device.value)
+        if device.value.type == "cpu":
+            keep_freed_memory()
         signum = train(settings, checkpoint, device, ranks, lock)
     return 128 + signum if signum else 0  # as a shell reports a signal
 

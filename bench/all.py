@@ -2,7 +2,7 @@
 
     python -m bench.all --text data/tinyshakespeare/input.txt --nanogpt ../nanoGPT --tatm ../tatm
 
-This takes about an hour on a machine that does nothing else. Benchmarks that need a GPU are run if
+This takes some hours on a machine that does nothing else. Benchmarks that need a GPU are run if
 there is one. bench.block_mask and bench.fuzz write no section and are not run.
 """
 

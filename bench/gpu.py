@@ -71,7 +71,7 @@ def main() -> int:
     has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     size = TOY_MATMUL_SIZE if settings.toy else MATMUL_SIZE
-    matmul = measure_matmul(device, dtype, size)
+    matmul = train.measure_matmul(device, dtype, size, size, size)
     torch.cuda.empty_cache()  # free the GPU's memory for the processes that follow
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,28 +177,6 @@ def measure_learning(settings, folder: Path) -> list[tuple]:
         ("ours", best["val_loss"], best["step"], saved - began, seconds),
         ("nanoGPT's README, by characters", NANOGPT_LOSS, "", "", ""),
     ]
-
-
-def measure_matmul(device: torch.device, dtype: torch.dtype, size: int = MATMUL_SIZE) -> float:
-    """Return the FLOP/s of square matrix products, the best of five rounds of ten products."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    b = torch.randn(size, size, device=device, dtype=dtype)
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(3):
-        a @ b
-    best = 0.0
-    for _ in range(5):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        synchronize()
-        best = max(best, 10 * 2 * size**3 / (time.perf_counter() - start))
-    return best
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_the_tables_of_the_page_are_those_of_the_results(tmp_path):
     copy.write_text(PAGE.read_text())
     update_page(copy)
     assert copy.read_text() == PAGE.read_text()
-    assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 4
+    assert copy.read_text().count("<!-- from bench/RESULTS.md: ") == 6
 
 
 def test_block_mask(bench, tmp_path, monkeypatch):
@@ -171,22 +171,37 @@ def test_loader():
 
 
 @pytest.mark.slow
-def test_train(bench, forked, text, tmp_path):
+def test_train(bench, forked, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results = tmp_path / "RESULTS.md"
-    shape = ["--shapes", "1/1/8/2/8/bytes/7", "--rounds", 1]
+    shape = ["--shapes", "1/1/8/2/8/bytes/7", "--rounds", 1, "--threads", 1]
     printed = bench(train, "--text", text, *shape, "--results", results)
-    for contestant in ("ours", "ours, AdamW", "ours, separate documents"):
-        assert f"| 1/1/8, 2 x 8, bytes | {contestant} |" in printed
+    assert "## Training on a CPU: 1/1/8, 2 x 8, bytes, 1 thread\n" in printed
+    for contestant in ("ours", "ours, AdamW"):
+        assert f"| {contestant} |" in printed
     assert "Left out: nanoGPT" in results.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipes", [[], ["--recipes", "--vocabularies", "bytes"]])
 def test_learn(bench, forked, text, tmp_path, recipes, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(learn, "TRIED", {"bytes": ["--n_embd 16"]})
     monkeypatch.setattr(learn, "RACES", {"cpu": learn.RACES["cpu"][1:3]})
     tiny = "--n_layer 1 --n_head 1 --n_embd 8 --sequence_length 8 --max_steps 20"
-    flags = ["--seeds", 1, "--seconds", 1, f"--flags={tiny}", "--results", tmp_path / "R.md"]
+    flags = [
+        "--threads",
+        1,
+        "--seeds",
+        1,
+        "--seconds",
+        1,
+        f"--flags={tiny}",
+        "--results",
+        tmp_path / "R.md",
+    ]
     printed = bench(learn, "--text", text, *flags, *recipes)
     if recipes:
         assert "## Byte by byte" in printed and "| `--n_embd 16` |" in printed

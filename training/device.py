@@ -8,11 +8,13 @@ A choice that the user makes by name is kept or refused, never replaced.
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from typing import Any
 import torch
 
 from training.distributed import local_rank
+
+M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -114,16 +119,20 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
         reason = "this GPU has no bfloat16 units; gradients are scaled"
         return Choice("dtype", torch.float16, reason)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        if has_bfloat16_units(device):
             return Choice("dtype", torch.bfloat16, "this processor has bfloat16 instructions")
         return Choice("dtype", torch.float32, "this processor has no bfloat16 instructions")
     return Choice("dtype", torch.float32, "the number type that works on every Apple GPU")
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Return whether a CUDA device has bfloat16 units (NVIDIA from Ampere on, and AMD)."""
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Return whether a device has bfloat16 units: NVIDIA from Ampere on, AMD, some processors."""
+    if device.type == "cuda":
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
 
 
 def choose_compile(name: str, device: torch.device, train_flops: float) -> Choice:
@@ -270,6 +279,20 @@ def total_memory(device: torch.device) -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows
         return math.inf
+
+
+def keep_freed_memory() -> None:
+    """Make this process keep the memory that it frees, to use it again.
+
+    By default, glibc returns each large block to the kernel, which provides it again page by page
+    in the next step. With GPT-2's vocabulary that is half of a step's time on a CPU
+    (docs/design.md). Only glibc has these settings; other systems are left as they are.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

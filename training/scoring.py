@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import CHUNK_LOGITS, GPT
+from model import GPT
 from training.corpora import bits_per_byte
 
+MAX_PROBS = 6_500_000  # probabilities in memory at once: 26 MB
 NUM_ALTERNATIVES = 5  # of each token: the most likely ids in its place
 
 
@@ -111,7 +112,7 @@ def find_alternatives(model: GPT, hidden: torch.Tensor, ids: torch.Tensor) -> Al
         ids: (n,) token ids, on the CPU.
     """
     embedding = model.transformer.wte.weight[: model.config.vocab_size].float()
-    rows = max(1, CHUNK_LOGITS // len(embedding))
+    rows = max(1, MAX_PROBS // len(embedding))
     token_probs = []
     ranks = []
     top_ids = []

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model as model_module
 from batches.block_mask import document_block_mask
 from batches.documents import document_ids, document_mask, document_positions
-from bench.gpu import measure_matmul
+from bench.train import MATMULS, measure_matmul
 from model import GPT, GPTConfig
 from training.device import peak_flops
 
@@ -150,7 +150,8 @@ def test_ddp_of_one_process_gives_the_same_gradients(device, model, batch, tmp_p
 def test_no_matrix_product_exceeds_the_peak(gpu):
     """The table of training/device.py has the peak of this GPU, or None."""
     dtype = torch.bfloat16 if torch.cuda.get_device_capability(gpu) >= (8, 0) else torch.float16
-    measured, peak = measure_matmul(gpu, dtype), peak_flops(gpu, dtype)
+    measured = measure_matmul(gpu, dtype, *MATMULS["cuda"][0])
+    peak = peak_flops(gpu, dtype)
     name = torch.cuda.get_device_name(gpu)
     print(f"{name}: {measured / 1e12:.1f} TFLOP/s measured in {dtype}; in the table: {peak}")
     assert measured > 0

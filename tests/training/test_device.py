@@ -1,5 +1,6 @@
 """Choices of device, dtype and compiler: the real functions above a fake of the driver."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -260,3 +261,21 @@ def test_the_reason_for_the_dense_mask(device, compiled, dropout, n_head, reason
     model = GPT(GPTConfig(31, 16, 1, n_head, 32, dropout=dropout))
     found = why_no_flex_attention(device, torch.float32, compiled, model)
     assert found == reason
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_memory_is_used_again():
+    """The kernel provides the pages of a large tensor once, not each time it is created."""
+    code = """
+import resource
+import torch
+from training.device import keep_freed_memory
+
+keep_freed_memory()
+num_faults = []
+for _ in range(40):
+    torch.ones(25_000_000)  # 100 MB: 24,415 pages
+    num_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+assert num_faults[-1] - num_faults[19] < 20 * 1000, num_faults
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -118,23 +118,6 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
 
 
-@pytest.mark.parametrize("vocab_multiple", [1, 64])
-def test_the_loss_in_chunks_equals_the_loss_at_once(monkeypatch, vocab_multiple):
-    torch.manual_seed(0)
-    model = small_model(vocab_size=600, vocab_multiple=vocab_multiple)
-    idx = torch.randint(600, (20, 15))
-    targets = torch.randint(600, (20, 15))
-    targets[::7] = -100
-    results = []
-    for chunk_logits in (10**9, 600 * 108):  # one chunk, and chunks of 108 rows
-        monkeypatch.setattr("model.CHUNK_LOGITS", chunk_logits)
-        loss = model(idx, targets, reduction="sum")[1]
-        gradients = torch.autograd.grad(loss / 7, model.parameters())
-        results.append([loss, *gradients])
-    for whole, chunked in zip(*results):
-        torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
-
-
 def test_padded_rows_of_the_output_layer_change_nothing(tmp_path):
     """Loss, logits, gradients and exports do not depend on the values in the padded rows."""
     plain = small_model()
