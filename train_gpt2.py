@@ -96,7 +96,7 @@ class Settings:
     n_embd: int | None = None  # channels; default: by size
     sequence_length: int | None = None  # tokens per sequence; default: by size
     dropout: float | None = None  # share of values set to 0 in training; default: by size
-    token_noise: float = 0.0  # share of input tokens replaced by random ones
+    token_noise: float | None = None  # share of input tokens replaced by random; default: by size
     document_mask: Switch = "auto"  # documents do not attend to each other; auto: if any
     batch_size: int | None = None  # sequences per step, over all processes; default: by size
     micro_batch_size: int | None = None  # sequences per forward pass; default: by size
@@ -111,7 +111,7 @@ class Settings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
-    weight_decay: float = 0.1  # share by which a step shrinks the blocks' matrices, x learning_rate
+    weight_decay: float | None = None  # shrinks the blocks' matrices, per step; default: by size
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
     seed: int = 0  # of initial weights, data order and dropout
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
@@ -124,21 +124,22 @@ class Settings:
 # The others are OpenAI's shapes, trained on up to ten billion tokens.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0,
-        batch_size=8, train_flops=1e13, learning_rate=1e-2,
+        n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0, token_noise=0.0,
+        batch_size=8, train_flops=1e13, learning_rate=1e-2, weight_decay=0.1,
     ),
     "small": dict(
-        n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.2,
-        batch_size=64, train_flops=2e15, learning_rate=4e-3,
+        n_layer=6, n_head=6, n_embd=384, sequence_length=256, dropout=0.0, token_noise=0.1,
+        batch_size=64, train_flops=2e15, learning_rate=4e-3, weight_decay=1.6,
     ),
     "pretrained": dict(
-        sequence_length=256, dropout=0.1, batch_size=8, train_flops=3e14, learning_rate=1e-4,
+        sequence_length=256, dropout=0.1, token_noise=0.0,
+        batch_size=8, train_flops=3e14, learning_rate=1e-4, weight_decay=0.1,
     ),
 }  # fmt: skip
 for _name, _gpt2_size in GPT2_SIZES.items():
     SIZES[_name] = _gpt2_size | dict(
-        sequence_length=1024, dropout=0.0, batch_size=512, micro_batch_size=16,
-        train_flops=8e18, learning_rate=2e-3,
+        sequence_length=1024, dropout=0.0, token_noise=0.0, batch_size=512, micro_batch_size=16,
+        train_flops=8e18, learning_rate=2e-3, weight_decay=0.1,
     )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_the_table_of_sizes_equals_the_code():
     rows = re.findall(r"^\|(.*)\|$", read_page("docs/training.md"), re.MULTILINE)
     table = [[cell.strip("` ") for cell in row.split("|")] for row in rows]
     header = next(row for row in table if row[1:3] == ["tiny", "small"])
-    for row in table[table.index(header) + 2 : table.index(header) + 11]:
+    for row in table[table.index(header) + 2 : table.index(header) + 13]:
         for size, cell in zip(header[1:], row[1:], strict=True):
             value = train_gpt2.SIZES[size].get(row[0])
             if cell in ("all", "of the weights"):
