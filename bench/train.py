@@ -61,7 +61,7 @@ VOCABULARY = {"bytes": 257, "gpt2": 50257}  # tokenizer -> number of ids
 TITLES = {"cpu": "Training on a CPU", "cuda": "Training on a GPU"}
 FIRST_STEPS = 3  # steps that warm up and are not counted
 KEEP_MEMORY = {  # training.device.keep_freed_memory, for a process that does not call it
-    "MALLOC_MMAP_THRESHOLD_": "2147483647",
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
 }
 MATMULS = {  # device -> rows, inner size and columns of the matrix products
