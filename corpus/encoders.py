@@ -41,7 +41,7 @@ FAST_VERSION = "0.3.5"  # compared with TIKTOKEN_VERSION by the tests and bench/
 VOCABULARIES = ("gpt2",)  # encodings of tiktoken for which it was compared; files are like GPT-2's
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
 BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
-IDS_PER_BLOCK = 1 << 17  # about half of the ids of a call, which takes a million characters
+IDS_PER_BLOCK = 1 << 17  # about the ids of half a million characters, the smallest usual call
 # Bytes. python -m bench.encoders memory 75 5 12 60 250 2000 needs 282 MiB with it, 305 without it.
 # 1 MB saves 8 MiB more, but then usual calls need large blocks: half as much time again.
 LARGE_BLOCK = 4 << 20
@@ -337,7 +337,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     """Return a vocabulary like GPT-2's as a tokenizer.json without any other special token."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         model = json.dumps(json.loads(tokenizer.tokenizer.to_str())["model"])
-    else:  # encoder.json is a part as it is: parsing it takes as long as two tasks
+    else:  # encoder.json is inserted as text: parsing it takes as long as two tasks
         paths = vocabulary_paths(tokenizer.name)
         lines = paths["vocab.bpe"].read_text(encoding="utf-8").split("\n")
         merges = json.dumps(lines[1:-1])  # after the version
