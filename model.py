@@ -102,7 +102,8 @@ class Attention(nn.Module):
             y = flex(q, k, v, block_mask=mask)
         else:
             dropout = self.dropout if self.training else 0.0
-            attend = attend_in_float32 if x.is_cpu else F.scaled_dot_product_attention
+            is_slow = q.is_cpu and q.dtype in (torch.bfloat16, torch.float16)
+            attend = attend_in_float32 if is_slow else F.scaled_dot_product_attention
             y = attend(q, k, v, mask, dropout, is_causal=causal)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -116,7 +117,10 @@ def attend_in_float32(
     dropout: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Return scaled_dot_product_attention, for speed alone: on a CPU, bfloat16 is slower."""
+    """Return scaled_dot_product_attention in q's dtype, but compute it in float32.
+
+    This is for speed alone: on a CPU, the kernel is slower in bfloat16 (docs/design.md).
+    """
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(
             q.float(), k.float(), v.float(), mask, dropout, is_causal=is_causal

@@ -13,7 +13,7 @@ interruption, the same command does the remaining work.
 import os
 
 if __name__ == "__main__":
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads and not use them
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts idle threads
 
 import contextlib
 import re
@@ -315,5 +315,5 @@ def name_of(inputs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    end_without_shutdown()  # it would free the vocabulary piece by piece, for a tenth of a second
+    end_without_shutdown()  # which would spend a tenth of a second on freeing the vocabulary
     run_script(main)

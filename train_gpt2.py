@@ -96,7 +96,7 @@ class Settings:
     n_embd: int | None = None  # channels; default: by size
     sequence_length: int | None = None  # tokens per sequence; default: by size
     dropout: float | None = None  # share of values set to 0 in training; default: by size
-    token_noise: float | None = None  # share of input tokens replaced by random; default: by size
+    token_noise: float | None = None  # share of input tokens drawn at random; default: by size
     document_mask: Switch = "auto"  # documents do not attend to each other; auto: if any
     batch_size: int | None = None  # sequences per step, over all processes; default: by size
     micro_batch_size: int | None = None  # sequences per forward pass; default: by size
@@ -111,7 +111,7 @@ class Settings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
-    weight_decay: float | None = None  # shrinks the blocks' matrices, per step; default: by size
+    weight_decay: float | None = None  # of the blocks' matrices, x learning_rate; default: by size
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
     seed: int = 0  # of initial weights, data order and dropout
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
@@ -121,7 +121,8 @@ class Settings:
 
 # What a size stands for where no flag says otherwise. tiny takes about three minutes on two cores,
 # small some minutes on a GPU. pretrained is for --init_from, whose weights have their own shape.
-# The others are OpenAI's shapes, trained on up to ten billion tokens.
+# The others are OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare
+# tens of times: token noise and weight decay keep it from learning the text by heart.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0, token_noise=0.0,

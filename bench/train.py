@@ -6,10 +6,11 @@
 
 Whole processes run on the folder that prepare_data.py wrote: train_gpt2.py with its default device
 settings, and nanoGPT's train.py. nanoGPT has its own 50,304 rows for GPT-2's vocabulary. On a CPU
-it computes in float32, whatever its --dtype says; it runs as in its README, with malloc told to
-keep freed memory (as train_gpt2.py tells it), and also compiled. On a GPU, it runs in bfloat16,
-compiled. First, both models must give the same loss with the same weights. The speed is that of the
-median step, as each script reports it, without validation and without the first steps.
+it computes in float32, whatever its --dtype says, and runs three times: as in its README; with
+malloc told to keep freed memory, as train_gpt2.py tells it; and with both this and the compiler. On
+a GPU, it runs in bfloat16, compiled. First, both models must give the same loss with the same
+weights. The speed is that of the median step, as each script reports it, without validation and
+without the first steps.
 
 Matrix products of several sizes are measured before each contestant, in its number type and with
 its threads. A share of the peak is the FLOP/s of a step divided by the best of these products.
@@ -61,7 +62,7 @@ VOCABULARY = {"bytes": 257, "gpt2": 50257}  # tokenizer -> number of ids
 TITLES = {"cpu": "Training on a CPU", "cuda": "Training on a GPU"}
 FIRST_STEPS = 3  # steps that warm up and are not counted
 KEEP_MEMORY = {  # training.device.keep_freed_memory, for a process that does not call it
-    "MALLOC_MMAP_THRESHOLD_": "2147483647",
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
 }
 MATMULS = {  # device -> rows, inner size and columns of the matrix products

@@ -6,6 +6,7 @@ In the order of reading:
 2. script.py: exit codes, and errors as one line.
 3. files.py: files that are written completely or not at all, JSON, locks.
 4. packages.py: packages that only some features need.
-5. grouping.py: items in groups of a limited size.
-6. hashing.py: a hash of integers that is the same on every machine.
+5. malloc.py: settings of malloc.
+6. grouping.py: items in groups of a limited size.
+7. hashing.py: a hash of integers that is the same on every machine.
 """

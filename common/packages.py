@@ -25,7 +25,8 @@ def optional(module: str, feature: str, package: str = "") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in (top, package):
+        missing = (error.name or "").split(".")[0]
+        if missing not in (top, package):  # torch.utils.tensorboard needs tensorboard
             raise ValueError(_not_importable(feature, package, error)) from None
         raise ValueError(f"{feature} needs a package: pip install {package}") from None
     except ImportError as error:  # for example, a library that the package needs is too old

@@ -10,18 +10,17 @@ encoded by both all the same. After a difference, the pipeline does all tasks of
 tiktoken.
 """
 
-import ctypes
 import functools
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from tiktoken_ext.openai_public import ENDOFTEXT
 
+from common.malloc import M_MMAP_THRESHOLD, set_malloc
 from common.packages import installed_version, optional
 from corpus.boundaries import BOUNDARY
 from corpus.json_encoding import TIKTOKEN_VERSION
@@ -42,8 +41,7 @@ FAST_VERSION = "0.3.5"  # compared with TIKTOKEN_VERSION by the tests and bench/
 VOCABULARIES = ("gpt2",)  # encodings of tiktoken for which it was compared; files are like GPT-2's
 SMALLEST_CORPUS = 8 << 20  # bytes; below, loading the fast encoder takes longer than it saves
 BLOCK_CHARACTERS = 1500  # of a block, which both encode: ten short documents
-IDS_PER_BLOCK = 1 << 17  # about half of the ids of a call, which takes a million characters
-M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+IDS_PER_BLOCK = 1 << 17  # about the ids of half a million characters, the smallest usual call
 # Bytes. python -m bench.encoders memory 75 5 12 60 250 2000 needs 282 MiB with it, 305 without it.
 # 1 MB saves 8 MiB more, but then usual calls need large blocks: half as much time again.
 LARGE_BLOCK = 4 << 20
@@ -332,17 +330,14 @@ def _return_large_blocks() -> None:
     By default, glibc raises this limit to the largest block that was freed, up to 32 MB, and keeps
     smaller ones.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt:
-            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    set_malloc(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
     """Return a vocabulary like GPT-2's as a tokenizer.json without any other special token."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         model = json.dumps(json.loads(tokenizer.tokenizer.to_str())["model"])
-    else:  # encoder.json is a part as it is: parsing it takes as long as two tasks
+    else:  # encoder.json is inserted as text: parsing it takes as long as two tasks
         paths = vocabulary_paths(tokenizer.name)
         lines = paths["vocab.bpe"].read_text(encoding="utf-8").split("\n")
         merges = json.dumps(lines[1:-1])  # after the version

@@ -195,7 +195,7 @@ class _SplitWriter:
         """Let texts wait until there are enough to be tokenized at once."""
         self.waiting.append((chunk, positions, texts))
         self.num_characters += sum(map(len, texts))
-        if self.num_characters >= BLOCK // 2:  # a block without its val has less than BLOCK
+        if self.num_characters >= BLOCK // 2:  # what train gets of a block is less than BLOCK
             self.flush()
 
     def flush(self) -> None:

@@ -18,7 +18,7 @@ from common.files import atomic_write
 from common.settings import near
 from corpus.download import download, sha256_of
 
-KEPT_NAME = re.compile(r"(.+)-[0-9a-f]{12}\.(json|tiktoken)")  # of a file's copy, or trained
+KEPT_NAME = re.compile(r"(.+)-[0-9a-f]{12}\.(json|tiktoken)")  # a user's file, or trained
 HOST = "https://openaipublic.blob.core.windows.net"
 VOCABULARY_FILES = {  # encoding -> (path -> sha256) of the files of its vocabulary
     "gpt2": {

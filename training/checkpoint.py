@@ -118,7 +118,7 @@ def restore(
     """
     old = checkpoint["metadata"]
     if old["splits"] != metadata["splits"] or not same_vocabulary(old, metadata):
-        raise ValueError(_change(old, metadata, settings))
+        raise ValueError(_describe_change(old, metadata, settings))
     model.load_state_dict(checkpoint["model"])
     skipped_steps = checkpoint.get("skipped_steps", 0)
     optimizer.load_states(
@@ -177,8 +177,8 @@ def _changed_corpora(old: dict, metadata: dict) -> str:
     return ", ".join(dict.fromkeys(filter(None, names)))
 
 
-def _change(old: dict, metadata: dict, settings: RunSettings) -> str:
-    """Return what of a corpus is not as it was when the run was trained on it, and the remedy."""
+def _describe_change(old: dict, metadata: dict, settings: RunSettings) -> str:
+    """Return a message: how a corpus differs from the one of the run, and the remedy."""
     since = f"than when {settings.resume} was trained on it"
     remedy = _remedy(old, metadata, settings)
     if same_vocabulary(old, metadata):

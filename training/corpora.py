@@ -35,9 +35,10 @@ def corpus_weights(corpus: Sequence[str]) -> dict[str, Fraction | None]:
     Example: ("a:0.7", "b:0.3") -> {"a": 7/10, "b": 3/10}; ("a", "b") -> {"a": None, "b": None}.
 
     Raises:
-        ValueError: A weight is not a positive number, a corpus comes twice, or only some corpora
-            have a weight.
+        ValueError: A weight is not a positive number, a corpus comes twice, only some corpora have
+            a weight, or commas separate the corpora.
     """
+    # not the decimal comma of "a:0,7", which _parse_weight refuses
     if any(re.search(r":.*,(?!\d+$)", text) for text in corpus):
         separated = " ".join(" ".join(corpus).replace(",", " ").split())
         raise ValueError(f"corpora are separated by spaces, not by commas: --corpus {separated}")

@@ -8,13 +8,11 @@ A choice that the user makes by name is kept or refused, never replaced.
 """
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +20,8 @@ from typing import Any
 
 import torch
 
+from common.malloc import M_MMAP_MAX, M_TRIM_THRESHOLD, set_malloc
 from training.distributed import local_rank
-
-M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
-M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -288,11 +284,8 @@ def keep_freed_memory() -> None:
     in the next step. With GPT-2's vocabulary that is half of a step's time on a CPU
     (docs/design.md). Only glibc has these settings; other systems are left as they are.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    set_malloc(M_MMAP_MAX, 0)  # a high M_MMAP_THRESHOLD would do, but older glibc refuses it
+    set_malloc(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

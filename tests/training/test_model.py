@@ -118,6 +118,16 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_ignored():
     torch.testing.assert_close(model(idx, targets, reduction="sum")[1], expected)
 
 
+def test_attention_in_float64_has_the_precision_of_float64():
+    attention = small_model().double().transformer.h[0].attn
+    x = torch.randn(1, 8, 32, dtype=torch.float64)
+    q, k, v = attention.c_attn(x).view(8, 3, 4, 8).permute(1, 2, 0, 3)  # each (n_head, T, 8)
+    future = torch.ones(8, 8).triu(1).bool()
+    weights = (q @ k.mT / 8**0.5).masked_fill(future, -math.inf).softmax(-1)
+    expected = attention.c_proj((weights @ v).transpose(0, 1).reshape(1, 8, 32))
+    torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_padded_rows_of_the_output_layer_change_nothing(tmp_path):
     """Loss, logits, gradients and exports do not depend on the values in the padded rows."""
     plain = small_model()
