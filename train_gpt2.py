@@ -201,7 +201,7 @@ def evaluate(
         ranks: This process among all.
     """
     model.eval()
-    losses = []
+    nats = 0.0
     num_targets = 0.0
     micro_batch_size = compute.micro_batch_size
     for x, y in validation_batches(val_loader, ranks):
@@ -210,9 +210,10 @@ def evaluate(
             missing = micro_batch_size - len(rows_x)  # one shape, so that it is compiled once
             rows_x = torch.nn.functional.pad(rows_x, (0, 0, 0, missing))
             rows_y = torch.nn.functional.pad(rows_y, (0, 0, 0, missing), value=-100)
-            losses.append(compute_loss(model, rows_x, rows_y, compute))
+            # a number: a tensor kept per batch would lie where the logits were, and as freed memory
+            # is kept, the next logits would need new memory
+            nats += compute_loss(model, rows_x, rows_y, compute).item()
     model.train()
-    nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     totals = ranks.sum(torch.tensor([nats, num_targets], dtype=torch.float64))
     return (totals[0] / totals[1]).item()
 

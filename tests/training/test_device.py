@@ -279,3 +279,36 @@ for _ in range(40):
 assert num_faults[-1] - num_faults[19] < 20 * 1000, num_faults
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_memory_does_not_grow_with_the_batches_of_a_validation():
+    """The logits of a batch lie where those of the batch before lay. They once took 7 GB."""
+    code = """
+import contextlib
+import resource
+from types import SimpleNamespace
+
+import torch
+
+import train_gpt2
+from training.device import keep_freed_memory
+
+
+class LargeLogits(torch.nn.Module):
+    def forward(self, x, y, reduction):
+        logits = torch.ones(x.numel(), 50_000, dtype=torch.bfloat16)
+        return None, torch.nn.functional.cross_entropy(logits.float(), y.flatten(), reduction="sum")
+
+
+keep_freed_memory()
+rows = torch.zeros(4, 64, dtype=torch.int64)
+train_gpt2.validation_batches = lambda val_loader, ranks: [(rows, rows)] * 40
+compute = SimpleNamespace(separate_documents=False, device=torch.device("cpu"), micro_batch_size=4)
+compute.autocast = contextlib.nullcontext
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train_gpt2.evaluate(LargeLogits(), None, compute, SimpleNamespace(sum=lambda totals: totals))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert grown < 500_000, f"{grown} kB for batches with 51 MB of logits"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
