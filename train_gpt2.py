@@ -119,7 +119,7 @@ class Settings:
     compile: Switch = "auto"  # auto: torch.compile where it works and pays
 
 
-# What a size stands for where no flag says otherwise. tiny takes about three minutes on two cores,
+# What a size stands for where no flag says otherwise. tiny takes about two minutes on two cores,
 # small some minutes on a GPU. pretrained is for --init_from, whose weights have their own shape.
 # The others are OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare
 # tens of times: token noise and weight decay keep it from learning the text by heart.
