@@ -14,16 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.report import RESULTS, ROOT, check_text, update_page, write
+from bench.report import ROOT, check_text, update_page
 from common.script import run_script
 from common.settings import parse_settings
 
 SCRIPTS = ("tokenize", "loader", "train", "learn", "scale", "faults", "gpu")
-GPU_SECTIONS = {  # script that runs on the CPU and on a GPU -> section of its results on a GPU
-    "train": "Training on a GPU",
-    "learn": "Learning on a GPU",
-    "scale": "Scale: a training step on a GPU",
-}
+ON_BOTH = ("train", "learn", "scale")  # these run on the CPU and, if there is one, on a GPU
 
 
 @dataclass
@@ -49,8 +45,7 @@ def run_benchmark(script: str, settings: Settings) -> None:
     """Run one benchmark, with the settings that it has, on the CPU and on a GPU."""
     has_gpu = torch.cuda.is_available()
     if script == "gpu" and not has_gpu:
-        # Figures that another machine wrote into RESULTS.md stay there.
-        print("bench.gpu: no GPU here: not measured", flush=True)
+        print_not_measured(script)
         return
     fields = dataclasses.fields(importlib.import_module(f"bench.{script}").Settings)
     names = {field.name for field in fields}
@@ -60,10 +55,15 @@ def run_benchmark(script: str, settings: Settings) -> None:
             flags += [f"--{name}", getattr(settings, name)]
     command = [sys.executable, "-m", f"bench.{script}", *flags]
     subprocess.run(command, cwd=ROOT, check=True)
-    if script in GPU_SECTIONS and has_gpu:
+    if script in ON_BOTH and has_gpu:
         subprocess.run([*command, "--device", "cuda"], cwd=ROOT, check=True)
-    elif script in GPU_SECTIONS:
-        write(RESULTS, GPU_SECTIONS[script], "Not measured: no NVIDIA GPU was at hand.")
+    elif script in ON_BOTH:
+        print_not_measured(script)
+
+
+def print_not_measured(script: str) -> None:
+    """Print that a GPU is missing. Figures of another machine's GPU stay in RESULTS.md."""
+    print(f"bench.{script}: no GPU here: not measured", flush=True)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,14 @@ def test_block_mask(bench, tmp_path, monkeypatch):
 def test_all_says_that_nothing_is_measured_on_a_gpu_without_one(bench, text, driver, monkeypatch):
     """bench.gpu is one of all benchmarks; what another machine measured stays in RESULTS.md."""
     driver(gpus=0)
-    monkeypatch.setattr(bench_all, "write", None)  # is not called
+    commands = []  # are recorded, not run: each of them has a test of its own
+    monkeypatch.setattr(bench_all.subprocess, "run", lambda command, **_: commands.append(command))
     assert "gpu" in bench_all.SCRIPTS
-    printed = bench(bench_all, "--text", text, "--scripts", "gpu")
-    assert printed == "bench.gpu: no GPU here: not measured\n"
+    printed = bench(bench_all, "--text", text, "--scripts", "gpu", "train")
+    assert printed == "".join(
+        f"bench.{script}: no GPU here: not measured\n" for script in ("gpu", "train")
+    )
+    assert [command[2] for command in commands] == ["bench.train"]  # on the CPU
 
 
 def test_all_runs_the_gpu_benchmark_on_a_gpu(bench, text, driver, monkeypatch):
