@@ -37,7 +37,7 @@ from bench.report import (
 )
 from common.script import run_script
 from common.settings import parse_settings
-from training.device import peak_flops
+from training.device import has_bfloat16_units, peak_flops
 
 NANOGPT_LOSS = 1.4697  # best validation loss on TinyShakespeare by characters in nanoGPT's README
 SHAPES = tuple(f"12/12/768/{batch}/1024/gpt2/40" for batch in (8, 16, 32, 64))
@@ -46,7 +46,6 @@ TOY_FLAGS = dict(
     n_layer=1, n_head=1, n_embd=16, sequence_length=16, batch_size=4, max_steps=8, eval_every=4,
     log_every=1,
 )  # fmt: skip
-MATMUL_SIZE = 8192
 TOY_MATMUL_SIZE = 64
 
 
@@ -68,9 +67,9 @@ def main() -> int:
         raise ValueError("there is no NVIDIA GPU on this machine: nothing was measured")
     check_text(settings.text)
     device = torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
-    has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bfloat16 = device.type == "cpu" or has_bfloat16_units(device)
     dtype = torch.bfloat16 if has_bfloat16 else torch.float16
-    size = TOY_MATMUL_SIZE if settings.toy else MATMUL_SIZE
+    size = TOY_MATMUL_SIZE if settings.toy else train.GPU_MATMUL_SIZE
     matmul = train.measure_matmul(device, dtype, size, size, size)
     torch.cuda.empty_cache()  # free the GPU's memory for the processes that follow
     with tempfile.TemporaryDirectory() as name:

@@ -5,8 +5,8 @@
     python -m bench.learn --text data/tinyshakespeare/input.txt --recipes
 
 The first command runs nanoGPT's train.py on our bytes, with the flags of nanoGPT's README and with
-malloc told to keep freed memory, as train_gpt2.py tells it; on a CPU in float32, nanoGPT's only
-number type there. Then it runs train_gpt2.py for the number of steps that fits a share of nanoGPT's
+malloc set to keep freed memory, as in train_gpt2.py; on a CPU in float32, nanoGPT's only number
+type there. Then it runs train_gpt2.py for the number of steps that fits a share of nanoGPT's
 seconds, with three seeds, on the same number of threads. The seconds are those of whole processes.
 Every loss is that of one full pass over the validation text. The second command runs
 train_gpt2.py's default run with several vocabularies. The third runs train_gpt2.py with other
@@ -27,7 +27,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from bench.report import RESULTS, ROOT, check_text, table, whole_process, write
+from bench.report import (
+    RESULTS,
+    ROOT,
+    check_text,
+    each_thread_count,
+    table,
+    whole_process,
+    write,
+)
 from bench.train import KEEP_MEMORY, corpus_of, prepare
 from common.script import run_script
 from common.settings import parse_settings
@@ -126,9 +134,7 @@ def main() -> None:
         else:
             races = RACES[settings.device]
             prepare(folder, settings, {race.corpus.removesuffix("-documents") for race in races})
-            for threads in settings.threads if settings.device == "cpu" else [os.cpu_count() or 1]:
-                torch.set_num_threads(threads)
-                os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes
+            for _ in each_thread_count(settings.device, settings.threads):
                 run_races(settings, folder, races)
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/RESULTS.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 REQUIREMENTS = ROOT / "bench" / "requirements.txt"
-PACKAGES = re.findall(r"^([a-z]+)==", REQUIREMENTS.read_text(), re.M)
+PACKAGES = list(dict.fromkeys(re.findall(r"^([a-z]+)==", REQUIREMENTS.read_text(), re.M)))
 
 Measure = Callable[[], tuple[float, float]]
 
@@ -296,6 +296,19 @@ def private_mib(pid: int | str = "self") -> float:
         if anonymous:
             return int(anonymous[1]) / 1024
     return 0
+
+
+def each_thread_count(device: str, threads: Sequence[int]) -> Iterator[int]:
+    """Yield each number of CPU threads, once this process and those that it starts use it.
+
+    Args:
+        device: "cpu"; on any other device, all cores are the only number.
+        threads: Numbers of threads.
+    """
+    for num_threads in threads if device == "cpu" else [os.cpu_count() or 1]:
+        torch.set_num_threads(num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        yield num_threads
 
 
 def check_text(text: str) -> None:

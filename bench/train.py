@@ -7,8 +7,8 @@
 Whole processes run on the folder that prepare_data.py wrote: train_gpt2.py with its default device
 settings, and nanoGPT's train.py. nanoGPT has its own 50,304 rows for GPT-2's vocabulary. On a CPU
 it computes in float32, whatever its --dtype says, and runs three times: as in its README; with
-malloc told to keep freed memory, as train_gpt2.py tells it; and with both this and the compiler. On
-a GPU, it runs in bfloat16, compiled. First, both models must give the same loss with the same
+malloc set to keep freed memory, as in train_gpt2.py; and with both this and the compiler. On a GPU,
+it runs in bfloat16, compiled. First, both models must give the same loss with the same
 weights. The speed is that of the median step, as each script reports it, without validation and
 without the first steps.
 
@@ -39,6 +39,7 @@ from bench.report import (
     as_flags,
     check_text,
     contest,
+    each_thread_count,
     format_number,
     table,
     whole_process,
@@ -65,9 +66,10 @@ KEEP_MEMORY = {  # training.device.keep_freed_memory, for a process that does no
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
 }
+GPU_MATMUL_SIZE = 8192
 MATMULS = {  # device -> rows, inner size and columns of the matrix products
     "cpu": ((4096, 384, 1536), (1024, 1024, 1024)),
-    "cuda": ((8192, 8192, 8192),),
+    "cuda": ((GPU_MATMUL_SIZE,) * 3,),
 }
 
 
@@ -99,7 +101,7 @@ def main() -> None:
         for text, shape in shapes.items():
             if settings.nanogpt:
                 same_loss(settings, shape)
-            for threads in settings.threads if settings.device == "cpu" else [os.cpu_count() or 1]:
+            for threads in each_thread_count(settings.device, settings.threads):
                 target = SHAPES[settings.device].get(text, "") if threads == 1 else ""
                 measure_shape(settings, folder, shape, threads, target)
 
@@ -108,8 +110,6 @@ def measure_shape(
     settings: Settings, folder: Path, shape: "Shape", threads: int, target: float | str
 ) -> None:
     """Write the section on one shape and number of threads."""
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes
     entries = contestants(settings, folder, shape)
     device = torch.device(settings.device)
     flops_per_token = shape.model().flops_per_token(shape.window)
