@@ -210,8 +210,8 @@ def evaluate(
             missing = micro_batch_size - len(rows_x)  # one shape, so that it is compiled once
             rows_x = torch.nn.functional.pad(rows_x, (0, 0, 0, missing))
             rows_y = torch.nn.functional.pad(rows_y, (0, 0, 0, missing), value=-100)
-            # a number: a tensor kept per batch would lie where the logits were, and as freed memory
-            # is kept, the next logits would need new memory
+            # item(): a small tensor kept per batch would take the beginning of the place that the
+            # logits leave, and the next logits would no longer fit there (keep_freed_memory)
             nats += compute_loss(model, rows_x, rows_y, compute).item()
     model.train()
     totals = ranks.sum(torch.tensor([nats, num_targets], dtype=torch.float64))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run_script
+from conftest import ROOT, TINY, assert_one_line_error, make_corpus, run_script
 
 from model import GPT, GPTConfig
 from training import device as device_module
@@ -282,33 +282,41 @@ assert num_faults[-1] - num_faults[19] < 20 * 1000, num_faults
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-def test_memory_does_not_grow_with_the_batches_of_a_validation():
+def test_memory_does_not_grow_with_the_batches_of_a_validation(tmp_path):
     """The logits of a batch lie where those of the batch before lay. They once took 7 GB."""
+    make_corpus(tmp_path / "corpus", ["to be, or not to be\n" * 5200])  # 10,240 tokens in val
     code = """
-import contextlib
 import resource
-from types import SimpleNamespace
+import sys
 
 import torch
 
-import train_gpt2
+from dataset import create_dataloaders
+from train_gpt2 import evaluate
+from training.compute import ComputeChoices
 from training.device import keep_freed_memory
+from training.distributed import Ranks
 
 
 class LargeLogits(torch.nn.Module):
+    # without weights or gradients: nothing but the losses lies between the logits
+
     def forward(self, x, y, reduction):
         logits = torch.ones(x.numel(), 50_000, dtype=torch.bfloat16)
         return None, torch.nn.functional.cross_entropy(logits.float(), y.flatten(), reduction="sum")
 
 
 keep_freed_memory()
-rows = torch.zeros(4, 64, dtype=torch.int64)
-train_gpt2.validation_batches = lambda val_loader, ranks: [(rows, rows)] * 40
-compute = SimpleNamespace(separate_documents=False, device=torch.device("cpu"), micro_batch_size=4)
-compute.autocast = contextlib.nullcontext
+_, val_loader = create_dataloaders(sys.argv[1], sequence_length=64, batch_size=4)
+compute = ComputeChoices(
+    device=torch.device("cpu"), dtype=torch.bfloat16, compile=False, micro_batch_size=4,
+    separate_documents=False, flex_attention=False, eot_token=256, flops_per_token=1, peak=None,
+    lines=(),
+)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-train_gpt2.evaluate(LargeLogits(), None, compute, SimpleNamespace(sum=lambda totals: totals))
+evaluate(LargeLogits(), val_loader, compute, Ranks())
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 500_000, f"{grown} kB for batches with 51 MB of logits"
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", code, tmp_path / "corpus"]
+    subprocess.run(command, cwd=ROOT, check=True)
