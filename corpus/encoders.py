@@ -345,5 +345,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
         model = f'{{"type": "BPE", "vocab": {vocabulary}, "merges": {merges}}}'
     eot = {"id": tokenizer.eot_token, "content": ENDOFTEXT, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    rest = json.dumps({"added_tokens": [eot], "pre_tokenizer": byte_level})
-    return f'{{"model": {model}, {rest[1:]}'
+    return (
+        f'{{"added_tokens": [{json.dumps(eot)}], "pre_tokenizer": {json.dumps(byte_level)}, '
+        f'"model": {model}}}'
+    )
