@@ -45,7 +45,7 @@ _LETTERS = (  # \p{L} in every version, and unchanged by NFC
     "\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"  # Japanese, Chinese, Korean
 )
 _PUNCTUATION = (  # neither white space, letter, mark nor number, and not the ASCII apostrophe
-    # nor one with which a name like <tool_call> or <|im_end|> goes on: _ | > ] }
+    # nor one with which a name like <tool_call> or <|im_end|> continues: _ | > ] }
     "!-&(-/:-=?@\\[\\\\^`{~"
     "\u055a-\u055f\u060c\u061b\u061f\u0964\u0965\u0e5a\u0e5b"
     "\u0f0b-\u0f12\u104a-\u104f\u1361-\u1368\u17d4-\u17d6\u17d8-\u17da"

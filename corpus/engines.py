@@ -58,7 +58,7 @@ def _quota(root: Path) -> float:
             else:
                 quota = (folder / "cpu.cfs_quota_us").read_text()
                 period = (folder / "cpu.cfs_period_us").read_text()
-            if int(quota) > 0:  # -1 is no quota in version 1
+            if int(quota) > 0:  # version 1 writes -1 if there is no quota
                 quotas.append(int(quota) / int(period))
     return min(quotas)
 

@@ -94,7 +94,7 @@ def has_unpublished_shards(corpus_dir: Path) -> bool:
     """Return whether there are shards without metadata.json.
 
     A process that is killed while it publishes leaves such shards. A .work folder beside the shards
-    tells them from .bin files of another program.
+    marks that they are not .bin files of another program.
     """
     return bool(_shards(corpus_dir)) and not (corpus_dir / "metadata.json").exists()
 

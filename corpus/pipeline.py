@@ -448,8 +448,8 @@ class _Preparation:
     def remove_empty_folders(self) -> None:
         """Remove the folders .work, data/NAME and data, if they are empty.
 
-        Beside shards that a killed process left unpublished, .work stays: it tells the shards from
-        files of another program.
+        Beside shards that a killed process left unpublished, .work stays: it marks that they
+        are not files of another program.
         """
         if not has_unpublished_shards(self.corpus_dir):
             with contextlib.suppress(OSError):  # not empty
