@@ -238,7 +238,8 @@ def _first_words(error: Exception) -> str:
 # FLOP/s of dense bfloat16 matrix products, by the makers' data sheets. (Some sheets count zeros of
 # sparse matrices: twice as much.) The first name that is part of the device's name counts.
 PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
     "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
     "Tesla T4": 65e12, "Tesla V100-PCIE": 112e12, "Tesla V100": 125e12,
@@ -259,7 +260,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if "MIG" in name.split():
         return None
     for gpu_name, peak in PEAKS.items():
-        if re.search(rf"\b{gpu_name}\b(?! (Ti|Laptop))", name):
+        if re.search(rf"\b{gpu_name}\b(?! (Ti|Laptop|D)\b)", name):
             half_types = {torch.float16, torch.bfloat16}
             if gpu_name.startswith(NO_BFLOAT16):
                 half_types = {torch.float16}

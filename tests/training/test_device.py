@@ -191,6 +191,7 @@ def test_flex_attention_fails_for_small_heads():
     "name, dtype, peak",
     [
         ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA H200 NVL", torch.bfloat16, 835e12),
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
         ("NVIDIA A100-SXM4-80GB", torch.float16, 312e12),
         ("NVIDIA A100-SXM4-80GB", torch.float32, None),
@@ -206,6 +207,7 @@ def test_flex_attention_fails_for_small_heads():
         ("NVIDIA GB200", torch.bfloat16, None),
         ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4090 D", torch.bfloat16, None),
     ],
 )
 def test_the_peak_belongs_to_the_exact_name_of_a_gpu(driver, name, dtype, peak):
