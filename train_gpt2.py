@@ -48,7 +48,7 @@ from training.compute import (
     choose_compute,
     choose_micro_batch_size,
 )
-from training.corpora import mixture_line, mixture_metadata, read_corpora, validation_metrics
+from training.corpora import epochs_line, mixture_metadata, read_corpora, validation_metrics
 from training.device import (
     Choice,
     choose_device,
@@ -301,8 +301,7 @@ def train(
         val_text = describe_val_text(corpora)
         write_config(run_dir, settings, compute, model.num_parameters(), val_text)
         print_model(settings, compute, model, ranks)
-        if len(corpora) > 1:
-            print(mixture_line(corpora, order, settings.max_steps * settings.batch_size))
+        print(epochs_line(corpora, order, settings.max_steps * settings.batch_size))
     contents: dict[str, Any] = dict(
         settings=settings, compute=compute, metadata=metadata, model=model
     )

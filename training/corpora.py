@@ -211,15 +211,18 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2) / bytes_per_token
 
 
-def mixture_line(corpora: list[TrainingCorpus], order: MixtureBatches, num_sequences: int) -> str:
-    """Return the share of each corpus, and how often a run reads it, as one line.
+def epochs_line(corpora: list[TrainingCorpus], order: MixtureBatches, num_sequences: int) -> str:
+    """Return how often a run reads each corpus, and the shares of a mixture, as one line.
 
     Args:
         corpora: The corpora of the run.
         order: The sampler of their sequences.
         num_sequences: Sequences of the whole run.
     """
+    epochs_of_corpora = order.order.epochs(num_sequences)
+    if len(corpora) == 1:
+        return f"corpus: {corpora[0].name}, read {epochs_of_corpora[0]:.2f} times"
     parts = []
-    for corpus, epochs in zip(corpora, order.order.epochs(num_sequences)):
+    for corpus, epochs in zip(corpora, epochs_of_corpora):
         parts.append(f"{corpus.name} {float(corpus.share):.2%}, read {epochs:.2f} times")
     return f"mixture: {'; '.join(parts)}"

@@ -107,6 +107,13 @@ def test_one_line_says_how_often_each_corpus_is_read(train, capsys):
     assert expected in capsys.readouterr().out.splitlines()
 
 
+def test_the_same_line_for_a_single_corpus(train, capsys):
+    """Whether the training loss falls because the text comes again depends on this number."""
+    train(corpus="rhyme", max_steps=100, stop_at=1)
+    epoch = (read_metadata("data/rhyme")["splits"]["train"]["tokens"] - 16) // 16
+    assert f"corpus: rhyme, read {400 / epoch:.2f} times" in capsys.readouterr().out.splitlines()
+
+
 def test_without_weights_every_corpus_is_read_equally_often(train, capsys):
     train(corpus=("rhyme", "verses"), max_steps=100, stop_at=1)
     out = capsys.readouterr().out
