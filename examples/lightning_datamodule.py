@@ -189,15 +189,24 @@ class LitGPT2(L.LightningModule):
 
     def validation_step(self, batch: dict[str, torch.Tensor], _) -> None:
         """Log the loss of a validation batch."""
-        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=num_targets(batch))
 
     def test_step(self, batch: dict[str, torch.Tensor], _) -> None:
         """Log the loss of a test batch."""
-        self.log("test_loss", self.loss(batch), batch_size=len(batch["labels"]))
+        self.log("test_loss", self.loss(batch), batch_size=num_targets(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+def num_targets(batch: dict[str, torch.Tensor]) -> int:
+    """Return the number of tokens of a batch that have a loss.
+
+    Lightning weights the loss of a batch with it, so that the mean is over tokens. With the number
+    of rows, a token of a short document would count more than one of a long document.
+    """
+    return int((batch["labels"][:, 1:] != -100).sum())
 
 
 @dataclass

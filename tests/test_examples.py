@@ -64,6 +64,32 @@ def test_the_lightning_example_learns(wikitext, packing):
         assert batch["input_ids"].shape[1] < 48  # the longest of the batch, not max_length
 
 
+def test_the_losses_of_the_lightning_example_are_means_over_tokens(tmp_path):
+    """The mean over documents, or over batches, would depend on the size of the batches."""
+    L = pytest.importorskip("lightning", reason="needs lightning")
+    pytest.importorskip("transformers", reason="needs transformers")
+    from lightning_datamodule import LitGPT2
+
+    texts = ["a", "bc" * 20, "d", "efgh" * 5] * 10
+    make_corpus(tmp_path / "c", texts, documents=True)
+    documents = DocumentDataset(tmp_path / "c" / "train")
+    torch.manual_seed(0)
+    model = LitGPT2(257, n_positions=48, n_layer=1, n_head=2, n_embd=16)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        expected = model.loss(pad_documents([documents[i] for i in range(len(documents))]))
+    for batch_size in (1, 3):
+        loader = torch.utils.data.DataLoader(documents, batch_size, collate_fn=pad_documents)
+        (validated,) = trainer.validate(model, loader, verbose=False)
+        (tested,) = trainer.test(model, loader, verbose=False)
+        assert validated["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert tested["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_the_huggingface_trainer_example_learns(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("accelerate", reason="needs accelerate")
