@@ -196,8 +196,8 @@ class LitGPT2(L.LightningModule):
         self.log("test_loss", self.loss(batch), batch_size=num_targets(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over all parameters."""
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        """Return AdamW over all parameters, without decay: by default, norms would have it, too."""
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr, weight_decay=0.0)
 
 
 def num_targets(batch: dict[str, torch.Tensor]) -> int:

@@ -90,6 +90,16 @@ def test_the_losses_of_the_lightning_example_are_means_over_tokens(tmp_path):
         assert tested["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_lightning_example_decays_no_weights():
+    """AdamW's default would also decay norms, biases and embeddings."""
+    pytest.importorskip("lightning", reason="needs lightning")
+    pytest.importorskip("transformers", reason="needs transformers")
+    from lightning_datamodule import LitGPT2
+
+    optimizer = LitGPT2(257, n_layer=1, n_head=1, n_embd=8).configure_optimizers()
+    assert [param_group["weight_decay"] for param_group in optimizer.param_groups] == [0]
+
+
 def test_the_huggingface_trainer_example_learns(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("accelerate", reason="needs accelerate")
