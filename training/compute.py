@@ -19,6 +19,7 @@ from training.device import (
     choose_dtype,
     flex_attention_failure,
     peak_flops,
+    slow_dtype_remark,
     total_memory,
 )
 from training.distributed import Ranks
@@ -98,7 +99,9 @@ def choose_compute(
     dtype = choose_dtype(settings.dtype, device.value)
     has_scaler = dtype.value == torch.float16  # an older GPU, which lacks other types
     if same_type and settings.dtype == "auto" and not has_scaler:
-        dtype = Choice("dtype", getattr(torch, old_choices["dtype"]), "as in the checkpoint")
+        old_dtype = getattr(torch, old_choices["dtype"])
+        reason = "as in the checkpoint" + slow_dtype_remark(old_dtype, device.value)
+        dtype = Choice("dtype", old_dtype, reason)
     flops_per_token = model.flops_per_token(settings.sequence_length)
     num_tokens = settings.batch_size * settings.sequence_length * settings.max_steps
     if same_type and settings.compile == "auto":

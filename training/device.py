@@ -108,7 +108,8 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
             "--dtype float16: PyTorch has no gradient scaler for mps. Use --dtype float32."
         )
     if name != "auto":
-        return Choice("dtype", getattr(torch, name), "asked for by --dtype")
+        dtype = getattr(torch, name)
+        return Choice("dtype", dtype, "asked for by --dtype" + slow_dtype_remark(dtype, device))
     if device.type == "cuda":
         if has_bfloat16_units(device):
             return Choice("dtype", torch.bfloat16, "this GPU has bfloat16 units")
@@ -117,7 +118,8 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
     if device.type == "cpu":
         if has_bfloat16_units(device):
             return Choice("dtype", torch.bfloat16, "this processor has bfloat16 instructions")
-        return Choice("dtype", torch.float32, "this processor has no bfloat16 instructions")
+        reason = "this processor has no AVX-512 or AMX instructions for bfloat16"
+        return Choice("dtype", torch.float32, reason)
     return Choice("dtype", torch.float32, "the number type that works on every Apple GPU")
 
 
@@ -125,10 +127,29 @@ def has_bfloat16_units(device: torch.device) -> bool:
     """Return whether a device has bfloat16 units: NVIDIA from Ampere on, AMD, some processors."""
     if device.type == "cuda":
         return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+    return device.type == "cpu" and _has_instructions(torch.bfloat16)
+
+
+CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+
+
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Return whether this processor has instructions for products of a 16-bit type."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype])
+
+
+def slow_dtype_remark(dtype: torch.dtype, device: torch.device) -> str:
+    """Return what to add to a reason where a processor is slow with a number type, else ""."""
+    if device.type != "cpu" or dtype not in CPU_INSTRUCTIONS or _has_instructions(dtype):
+        return ""
+    return (
+        "; this processor has no AVX-512 or AMX instructions for it, and float32 can be ten times "
+        "as fast"
+    )
 
 
 def choose_compile(name: str, device: torch.device, train_flops: float) -> Choice:

@@ -111,6 +111,27 @@ def test_auto_takes_the_dtype_of_a_cpu_or_mps(monkeypatch):
         choose_dtype("float16", mps)
 
 
+def test_a_16_bit_type_that_a_processor_lacks_is_kept_with_a_remark(monkeypatch):
+    remark = "no AVX-512 or AMX instructions for it, and float32 can be ten times as fast"
+    for capability in ("avx2", "avx512_bf16", "avx512_fp16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        for name, instructions in (("bfloat16", "avx512_bf16"), ("float16", "avx512_fp16")):
+            choice = choose_dtype(name, CPU)
+            assert choice.value == getattr(torch, name)
+            assert (remark in choice.reason) == (capability != instructions)
+        assert choose_dtype("float32", CPU).reason == "asked for by --dtype"
+    assert choose_dtype("bfloat16", CUDA).reason == "asked for by --dtype"
+
+
+def test_a_run_resumed_on_an_older_processor_says_that_it_is_slow(train, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    train(max_steps=4, stop_at=2, dtype="auto", run_name="mine")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    capsys.readouterr()
+    train(resume="out/mine")
+    assert "dtype bfloat16: as in the checkpoint; this processor has no" in capsys.readouterr().out
+
+
 def test_auto_compiles_where_compilation_pays(monkeypatch):
     mps = torch.device("mps")
     assert not choose_compile("false", CUDA, 1e20).value
