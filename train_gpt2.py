@@ -9,8 +9,8 @@ Writes OUT_DIR/RUN/: config.json, metrics.jsonl, samples.jsonl, loss.png, last.p
 best.pt, sample.txt, report.html.
 
 Exit codes: 0 when the run is complete (or at stop_at); 129, 130, 138, 143 when SIGHUP, SIGINT,
-SIGUSR1 or SIGTERM ended it after a checkpoint, from which --resume continues; 1 for an error.
-torchrun turns all of them into 1.
+SIGUSR1 or SIGTERM ended it after a checkpoint, from which --resume continues; 1 for an error; 2 for
+an unknown flag or a value of the wrong type. Under torchrun, each code but 0 becomes 1.
 """
 
 import time
@@ -105,24 +105,24 @@ class Settings:
     stop_at: int | None = None  # step to save and stop at, as Ctrl-C does; --resume continues
     eval_every: int | None = None  # steps between validations, each saved; default: max_steps / 5
     checkpoint_minutes: float = 15.0  # minutes between checkpoints where validations are rarer
-    patience: int = 0  # validations without a new best that end the run; 0: none do
+    patience: int = 0  # validations without a new best that end the run; 0: never
     log_every: int = 10  # steps between lines of metrics.jsonl
     tracker: TrackerName = ""  # write the numbers of metrics.jsonl there, too; "": nowhere else
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
     warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
-    weight_decay: float | None = None  # of the blocks' matrices, x learning_rate; default: by size
+    weight_decay: float | None = None  # of the blocks' matrices, as in AdamW; default: by size
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
-    seed: int = 0  # of initial weights, data order and dropout
+    seed: int = 0  # of initial weights, data order, token noise and dropout
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: cuda, else mps, else cpu
-    dtype: Dtype = "auto"  # of matrix products (autocast); auto: the hardware's fastest
-    compile: Switch = "auto"  # auto: torch.compile where it works and pays
+    dtype: Dtype = "auto"  # of matrix products (autocast); auto: by the hardware
+    compile: Switch = "auto"  # torch.compile; auto: where it works and saves time
 
 
-# What a size stands for where no flag says otherwise. tiny takes about two minutes on two cores,
-# small some minutes on a GPU. pretrained is for --init_from, whose weights have their own shape.
-# The others are OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare
-# tens of times: token noise and weight decay keep it from learning the text by heart.
+# Defaults of the settings that depend on the size. tiny takes about two minutes on two cores; small
+# is for a GPU. pretrained is for --init_from, whose weights have their own shape. The others are
+# OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare about 30
+# times: token noise and weight decay reduce overfitting.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0, token_noise=0.0,
