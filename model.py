@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from corpus.tokenizer import Tokenizer
 from training.huggingface import EMBEDDING, read_shape, read_weights, write_model
 
-Mask = torch.Tensor | BlockMask  # which tokens see which
+Mask = torch.Tensor | BlockMask  # which tokens attend to which
 
 GPT2_SIZES = {  # the four released models, as arguments of GPTConfig
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -93,7 +93,7 @@ class Attention(nn.Module):
                 assert T == 1, "with keys and values in the cache, one token at a time"
                 k = torch.cat((cache[0], k), dim=2)
                 v = torch.cat((cache[1], v), dim=2)
-                causal = False  # the one new token sees all tokens before it
+                causal = False  # the one new token attends to all before it
             cache[:] = k, v
         if isinstance(mask, BlockMask):
             # within a compiled model, flex_attention is compiled with everything else
@@ -260,8 +260,8 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_length: int) -> int:
         """Return the FLOPs of training on one token (Chowdhery et al. 2022, appendix B).
 
-        6 per parameter in a matrix product, and 12 per layer, channel and token of the sequence
-        for attention.
+        6 per parameter outside the position embedding, and 12 per layer, channel and token of the
+        sequence for attention.
         """
         matrices = self.num_parameters() - self.transformer.wpe.weight.numel()
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * sequence_length
@@ -284,8 +284,8 @@ class GPT(nn.Module):
             targets: (B, T) token ids, -100 where there is no target.
             reduction: "mean" or "sum" of the loss over the targets.
             positions: (B, T), from 0 in each document.
-            mask: (B, T, T) bool, True at [b, i, j] if token i sees token j; or a BlockMask of
-                flex_attention.
+            mask: (B, T, T) bool, True at [b, i, j] if token i attends to token j; or a
+                BlockMask of flex_attention.
             cache: n_layer lists, empty at first. The first call fills them with keys and values;
                 later calls take one token each.
 

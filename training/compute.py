@@ -2,7 +2,7 @@
 
 What the user asked for (the settings, where "auto" stays "auto") and what was chosen for this
 machine (ComputeChoices) are two things. A checkpoint holds both: a run that continues on another
-kind of device, or on more processes, chooses anew.
+kind of device, or on more processes, chooses again.
 """
 
 import math
@@ -97,7 +97,7 @@ def choose_compute(
     old_choices = (checkpoint or {}).get("chosen", {})
     same_type = old_choices.get("device") == device.value.type
     dtype = choose_dtype(settings.dtype, device.value)
-    has_scaler = dtype.value == torch.float16  # an older GPU, which lacks other types
+    has_scaler = dtype.value == torch.float16  # an older GPU, which has no bfloat16 units
     if same_type and settings.dtype == "auto" and not has_scaler:
         old_dtype = getattr(torch, old_choices["dtype"])
         reason = "as in the checkpoint" + slow_dtype_remark(old_dtype, device.value)
@@ -151,7 +151,7 @@ def scoring_choices(
 ) -> ComputeChoices:
     """Return how a text is scored: as the validation of the run, but uncompiled.
 
-    On another type of device than the run's, the number type is chosen anew. Weights without a run
+    On another type of device than the run's, the number type is chosen again. Weights without a run
     are scored in float32.
 
     Args:
@@ -288,8 +288,8 @@ def check_batch(
 def least_memory(settings: RunSettings, vocab_size: int, share: int, micro_batch_size: int) -> int:
     """Return the bytes that a process needs at least.
 
-    They are 12 per weight (weight, gradient and momentum), 16 per token of the batch, and 8
-    activations per block and channel in bfloat16.
+    They are 12 per weight (weight, gradient and momentum), 16 per token of the batch and, per token
+    of a micro-batch, 8 activations in bfloat16 for each channel of each block.
 
     Args:
         settings: After resolve_size.

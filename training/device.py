@@ -124,7 +124,7 @@ def choose_dtype(name: str, device: torch.device) -> Choice:
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Return whether a device has bfloat16 units: NVIDIA from Ampere on, AMD, some processors."""
+    """Return whether a device has bfloat16 units: NVIDIA since Ampere, AMD GPUs, some CPUs."""
     if device.type == "cuda":
         return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and _has_instructions(torch.bfloat16)
@@ -155,10 +155,10 @@ def slow_dtype_remark(dtype: torch.dtype, device: torch.device) -> str:
 def choose_compile(name: str, device: torch.device, train_flops: float) -> Choice:
     """Choose whether torch.compile compiles the model.
 
-    "auto" compiles on CUDA, and on a CPU for runs of more than 2e14 FLOPs, before which half a
-    minute of compiling is not repaid. Where a tiny function does not compile (no C compiler, no
-    Triton, a GPU that Triton does not support, a cache folder that cannot be written), "auto" runs
-    uncompiled.
+    "auto" compiles on CUDA, and on a CPU for runs of more than 2e14 FLOPs: a shorter run does not
+    save the half minute that compiling takes. Where a tiny function does not compile (no C
+    compiler, no Triton, a GPU that Triton does not support, a cache folder that cannot be written),
+    "auto" runs uncompiled.
 
     Args:
         name: "auto", "true" or "false".
@@ -334,8 +334,8 @@ def memory_errors(flags: str) -> Iterator[None]:
 def move_to_device(tensors: tuple[torch.Tensor, ...], device: torch.device) -> tuple:
     """Return copies of CPU tensors on a device.
 
-    Only copies from pinned memory to CUDA do not wait. From pageable memory to an Apple GPU, a copy
-    that does not wait can silently give other values (pytorch#189690).
+    Only copies from pinned memory to CUDA are asynchronous. From pageable memory to an Apple GPU,
+    an asynchronous copy can silently give other values (pytorch#189690).
     """
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
