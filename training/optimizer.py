@@ -14,8 +14,9 @@ NEWTON_SCHULZ_STEPS = 4  # torch's default is 5; all losses of bench/RECIPES.md 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that updates all matrices of one shape as one stack.
 
-    The orthogonalization runs in 16 bits on a CUDA GPU and in float32 elsewhere. torch.optim.Muon
-    always takes bfloat16, which is tens of times slower on a CPU without bfloat16 instructions.
+    The orthogonalization runs in bfloat16 on a GPU or CPU with units for it, in float16 on an older
+    CUDA GPU, and in float32 elsewhere. torch.optim.Muon always takes bfloat16, which is tens of
+    times slower on a CPU without bfloat16 instructions.
     """
 
     @torch.no_grad()
@@ -78,9 +79,9 @@ def orthogonalize(
         return p
 
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if matrices.is_cuda:
-        dtype = torch.bfloat16 if has_bfloat16_units(matrices.device) else torch.float16
-        x = x.to(dtype)
+    has_bfloat16 = has_bfloat16_units(matrices.device)
+    if has_bfloat16 or matrices.is_cuda:
+        x = x.to(torch.bfloat16 if has_bfloat16 else torch.float16)
         for _ in range(steps):
             x = polynomial(x @ x.mT) @ x
         return x.to(matrices.dtype)
