@@ -175,9 +175,12 @@ class MixtureOrder:
         Example: datasets of 4 and 2 items with weights [3, 1], position 8 -> [1.5, 1.0].
         """
         patterns, place = divmod(position, len(self.pattern))
-        counts = np.bincount(self.pattern[:place], minlength=len(self.parts))
-        counts += patterns * self.parts
-        return [count / len(order) for count, order in zip(counts.tolist(), self.orders)]
+        rest = np.bincount(self.pattern[:place], minlength=len(self.parts)).tolist()
+        parts = self.parts.tolist()  # Python's integers, as position may be beyond 64 bits
+        return [
+            (patterns * part + count) / len(order)
+            for part, count, order in zip(parts, rest, self.orders)
+        ]
 
 
 class MixtureBatches(OrderedBatches):
