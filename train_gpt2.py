@@ -119,13 +119,13 @@ class Settings:
     compile: Switch = "auto"  # torch.compile; auto: where it works and saves time
 
 
-# Defaults of the settings that depend on the size. tiny takes about two minutes on two cores; small
-# is for a GPU. pretrained is for --init_from, whose weights have their own shape. The others are
-# OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare about 15
+# Defaults of the settings that depend on the size. tiny takes two or three minutes on two cores;
+# small is for a GPU. pretrained is for --init_from, whose weights have their own shape. The others
+# are OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare about 15
 # times: token noise and weight decay reduce overfitting, and twice as many steps overfit.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        n_layer=4, n_head=4, n_embd=128, sequence_length=64, dropout=0.0, token_noise=0.0,
+        n_layer=4, n_head=4, n_embd=96, sequence_length=64, dropout=0.0, token_noise=0.0,
         batch_size=8, train_flops=1e13, learning_rate=1e-2, weight_decay=0.1,
     ),
     "small": dict(

@@ -89,10 +89,11 @@ DEFAULT_RUNS = {  # tokenizer -> the loss to reach
 TRIED = {  # tokenizer -> flags of train_gpt2.py
     "bytes": ["--batch_size 8", "--batch_size 12", "--batch_size 16", "--batch_size 32",
               "--batch_size 8 --sequence_length 128", "--batch_size 12 --learning_rate 0.02",
-              "--batch_size 12 --n_embd 192", "--batch_size 12 --optimizer adamw"],
+              "--n_embd 80", "--n_embd 128", "--batch_size 12 --optimizer adamw"],
     "gpt2": ["--batch_size 4", "--batch_size 8", "--batch_size 12", "--batch_size 16",
              "--batch_size 8 --sequence_length 128", "--batch_size 8 --learning_rate 0.02",
-             "--batch_size 8 --learning_rate 0.005", "--batch_size 12 --optimizer adamw"],
+             "--batch_size 8 --learning_rate 0.005", "--n_embd 80", "--n_embd 128",
+             "--batch_size 12 --optimizer adamw"],
 }  # fmt: skip
 
 
