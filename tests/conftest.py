@@ -297,7 +297,7 @@ def driver(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "_get_device_properties", lambda index: properties, raising=False
         )
-        # What an initialization changes in torch.cuda: it starts anew here, and monkeypatch
+        # What an initialization changes in torch.cuda: it starts again here, and monkeypatch
         # restores it, so that the next test finds no GPU.
         monkeypatch.setattr(torch.cuda, "_initialized", False)
         monkeypatch.setattr(torch.cuda, "_queued_calls", [])
@@ -306,6 +306,23 @@ def driver(monkeypatch):
     driver.current = []
     driver.initialized = 0
     return driver
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Return a function that makes this processor have some instructions: processor("avx2").
+
+    The fake replaces the function of torch's C library that asks the processor.
+    """
+
+    def processor(*instructions):
+        capabilities = dict.fromkeys(instructions, True)
+        monkeypatch.setattr(torch._C._cpu, "_get_cpu_capability", lambda: capabilities)
+        torch.cpu.get_capabilities.cache_clear()
+
+    yield processor
+    monkeypatch.undo()
+    torch.cpu.get_capabilities.cache_clear()
 
 
 def losses(folder, name="train_loss"):

@@ -99,11 +99,9 @@ def test_auto_takes_the_fastest_dtype_of_a_gpu(driver, name, capability, dtype):
     assert choose_dtype("float16", CUDA).value == torch.float16
 
 
-def test_auto_takes_the_dtype_of_a_cpu_or_mps(monkeypatch):
-    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda has_units=has_units: {"avx512_bf16": has_units}
-        )
+def test_auto_takes_the_dtype_of_a_cpu_or_mps(processor):
+    for instructions, dtype in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        processor(instructions)
         assert choose_dtype("auto", CPU).value == dtype
     mps = torch.device("mps")
     assert choose_dtype("auto", mps).value == torch.float32
@@ -111,10 +109,10 @@ def test_auto_takes_the_dtype_of_a_cpu_or_mps(monkeypatch):
         choose_dtype("float16", mps)
 
 
-def test_a_16_bit_type_that_a_processor_lacks_is_kept_with_a_remark(monkeypatch):
+def test_a_16_bit_type_that_a_processor_lacks_is_kept_with_a_remark(processor):
     remark = "no AVX-512 or AMX instructions for it, and float32 can be ten times as fast"
     for capability in ("avx2", "avx512_bf16", "avx512_fp16"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        processor(capability)
         for name, instructions in (("bfloat16", "avx512_bf16"), ("float16", "avx512_fp16")):
             choice = choose_dtype(name, CPU)
             assert choice.value == getattr(torch, name)
@@ -123,10 +121,10 @@ def test_a_16_bit_type_that_a_processor_lacks_is_kept_with_a_remark(monkeypatch)
     assert choose_dtype("bfloat16", CUDA).reason == "asked for by --dtype"
 
 
-def test_a_run_resumed_on_an_older_processor_says_that_it_is_slow(train, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+def test_a_run_resumed_on_an_older_processor_says_that_it_is_slow(train, processor, capsys):
+    processor("avx512_bf16")
     train(max_steps=4, stop_at=2, dtype="auto", run_name="mine")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    processor("avx2")
     capsys.readouterr()
     train(resume="out/mine")
     assert "dtype bfloat16: as in the checkpoint; this processor has no" in capsys.readouterr().out
