@@ -309,7 +309,7 @@ def driver(monkeypatch):
 
 
 @pytest.fixture
-def processor(monkeypatch):
+def processor():
     """Return a function that makes this processor have some instructions: processor("avx2").
 
     The fake replaces the function of torch's C library that asks the processor.
@@ -317,11 +317,11 @@ def processor(monkeypatch):
 
     def processor(*instructions):
         capabilities = dict.fromkeys(instructions, True)
-        monkeypatch.setattr(torch._C._cpu, "_get_cpu_capability", lambda: capabilities)
+        patch.setattr(torch._C._cpu, "_get_cpu_capability", lambda: capabilities)
         torch.cpu.get_capabilities.cache_clear()
 
-    yield processor
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        yield processor
     torch.cpu.get_capabilities.cache_clear()
 
 
