@@ -20,7 +20,7 @@ import torch
 from conftest import TINY, losses, read_files, tiny_checkpoint
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, exclusive_lock
 from corpus import pipeline
 from corpus.engines import open_engine
 from corpus.inputs import Corpus
@@ -181,6 +181,10 @@ def test_a_run_resumes_after_a_kill_of_all_its_processes(tmp_path, prepare, monk
         time.sleep(rng.uniform(0, 0.1))
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        lock = tmp_path / f"{number}" / "c" / ".lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(lock, wait=True):
+            pass  # a worker that dies between fork and exec holds the lock, too
         prepare(tmp_path / f"{number}", workers=2)
         assert read_files(tmp_path / f"{number}" / "c") == read_files(tmp_path / "whole" / "c")
 
