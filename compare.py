@@ -122,7 +122,7 @@ def row_cells(row: Row, names: Sequence[str]) -> list[str]:
     tokens = in_units(statistics.fmean(run.tokens for run in runs))
     if not first.finished:
         tokens += f" (step {first.step:,} of {first.max_steps:,})"
-    speeds = [run.tokens / run.seconds for run in runs if run.seconds]
+    speeds = [run.speed for run in runs if run.speed]
     bests = [run.best for run in runs if run.best]
     return [
         name,

@@ -149,10 +149,15 @@ def learning_rate(step: int, settings: RunSettings) -> float:
 
     It rises linearly to the peak over warmup_steps, and then falls linearly to 0 at max_steps.
     """
-    warmup = min(settings.warmup_steps, settings.max_steps // 10)
+    warmup = shortened_warmup(settings)
     rising = (step + 1) / (warmup + 1)
     falling = (settings.max_steps - step) / (settings.max_steps - warmup)
     return settings.learning_rate * min(rising, falling)
+
+
+def shortened_warmup(settings: RunSettings) -> int:
+    """Return warmup_steps, or a tenth of max_steps if that is less."""
+    return min(settings.warmup_steps, settings.max_steps // 10)
 
 
 def compute_loss(
@@ -302,6 +307,12 @@ def train(
         write_config(run_dir, settings, compute, model.num_parameters(), val_text)
         print_model(settings, compute, model, ranks)
         print(epochs_line(corpora, order, settings.max_steps * settings.batch_size))
+        warmup = shortened_warmup(settings)
+        if settings.warmup_steps not in (warmup, Settings.warmup_steps):
+            print(
+                f"the learning rate rises for {warmup} steps, a tenth of max_steps, instead of "
+                f"{settings.warmup_steps} (warmup_steps)"
+            )
     contents: dict[str, Any] = dict(
         settings=settings, compute=compute, metadata=metadata, model=model
     )

@@ -52,6 +52,7 @@ class Run:
     max_steps: int
     tokens: float
     seconds: float
+    speed: float | None  # median tokens per second of its lines, None without one
     validations: list[Validation]
 
     @property
@@ -137,6 +138,7 @@ def read_run(run_dir: Path) -> Run:
         max_steps=max_steps,
         tokens=tokens,
         seconds=seconds,
+        speed=_speed(lines),
         validations=validations,
     )
 
@@ -186,6 +188,15 @@ def _curve(lines: list[dict], tokens_per_step: int) -> tuple[list[Validation], f
             validations.append(Validation(line["step"], total, when, nats, bits_per_byte))
     last = max(tokens[-1], validations[-1].tokens if validations else 0)
     return validations, last, seconds[-1]
+
+
+def _speed(lines: list[dict]) -> float | None:
+    """Return the median of tokens_per_second, which the time of a compiler does not lower.
+
+    Of two values it is the higher one: the first line of a compiled run is the slow one.
+    """
+    speeds = [float(line["tokens_per_second"]) for line in lines if "tokens_per_second" in line]
+    return statistics.median_high(speeds) if speeds else None
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

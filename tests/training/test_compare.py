@@ -88,6 +88,16 @@ def test_runs_are_sorted_and_repeats_are_folded(tmp_path):
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_speed_of_a_run_does_not_include_compiling(tmp_path):
+    """The first steps of a compiled run take as long as the compiler."""
+    write_run(tmp_path / "out" / "compiled", (3.0, 2.0))
+    path = tmp_path / "out" / "compiled" / "metrics.jsonl"
+    lines = path.read_text().replace('"tokens_per_second": 100', '"tokens_per_second": 2', 1)
+    path.write_text(lines)
+    *_, row = table(compare(tmp_path).stdout)
+    assert row[-2:] == ["100", "0:01:42"]  # 200 tokens at 2 tokens/s, and 200 at 100
+
+
 def test_runs_with_another_validation_text_are_in_a_table_of_their_own(tmp_path):
     write_run(tmp_path / "a", corpus="bytes")
     write_run(tmp_path / "b", corpus="gpt2")  # another vocabulary, the same text

@@ -342,6 +342,16 @@ def test_the_learning_rate_rises_and_falls(train):
     assert rates[12] == pytest.approx(0.1 * 9 / 18) and rates[20] == pytest.approx(0.1 * 1 / 18)
 
 
+def test_a_run_says_how_many_steps_of_a_longer_warmup_remain(train, capsys):
+    folder = train(max_steps=20, learning_rate=0.1, warmup_steps=10)
+    assert losses(folder, "learning_rate")[3] == pytest.approx(0.1)
+    sentence = "rises for 2 steps, a tenth of max_steps, instead of 10 (warmup_steps)"
+    assert f"the learning rate {sentence}" in capsys.readouterr().out
+    train(max_steps=20, warmup_steps=2)
+    train(max_steps=20, warmup_steps=100)  # the default
+    assert "rises for" not in capsys.readouterr().out
+
+
 def flags(**changes):
     """Return the flags of a tiny run with some changes."""
     return [str(part) for name, value in (TINY | changes).items() for part in (f"--{name}", value)]
