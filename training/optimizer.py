@@ -8,7 +8,7 @@ import torch
 from model import GPT
 from training.device import has_bfloat16_units
 
-NEWTON_SCHULZ_STEPS = 4  # torch's default is 5; all losses of bench/RECIPES.md are with 4
+NEWTON_SCHULZ_STEPS = 4  # torch's default is 5; bench/RECIPES.md has losses with 4
 
 
 class Muon(torch.optim.Muon):
@@ -142,7 +142,7 @@ class OptimizerGroup:
         """Load the states in `state_dicts`; learning rates and other options do not change.
 
         Args:
-            state_dicts: From the method of this name: one per optimizer.
+            state_dicts: One per optimizer, as the method state_dicts() returned them.
             path: The checkpoint that holds them, for the message.
             never_stepped: Whether every step so far was skipped, so that there is no state yet.
 

@@ -52,7 +52,7 @@ class Run:
     max_steps: int
     tokens: float
     seconds: float
-    speed: float | None  # median tokens per second of its lines, None without one
+    speed: float | None  # tokens per second of the median line, None before the first line
     validations: list[Validation]
 
     @property
@@ -191,9 +191,10 @@ def _curve(lines: list[dict], tokens_per_step: int) -> tuple[list[Validation], f
 
 
 def _speed(lines: list[dict]) -> float | None:
-    """Return the median of tokens_per_second, which the time of a compiler does not lower.
+    """Return the median of tokens_per_second, None if no line has it.
 
-    Of two values it is the higher one: the first line of a compiled run is the slow one.
+    Compiling makes the first line slow. The median of two or more lines is not affected: of two
+    values, it is the higher one.
     """
     speeds = [float(line["tokens_per_second"]) for line in lines if "tokens_per_second" in line]
     return statistics.median_high(speeds) if speeds else None
