@@ -125,7 +125,7 @@ class Settings:
 # times. Token noise and weight decay reduce overfitting; with twice as many steps it overfits.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        n_layer=4, n_head=5, n_embd=80, sequence_length=64, dropout=0.0, token_noise=0.0,
+        n_layer=4, n_head=4, n_embd=80, sequence_length=64, dropout=0.0, token_noise=0.0,
         batch_size=12, train_flops=1e13, learning_rate=1e-2, weight_decay=0.1,
     ),
     "small": dict(
