@@ -119,7 +119,7 @@ class Settings:
     compile: Switch = "auto"  # torch.compile; auto: where it works and saves time
 
 
-# Defaults of the settings that depend on the size. tiny takes two or three minutes on two cores;
+# Defaults of the settings that depend on the size. tiny takes about two minutes on two cores;
 # small is for a GPU. pretrained is for --init_from, whose weights have their own shape. The others
 # are OpenAI's shapes, trained on up to ten billion tokens. small reads TinyShakespeare about 15
 # times. Token noise and weight decay reduce overfitting; with twice as many steps it overfits.
