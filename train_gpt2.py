@@ -110,7 +110,7 @@ class Settings:
     tracker: TrackerName = ""  # write the numbers of metrics.jsonl there, too; "": nowhere else
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices inside the blocks, else adamw
     learning_rate: float | None = None  # peak; default: by size, and a third of that for adamw
-    warmup_steps: int | None = None  # of rising learning rate; default: 100, at most max_steps / 10
+    warmup_steps: int = 100  # steps of rising learning rate; at most a tenth of max_steps
     weight_decay: float | None = None  # of the blocks' matrices, as in AdamW; default: by size
     grad_clip: float = 1.0  # gradient norm above which gradients are scaled down; 0: never
     seed: int = 0  # of initial weights, data order, token noise and dropout
@@ -147,12 +147,27 @@ for _name, _gpt2_size in GPT2_SIZES.items():
 def learning_rate(step: int, settings: RunSettings) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    It rises linearly to the peak over warmup_steps, and then falls linearly to 0 at max_steps.
+    It rises linearly to the peak over the warm-up, and then falls linearly to 0 at max_steps.
     """
-    warmup = settings.warmup_steps
+    warmup = num_warmup_steps(settings)
     rising = (step + 1) / (warmup + 1)
     falling = (settings.max_steps - step) / (settings.max_steps - warmup)
     return settings.learning_rate * min(rising, falling)
+
+
+def num_warmup_steps(settings: RunSettings) -> int:
+    """Return how many steps the learning rate rises: warmup_steps, at most max_steps / 10."""
+    return min(settings.warmup_steps, settings.max_steps // 10)
+
+
+def print_short_warmup(settings: RunSettings) -> None:
+    """Print the length of the warm-up if --warmup_steps asks for a longer one."""
+    warmup = num_warmup_steps(settings)
+    if settings.warmup_steps not in (warmup, Settings.warmup_steps):  # the default needs no line
+        print(
+            f"the learning rate rises for {warmup} steps, a tenth of max_steps, instead of "
+            f"{settings.warmup_steps} (warmup_steps)"
+        )
 
 
 def compute_loss(
@@ -302,6 +317,7 @@ def train(
         write_config(run_dir, settings, compute, model.num_parameters(), val_text)
         print_model(settings, compute, model, ranks)
         print(epochs_line(corpora, order, settings.max_steps * settings.batch_size))
+        print_short_warmup(settings)
     contents: dict[str, Any] = dict(
         settings=settings, compute=compute, metadata=metadata, model=model
     )

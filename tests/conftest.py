@@ -195,7 +195,7 @@ def rhyme(tmp_path) -> Path:
 
 TINY = {  # a model of 10,000 parameters
     "n_layer": 2, "n_head": 2, "n_embd": 16, "sequence_length": 16, "batch_size": 4,
-    "eval_every": 8, "log_every": 1, "device": "cpu", "dtype": "float32",
+    "eval_every": 8, "log_every": 1, "warmup_steps": 2, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
 

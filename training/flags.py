@@ -260,20 +260,9 @@ def resolve_size(
 
 
 def resolve_steps(settings: RunSettings, model: GPT) -> None:
-    """Set max_steps by train_flops, the others by max_steps, where no flag has set them.
-
-    Raises:
-        ValueError: The learning rate would rise until the end.
-    """
+    """Set max_steps by train_flops, and eval_every by max_steps, where no flag has set them."""
     tokens_per_step = settings.batch_size * settings.sequence_length
     flops_per_step = model.flops_per_token(settings.sequence_length) * tokens_per_step
     if settings.train_flops is not None and not settings.max_steps:
         settings.max_steps = max(1, round(settings.train_flops / flops_per_step))
     settings.eval_every = settings.eval_every or math.ceil(settings.max_steps / 5)
-    if settings.warmup_steps is None:
-        settings.warmup_steps = min(100, settings.max_steps // 10)
-    if settings.warmup_steps >= settings.max_steps:
-        raise ValueError(
-            f"warmup_steps ({settings.warmup_steps}) must be less than max_steps "
-            f"({settings.max_steps})"
-        )

@@ -9,8 +9,8 @@ class RunSettings(Protocol):
     """The types of train_gpt2.Settings once a size has filled in what no flag has set.
 
     In train_gpt2.Settings, a setting that depends on the size may be None. The same object is a
-    RunSettings after resolve_size. Some values are known later: with --init_from, the shape is
-    known after create_model; max_steps, eval_every and warmup_steps are known after resolve_steps.
+    RunSettings after resolve_size. Three values are known later: with --init_from, the shape is
+    known after create_model; max_steps and eval_every are known after resolve_steps.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

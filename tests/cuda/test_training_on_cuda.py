@@ -84,7 +84,7 @@ def test_init_from_starts_with_the_loss_of_the_weights(run, tmp_path):
     """save_pretrained has written the folder of the weights."""
     torch.manual_seed(0)
     GPT(GPTConfig(257, 64, n_layer=1, n_head=2, n_embd=32)).save_pretrained(tmp_path / "weights")
-    names = ("batch_size", "eval_every", "log_every", "dtype")
+    names = ("batch_size", "eval_every", "log_every", "warmup_steps", "dtype")
     flags = {name: TINY[name] for name in names}
     flags |= {"init_from": tmp_path / "weights", "max_steps": 4, "sequence_length": 64}
     result = run_without_shape(run, flags)
