@@ -173,7 +173,7 @@ def newest_corpus(data_dir: str | Path) -> Path:
         Folder of the corpus, DATA_DIR/NAME.
 
     Raises:
-        FileNotFoundError: There is no prepared corpus in `data_dir`.
+        FileNotFoundError: `data_dir` has no prepared corpus.
     """
     prepared = sorted(Path(data_dir).glob("*/metadata.json"), key=os.path.getmtime)
     if not prepared:
